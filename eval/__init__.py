@@ -1,0 +1,1 @@
+"""Evaluation suite: generate pictures from a checkpoint, score them, write the report."""

@@ -1,0 +1,1 @@
+"""Expert-choice mixture-of-experts: routing, dispatch, expert-parallel exchange and expert MLPs."""

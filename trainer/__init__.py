@@ -1,0 +1,1 @@
+"""Training system: data, model, diffusion, DeepSpeed engine, checkpoints and sampling."""

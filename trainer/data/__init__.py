@@ -1,0 +1,1 @@
+"""From pictures with captions to exactly resumable batches of latents and text tokens."""
