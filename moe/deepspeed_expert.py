@@ -1,0 +1,139 @@
+"""The one file that knows DeepSpeed's private expert protocol.
+
+DeepSpeed has no public way to register an expert-parallel layer with a router of its own. Version 0.19.8
+recognises one by `isinstance(module, AutoEPMoELayer)` and by attributes of the module and its parameters:
+
+| what                                          | read by                                                   |
+|-----------------------------------------------|-----------------------------------------------------------|
+| base class `AutoEPMoELayer`                   | `engine.has_moe_layers`; the only kind ZeRO-3 accepts      |
+| `p.allreduce = False`, `p.group_name`         | gradient averaging of stages 1-2, initial broadcast        |
+| `p.ds_zero_placement_family`, `..._group_name`| stage 3: divisor of the gradient, norm over expert groups  |
+| `p.ds_zero_partition_process_group`           | `zero.Init`: partitions the parameter over its data group  |
+| `p.DS_AUTOEP_UC_META`, the layer's ep_* names | checkpoint save, load and conversion                       |
+
+A missing attribute is not an error upstream but a wrong gradient, hence the check at import. Expert
+groups are consecutive ranks; ranks that hold the same experts are `ep_size` apart.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import deepspeed
+import deepspeed.comm
+from deepspeed.checkpoint import autoep_affine, constants
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from moe.all_to_all import ExpertGroup
+from moe.config import MoeConfig
+from moe.layer import ExpertChoiceMoe
+
+_REQUIRED: tuple[tuple[object, Sequence[str]], ...] = (
+    (groups, ("_create_expert_and_data_parallel", "_get_expert_parallel_group", "_get_expert_data_parallel_group")),
+    (autoep_affine, ("autoep_placement_to_affine_map", "legacy_uniform_autoep_placement_descriptor")),
+    (
+        constants,
+        ("DS_AUTOEP_UC_META", "AUTOEP_EXPERT_PLACEMENT", "AFFINE_MAP", "AUTOEP_PARAM_LOGICAL_SHAPE",
+         "AUTOEP_PARAM_EP_RANK", "AUTOEP_PARAM_LOCAL_EXPERTS"),
+    ),
+    (AutoEPMoELayer, ("set_deepspeed_parallelism", "_is_autoep_layer")),
+)  # fmt: skip
+
+
+def check_protocol() -> None:
+    """Raise ImportError naming what this DeepSpeed lacks of the expert protocol of 0.19.8."""
+    missing = [f"{getattr(owner, '__name__', owner)}.{name}" for owner, names in _REQUIRED for name in names
+               if not hasattr(owner, name)]  # fmt: skip
+    if missing:
+        raise ImportError(
+            f"deepspeed {deepspeed.__version__} lacks {', '.join(missing)}, which expert parallelism relies on: "
+            "install deepspeed==0.19.8, or set parallel.ep_size=1, which uses public interfaces only"
+        )
+
+
+check_protocol()
+
+
+def build_expert_group(ep_size: int) -> ExpertGroup | None:
+    """Create (once per size) the process groups of expert parallelism and return this rank's.
+
+    Collective over all ranks; deepspeed.comm must be initialised and the world size divisible by
+    `ep_size`. None for `ep_size` 1: then nothing of this file is used.
+    """
+    if ep_size == 1:
+        return None
+    groups._create_expert_and_data_parallel(expert_parallel_size_=ep_size)
+    process_group = groups._get_expert_parallel_group(_group_name(ep_size))
+
+    def exchange(output: Tensor, tensor: Tensor) -> None:
+        deepspeed.comm.all_to_all_single(output, tensor, group=process_group)
+
+    return ExpertGroup(size=ep_size, rank=deepspeed.comm.get_rank(group=process_group), exchange=exchange)
+
+
+def expert_process_group(ep_size: int) -> object:
+    """The process group whose ranks together hold all experts; `build_expert_group` must have run."""
+    return groups._get_expert_parallel_group(_group_name(ep_size))
+
+
+def _group_name(ep_size: int) -> str:
+    return f"ep_size_{ep_size}"
+
+
+class ExpertParallelMoe(ExpertChoiceMoe, AutoEPMoELayer):  # type: ignore[misc]
+    """`ExpertChoiceMoe` that DeepSpeed treats as an expert-parallel layer under ZeRO 1, 2 and 3.
+
+    AutoEP's own constructor and forward (token choice) are not used; only its type is.
+    """
+
+    def __init__(self, config: MoeConfig, *, dim: int, hidden_dim: int, group: ExpertGroup) -> None:
+        tag = _expert_tagger(config.num_experts, group)
+        ExpertChoiceMoe.__init__(self, config, dim=dim, hidden_dim=hidden_dim, group=group, tag=tag)
+        self.ep_group_name = self.expert_group_name = _group_name(group.size)
+        self.ep_rank = group.rank
+        self.ep_group = expert_process_group(group.size)
+        self.expert_placement_descriptor = _placement(self.num_experts, group)
+
+    def set_deepspeed_parallelism(self, *args: object, **kwargs: object) -> None:
+        """Called by the engine to bind groups; ours are bound at construction."""
+
+
+def _placement(num_experts: int, group: ExpertGroup) -> Any:
+    return autoep_affine.legacy_uniform_autoep_placement_descriptor(num_experts, num_experts // group.size, group.size)
+
+
+def _expert_tagger(num_experts: int, group: ExpertGroup) -> Callable[[nn.Parameter], None]:
+    """A function that attaches what DeepSpeed reads from an expert parameter (see the table above)."""
+    name = _group_name(group.size)
+    num_local = num_experts // group.size
+    placement = _placement(num_experts, group)
+
+    def tag(parameter: nn.Parameter) -> None:
+        full_shape = [num_experts, *parameter.shape[1:]]
+        meta = {
+            constants.AUTOEP_EXPERT_PLACEMENT: placement,
+            constants.AFFINE_MAP: autoep_affine.autoep_placement_to_affine_map(placement, full_shape).to_dict(),
+            constants.AUTOEP_PARAM_LOGICAL_SHAPE: full_shape,
+            constants.AUTOEP_PARAM_EP_RANK: group.rank,
+            constants.AUTOEP_PARAM_LOCAL_EXPERTS: list(
+                range(group.rank * num_local, (group.rank + 1) * num_local)
+            ),
+        }
+        attributes = {
+            "allreduce": False,
+            "group_name": name,
+            "ds_zero_placement_family": "autoep_expert",
+            "ds_zero_partition_group_name": name,
+            "ds_zero_partition_process_group": groups._get_expert_data_parallel_group(name),
+            constants.DS_AUTOEP_UC_META: meta,
+        }
+        for attribute, value in attributes.items():
+            setattr(parameter, attribute, value)
+
+    return tag
+
+
+def is_expert_parameter(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is local to its rank of an expert group."""
+    return hasattr(parameter, "ds_zero_placement_family")

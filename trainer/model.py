@@ -1,0 +1,216 @@
+"""EcDit: a text-to-image diffusion transformer whose every second block has an expert-choice MoE.
+
+Block (PixArt-alpha, arXiv 2310.00426, as EC-DIT uses it): self-attention -> cross-attention to the text
+-> MLP or MoE, with adaLN-single: one shared map from the timestep to six vectors, plus a learned offset
+per block. Added to the paper's description: RMS QK-norm and 2-D RoPE.
+
+Shapes: B images, C channels, H x W latent, P patch, S image tokens (S = H W / P^2, fewer when masked),
+L text tokens, D width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from moe.config import MoeConfig
+from moe.layer import ChoiceMemory, ExpertChoiceMoe
+from moe.routing import RoutingStats
+from trainer.config import ModelConfig
+from trainer.layers import (
+    Attention,
+    Mlp,
+    TimestepEmbedder,
+    layer_norm,
+    modulate,
+    patchify,
+    rope_2d,
+    unpatchify,
+)
+from trainer.randomness import keyed_generator
+
+MoeBuilder = Callable[..., nn.Module]
+TextCache = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What the data decides about the model: latent channels and size, width of the text tokens."""
+
+    channels: int
+    height: int
+    width: int
+    text_dim: int
+
+
+class DitBlock(nn.Module):
+    """One transformer block; `moe` replaces the dense MLP where given."""
+
+    def __init__(self, config: ModelConfig, moe: Callable[[], nn.Module] | None) -> None:
+        super().__init__()
+        self.self_attention = Attention(config.dim, config.num_heads, config.num_kv_heads)
+        self.cross_attention = Attention(config.dim, config.num_heads, config.num_kv_heads)
+        self.has_moe = moe is not None
+        self.mlp = moe() if moe else Mlp(config.dim, config.mlp_ratio * config.dim, config.dim)
+        self.modulation = nn.Parameter(torch.empty(6, config.dim))
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        condition_B6D: Tensor,
+        text_BLD: Tensor,
+        mask_B11L: Tensor,
+        angle_BSa: Tensor,
+        memory: ChoiceMemory | None = None,
+        cached: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """[B, S, D] -> [B, S, D] and, in an MoE block, the routing statistics."""
+        vectors = (condition_B6D + self.modulation).unbind(1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = vectors
+        h_BSD = modulate(layer_norm(x_BSD), shift1, scale1)
+        x_BSD = x_BSD + gate1.unsqueeze(1) * self.self_attention(h_BSD, h_BSD, angle_BSa=angle_BSa)
+        x_BSD = x_BSD + self.cross_attention(layer_norm(x_BSD), text_BLD, mask_B11L=mask_B11L, cached=cached)
+        h_BSD = modulate(layer_norm(x_BSD), shift2, scale2)
+        y_BSD, stats = self.mlp(h_BSD, memory) if self.has_moe else (self.mlp(h_BSD), None)
+        return x_BSD + gate2.unsqueeze(1) * y_BSD, stats
+
+
+class EcDit(nn.Module):
+    """Predicts the velocity of rectified flow from a noised latent, a timestep and text tokens.
+
+    `build_moe(config, dim=..., hidden_dim=...)` makes the MoE layers: local experts by default, the
+    expert-parallel layer under DeepSpeed, the plain-loop oracle in tests.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        moe: MoeConfig,
+        shape: ModelShape,
+        build_moe: MoeBuilder = ExpertChoiceMoe,
+    ) -> None:
+        super().__init__()
+        D, P = config.dim, config.patch_size
+        self.config, self.shape = config, shape
+        self.activation_checkpointing = False
+        self.patch_embedder = nn.Linear(shape.channels * P * P, D)
+        self.timestep_embedder = TimestepEmbedder(D)
+        self.text_projection = Mlp(shape.text_dim, D, D)
+        self.pooled_projection = nn.Linear(D, D) if config.pooled_text else None
+        self.condition = nn.Linear(D, 6 * D)
+
+        def make_moe() -> nn.Module:
+            return build_moe(moe, dim=D, hidden_dim=config.mlp_ratio * D)
+
+        self.blocks = nn.ModuleList(
+            DitBlock(config, make_moe if moe.has_moe(i) else None) for i in range(config.num_layers)
+        )
+        self.final_modulation = nn.Linear(D, 2 * D)
+        self.final = nn.Linear(D, shape.channels * P * P)
+
+    def angles(self, keep_BS: Tensor | None, device: torch.device) -> Tensor:
+        """RoPE angles of all tokens [1, S, a], or of the kept ones [B, S, a]."""
+        P, config = self.config.patch_size, self.config
+        angle_Sa = rope_2d(self.shape.height // P, self.shape.width // P, config.dim // config.num_heads).to(device)
+        return angle_Sa.unsqueeze(0) if keep_BS is None else angle_Sa[keep_BS]
+
+    def embed_text(self, text_BLD: Tensor) -> Tensor:
+        """Text tokens [B, L, text_dim] -> [B, L, D] in the weights' dtype."""
+        out: Tensor = self.text_projection(text_BLD.to(self.patch_embedder.weight.dtype))
+        return out
+
+    def cache_text(self, text_BLD: Tensor) -> TextCache:
+        """Cross-attention keys and values of each block: computed once per caption when sampling.
+
+        Only for a model whose parameters are whole on this process (not partitioned by ZeRO-3).
+        """
+        text = self.embed_text(text_BLD)
+        return [block.cross_attention.keys_values(text) for block in self.blocks]
+
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        text_BLD: Tensor,
+        text_mask_BL: Tensor,
+        keep_BS: Tensor | None = None,
+        text_cache: TextCache | None = None,
+    ) -> tuple[Tensor, list[RoutingStats]]:
+        """Velocity [B, C, H, W] fp32 (with `keep_BS`: of the kept tokens, [B, S, C P P]) and statistics.
+
+        `t_B` is 1 at pure noise. `keep_BS` are the positions of the tokens that masked training keeps.
+        """
+        dtype = self.patch_embedder.weight.dtype
+        patches = patchify(x_BCHW, self.config.patch_size).to(dtype)
+        if keep_BS is not None:
+            patches = patches.gather(1, keep_BS.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+        x_BSD = self.patch_embedder(patches)
+        text = self.embed_text(text_BLD)
+        time_BD = self._condition(t_B, text, text_mask_BL)
+        condition_B6D = self.condition(time_BD).unflatten(1, (6, -1))
+        angle_BSa = self.angles(keep_BS, x_BSD.device)
+        mask_B11L = text_mask_BL[:, None, None, :]
+        all_stats = []
+        for i, block in enumerate(self.blocks):
+            arguments = (x_BSD, condition_B6D, text, mask_B11L, angle_BSa)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                memory = ChoiceMemory() if block.has_moe else None
+                x_BSD, stats = checkpoint(block, *arguments, memory, use_reentrant=False)
+            else:
+                x_BSD, stats = block(*arguments, cached=text_cache[i] if text_cache else None)
+            if stats is not None:
+                all_stats.append(stats)
+        shift_BD, scale_BD = self.final_modulation(time_BD).chunk(2, dim=-1)
+        out = self.final(modulate(layer_norm(x_BSD), shift_BD, scale_BD)).float()
+        if keep_BS is None:
+            out = unpatchify(out, self.config.patch_size, self.shape.height, self.shape.width)
+        return out, all_stats
+
+    def _condition(self, t_B: Tensor, text_BLD: Tensor, text_mask_BL: Tensor) -> Tensor:
+        """Timestep embedding (plus the mean text token), through SiLU, [B, D]."""
+        time_BD: Tensor = self.timestep_embedder(t_B)
+        if self.pooled_projection is not None:
+            weight_BL1 = (text_mask_BL / text_mask_BL.sum(1, keepdim=True)).unsqueeze(-1).to(text_BLD.dtype)
+            time_BD = time_BD + self.pooled_projection((text_BLD * weight_BL1).sum(1))
+        return functional.silu(time_BD)
+
+
+def initial_value(name: str, shape: tuple[int, ...], seed: int, first_expert: int = 0) -> Tensor:
+    """The initial fp32 value of a parameter: a function of seed, name and expert number only.
+
+    | parameter                                   | value                                                |
+    |---------------------------------------------|------------------------------------------------------|
+    | norm scales                                 | 1                                                    |
+    | biases, `w3` (expert biases)                | 0                                                    |
+    | `final`, `final_modulation`                 | 0: the first prediction is 0                         |
+    | gates of `condition` and block `modulation` | 0: attention and MLP branches start closed (adaLN-0) |
+    | cross-attention `out`                       | 0, as PixArt-alpha                                   |
+    | `router.weight`                             | normal, std 0.02: near-uniform affinities            |
+    | expert `w1`, `w2` (drawn expert by expert)  | normal, std 1 / sqrt(fan in)                         |
+    | other matrices                              | normal, std 1 / sqrt(fan in)                         |
+
+    `first_expert` is the global number of the first expert in `shape` for expert parameters.
+    """
+    if name.endswith(("query_norm.weight", "key_norm.weight")):
+        return torch.ones(shape)
+    zero = ("bias", "w3", "modulation", "condition.weight", "final.weight", "cross_attention.out.weight")
+    if name.endswith(zero) or name.startswith("final_modulation"):
+        return torch.zeros(shape)
+    if ".experts." in name:
+        rows = [
+            torch.randn(shape[1:], generator=keyed_generator(seed, "init", name, first_expert + i))
+            for i in range(shape[0])
+        ]
+        return torch.stack(rows) * shape[-1] ** -0.5
+    std = 0.02 if name.endswith("router.weight") else shape[-1] ** -0.5
+    return torch.randn(shape, generator=keyed_generator(seed, "init", name)) * std
+
+
+def init_weights(model: nn.Module, seed: int) -> None:
+    """Initialise a model whose parameters are whole on this process, all experts included."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_value(name, tuple(parameter.shape), seed))
