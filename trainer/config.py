@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -322,10 +322,10 @@ def save_config(config: TrainConfig, path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config))))
 
 
-def run_cli(main: Callable[[], None]) -> None:
-    """Run a command-line body; a ConfigError becomes one sentence on stderr and exit code 2."""
+def run_cli(main: Callable[[], None], errors: TextIO | None = None) -> None:
+    """Run a command-line body; a ConfigError becomes one sentence (on stderr) and exit code 2."""
     try:
         main()
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=errors or sys.stderr)
         raise SystemExit(2) from None

@@ -1,0 +1,77 @@
+"""Processes: how many there are and which this is, under any launcher, and small reductions over them.
+
+Under torchrun, `deepspeed` and srun with the five variables set (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
+MASTER_PORT) those are used; under Open MPI's mpirun they are discovered through mpi4py; a plain process is
+a world of one. Nothing here allocates before `init_distributed`.
+"""
+
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among all: global rank, rank on its node, number of processes."""
+
+    rank: int
+    local_rank: int
+    size: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes logs and reports errors of all."""
+        return self.rank == 0
+
+
+def detect_world() -> World:
+    """Read the launcher's variables; connects to nothing."""
+    env = os.environ
+    if "RANK" in env:
+        return World(rank=int(env["RANK"]), local_rank=int(env.get("LOCAL_RANK", 0)), size=int(env["WORLD_SIZE"]))
+    if "OMPI_COMM_WORLD_RANK" in env:
+        return World(
+            rank=int(env["OMPI_COMM_WORLD_RANK"]),
+            local_rank=int(env["OMPI_COMM_WORLD_LOCAL_RANK"]),
+            size=int(env["OMPI_COMM_WORLD_SIZE"]),
+        )
+    return World(rank=0, local_rank=0, size=1)
+
+
+def init_distributed(world: World) -> torch.device:
+    """Join the process group through DeepSpeed and return this process's device."""
+    import deepspeed
+    import deepspeed.ops
+
+    # Only inference uses this op, and it would be compiled for minutes at the first start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world.local_rank)
+    if "RANK" not in os.environ and world.size == 1:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    deepspeed.init_distributed(verbose=False)
+    return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def all_reduce_mean(values: Tensor) -> Tensor:
+    """Mean over all processes, in place; the sum is taken in the tensor's dtype."""
+    import deepspeed.comm
+
+    deepspeed.comm.all_reduce(values)
+    return values.div_(deepspeed.comm.get_world_size())
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    import deepspeed.comm
+
+    deepspeed.comm.barrier()

@@ -1,0 +1,48 @@
+"""Builds the DeepSpeed engine: the only call of `deepspeed.initialize`."""
+
+from functools import partial
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from moe.deepspeed_expert import ExpertParallelMoe, build_expert_group
+from moe.layer import ExpertChoiceMoe
+from trainer.config import TrainConfig
+from trainer.deepspeed_config import zero_stage
+from trainer.model import EcDit, ModelShape, initial_value
+from trainer.optim import build_optimizer
+from trainer.shards import expert_range, full_shape, write_initial
+
+
+def build_model(config: TrainConfig, deepspeed_config: dict[str, Any], shape: ModelShape) -> EcDit:
+    """The model as this rank holds it. Collective over all ranks.
+
+    Under stage 3 each layer's parameters are partitioned as soon as the layer is built, so no rank ever
+    holds more than one layer's local experts in full. Initial values do not depend on the topology.
+    """
+    group = build_expert_group(config.parallel.ep_size)
+    build_moe = partial(ExpertParallelMoe, group=group) if group else ExpertChoiceMoe
+    partitioned = zero_stage(deepspeed_config) == 3
+    with deepspeed.zero.Init(
+        enabled=partitioned, config_dict_or_path=deepspeed_config, mem_efficient_linear=False
+    ):
+        model = EcDit(config.model, config.moe, shape, build_moe)
+    for name, parameter in model.named_parameters():
+        first_expert, _ = expert_range(parameter)
+        write_initial(parameter, initial_value(name, full_shape(parameter), config.seed, first_expert))
+    model.activation_checkpointing = config.train.activation_checkpointing
+    return model
+
+
+def build_engine(
+    config: TrainConfig, deepspeed_config: dict[str, Any], shape: ModelShape, device: torch.device
+) -> Any:
+    """Model, optimizer and ZeRO in one DeepSpeed engine."""
+    model: nn.Module = build_model(config, deepspeed_config, shape)
+    if zero_stage(deepspeed_config) < 3:
+        model = model.to(device)
+    optimizer = build_optimizer(model.named_parameters(), config.optim)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
+    return engine

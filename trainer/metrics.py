@@ -1,0 +1,97 @@
+"""What a run reports: `metrics.jsonl`, TensorBoard, a log file and a progress bar, from one process."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from moe.routing import RoutingStats
+
+MAX_COVERAGE = 4
+logger = logging.getLogger("ec_dit")
+
+
+def setup_logging(path: Path) -> None:
+    """Log to the run's `train.log`, and to the terminal beside the progress bar."""
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    handlers: list[logging.Handler] = [logging.FileHandler(path), logging.StreamHandler(sys.stdout)]
+    for old in list(logger.handlers):
+        logger.removeHandler(old)
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+
+
+def router_names(layers: list[int]) -> list[str]:
+    """Metric names in the order of `router_values`: per MoE layer coverage, entropy and kept affinity."""
+    kinds = [f"coverage_{k}" for k in range(MAX_COVERAGE + 1)] + ["gate_entropy", "affinity_kept"]
+    return [f"moe/{layer}/{kind}" for layer in layers for kind in kinds]
+
+
+def router_values(stats: list[RoutingStats]) -> Tensor:
+    """Statistics of one batch as a flat fp32 vector, no host synchronisation."""
+    rows = [
+        torch.cat([s.coverage(MAX_COVERAGE), torch.stack([s.gate_entropy.float(), s.affinity_kept.float()])])
+        for s in stats
+    ]
+    return torch.cat(rows) if rows else torch.zeros(0)
+
+
+def truncate_metrics(path: Path, last_step: int) -> None:
+    """Drop lines after `last_step` (steps that a killed run logged but did not save), atomically."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:  # the half line of a killed process
+            continue
+        if entry["step"] <= last_step:
+            kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    os.replace(temporary, path)
+
+
+class MetricsLog:
+    """Writers of the main process; every write reaches the file before the call returns."""
+
+    def __init__(self, run_dir: Path, *, start_step: int, max_steps: int) -> None:
+        truncate_metrics(run_dir / "metrics.jsonl", start_step)
+        self.file = (run_dir / "metrics.jsonl").open("a", buffering=1)
+        self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self.bar = tqdm(total=max_steps, initial=start_step, disable=not sys.stderr.isatty(), unit="step")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record one logged step; the log line shows loss, norm, rate and speed."""
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.tensorboard.add_scalar(name, value, step)
+        logger.info(
+            "step %d/%d  loss %.6f  grad_norm %.4f  lr %.2e  %.1f images/s",
+            step, self.bar.total, values["loss"], values["grad_norm"], values["learning_rate"],
+            values["images_per_second"],
+        )  # fmt: skip
+
+    def add_image(self, step: int, image_HWC: Tensor) -> None:
+        """Show a sample grid in TensorBoard."""
+        self.tensorboard.add_image("samples", image_HWC, step, dataformats="HWC")
+
+    def advance(self) -> None:
+        """Move the progress bar by one step."""
+        self.bar.update()
+
+    def close(self) -> None:
+        """Flush and close all writers."""
+        self.bar.close()
+        self.tensorboard.close()
+        self.file.close()

@@ -1,0 +1,65 @@
+"""A trained model ready to draw: the sharded EMA put together in one process, with codec and text encoder."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moe.layer import ExpertChoiceMoe
+from moe.routing import RoutingStats
+from trainer.checkpoint import find_checkpoint, read_state
+from trainer.config import TrainConfig, config_from_dict
+from trainer.data.dataset import LatentInfo, open_dataset
+from trainer.ema import read_ema
+from trainer.encoders import build_codec, build_text_encoder
+from trainer.model import EcDit, ModelShape, init_weights
+from trainer.sampling import Observer, draw, text_batch, to_pictures
+
+
+class Pipeline:
+    """Captions in, pictures out. All experts are local; the training topology does not matter."""
+
+    def __init__(self, config: TrainConfig, info: LatentInfo, step: int, weights: dict[str, Tensor] | None) -> None:
+        self.config, self.info, self.step = config, info, step
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.shape = ModelShape(
+            channels=info.channels, height=info.height, width=info.width, text_dim=info.text_dim
+        )
+        self.model = EcDit(config.model, config.moe, self.shape, ExpertChoiceMoe)
+        if weights is None:
+            init_weights(self.model, config.seed)
+        else:
+            self.model.load_state_dict(weights)
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        self.model = self.model.to(self.device, dtype).eval().requires_grad_(False)
+        self.codec = build_codec(info.codec)
+        self.text_encoder = build_text_encoder(info.text_encoder)
+
+    @classmethod
+    def load(cls, checkpoint: Path, *, weights: Literal["ema", "untrained"] = "ema") -> "Pipeline":
+        """From a run folder (newest whole checkpoint) or a step folder; ConfigError if there is none."""
+        folder = find_checkpoint(Path(checkpoint))
+        state: dict[str, Any] = read_state(folder)
+        config = config_from_dict(state["config"])
+        info = open_dataset(config).info
+        return cls(config, info, state["step"], read_ema(folder) if weights == "ema" else None)
+
+    @torch.inference_mode()
+    def generate(self, captions: list[str], seeds: list[int], *, observe: Observer | None = None) -> Tensor:
+        """Draw one picture per caption and seed: uint8 [N, H, W, 3].
+
+        Picture n depends on caption n and seed n only, up to the rounding of batched matmuls.
+        """
+        empty = self.text_encoder.encode([""])[0]
+        batch = text_batch(self.text_encoder.encode(captions), empty, self.info.max_tokens)
+        text, mask = batch.text_BLD.to(self.device), batch.mask_BL.to(self.device)
+        cache = self.model.cache_text(text)
+
+        def forward(x: Tensor, t_B: Tensor, rows: slice) -> tuple[Tensor, list[RoutingStats]]:
+            part = [(key[rows], value[rows]) for key, value in cache]
+            velocity, stats = self.model(x, t_B, text[rows], mask[rows], text_cache=part)
+            return velocity, stats
+
+        latent = draw(forward, seeds, self.shape, self.config.diffusion, self.device, observe)
+        return to_pictures(latent, self.codec, self.info.mean_C, self.info.std_C)
