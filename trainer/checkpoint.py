@@ -67,6 +67,8 @@ def save_checkpoint(
         temporary.mkdir()
     barrier()
     engine.save_checkpoint(str(temporary.parent), tag=temporary.name, save_latest=False)
+    for script in ("zero_to_fp32.py", "zero_to_torch.py") if world.is_main else ():
+        (temporary.parent / script).unlink(missing_ok=True)  # they refuse expert-parallel shards
     ema.save(engine, temporary / ema_file(world.rank))
     if world.is_main:
         _write_json(temporary / STATE, _describe(state, config, topology, fingerprint))

@@ -7,6 +7,7 @@ a world of one. Nothing here allocates before `init_distributed`.
 
 import os
 import socket
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,8 @@ def init_distributed(world: World) -> torch.device:
     import deepspeed
     import deepspeed.ops
 
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.14 renamed: one warning per call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # Only inference uses this op, and it would be compiled for minutes at the first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():

@@ -1,0 +1,197 @@
+"""Latent shards -> batches of normalised latents and text tokens.
+
+Shapes: B samples, C x H x W latent, L text tokens, D text width.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from trainer.config import TrainConfig, require
+from trainer.data.batches import DataState, MicroBatch, micro_batches
+from trainer.randomness import sample_generator
+
+__all__ = ["Batch", "DataState", "LatentDataset", "LatentInfo", "build_loader", "open_dataset"]
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentInfo:
+    """What a data set says of itself. `fingerprint` covers everything that shaped its values."""
+
+    channels: int
+    height: int
+    width: int
+    text_dim: int
+    max_tokens: int
+    codec: str
+    text_encoder: str
+    fingerprint: str
+    mean: list[float]
+    std: list[float]
+
+    @property
+    def mean_C(self) -> Tensor:
+        """Mean of each latent channel over the data set, fp32."""
+        return torch.tensor(self.mean)
+
+    @property
+    def std_C(self) -> Tensor:
+        """Standard deviation of each latent channel, fp32."""
+        return torch.tensor(self.std)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Normalised latents fp32, padded text fp32 with its mask (True: a real token), global sample indices."""
+
+    latent_BCHW: Tensor
+    text_BLD: Tensor
+    text_mask_BL: Tensor
+    index_B: Tensor
+
+
+class LatentDataset(Protocol):
+    """Samples by number: unnormalised latent [C, H, W] and unpadded text tokens [n, D], both fp32."""
+
+    info: LatentInfo
+    shard_sizes: list[int]
+    empty_text: Tensor
+
+    def __len__(self) -> int: ...
+
+    def read(self, sample: int) -> tuple[Tensor, Tensor]: ...
+
+
+class ShardDataset:
+    """The safetensors shards of a folder that `trainer.data.encode` wrote; files open on first use."""
+
+    def __init__(self, folder: Path, content: dict[str, Any]) -> None:
+        self.folder = folder
+        self.info = LatentInfo(**{f.name: content["info"][f.name] for f in fields(LatentInfo)})
+        self.shards: list[str] = [shard["file"] for shard in content["shards"]]
+        self.shard_sizes: list[int] = [shard["num_samples"] for shard in content["shards"]]
+        self.first = [0]
+        for size in self.shard_sizes:
+            self.first.append(self.first[-1] + size)
+        with safe_open(folder / content["empty_text"], framework="pt") as file:
+            self.empty_text = file.get_tensor("text").float()
+        self.open_files: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return self.first[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "open_files": {}}  # file handles stay with their process
+
+    def _shard(self, number: int) -> tuple[Any, Tensor, Tensor]:
+        if number not in self.open_files:
+            file = safe_open(self.folder / self.shards[number], framework="pt")
+            self.open_files[number] = (file, file.get_tensor("caption_id"), file.get_tensor("text_offset"))
+        found: tuple[Any, Tensor, Tensor] = self.open_files[number]
+        return found
+
+    def read(self, sample: int) -> tuple[Tensor, Tensor]:
+        """Latent and text of one sample."""
+        number = next(i for i in range(len(self.shards)) if sample < self.first[i + 1])
+        file, caption_id, offset = self._shard(number)
+        row = sample - self.first[number]
+        caption = int(caption_id[row])
+        latent = file.get_slice("latent")[row : row + 1][0].float()
+        text = file.get_slice("text")[int(offset[caption]) : int(offset[caption + 1])].float()
+        return latent, text
+
+
+def open_dataset(config: TrainConfig) -> LatentDataset:
+    """Open the data of a run; ConfigError when it is missing, incomplete or encoded for other settings."""
+    data = config.data
+    if data.source == "synthetic":
+        from trainer.data.synthetic import SyntheticDataset
+
+        return SyntheticDataset(data.image_size, config.seed)
+    folder = Path(data.latents)
+    index = folder / "dataset.json"
+    require(
+        index.is_file(),
+        f"data.latents={folder} has no dataset.json: run `python -m trainer.data.encode` with this recipe first",
+    )
+    content = json.loads(index.read_text())
+    require(
+        content["format_version"] == FORMAT_VERSION,
+        f"data.latents={folder} has format {content['format_version']}, this version reads {FORMAT_VERSION}: encode again",
+    )
+    for setting in ("image_size", "codec", "text_encoder"):
+        given, stored = getattr(data, setting), content["settings"][setting]
+        require(
+            given == stored,
+            f"data.{setting} is {given} but data.latents={folder} was encoded with {stored}: "
+            "encode again into another folder, or restore the setting",
+        )
+    for shard in content["shards"]:
+        path = folder / shard["file"]
+        require(path.is_file(), f"data.latents={folder}: shard {shard['file']} is missing: run the encoding again")
+        require(
+            path.stat().st_size == shard["size"],
+            f"data.latents={folder}: shard {shard['file']} has {path.stat().st_size} bytes instead of "
+            f"{shard['size']}: delete it and run the encoding again",
+        )
+    return ShardDataset(folder, content)
+
+
+def build_loader(
+    dataset: LatentDataset, config: TrainConfig, *, rank: int, world_size: int, state: DataState
+) -> Iterator[Batch]:
+    """This rank's micro-batches for ever, from `state` on; reads nothing that came before it."""
+    positions = micro_batches(
+        dataset.shard_sizes,
+        state,
+        micro_batch_size=config.train.micro_batch_size,
+        num_micro_batches=config.train.gradient_accumulation_steps,
+        rank=rank,
+        world_size=world_size,
+        group_size=config.data.shuffle_group,
+    )
+    collate = partial(collate_batch, dataset, caption_dropout=config.data.caption_dropout, seed=config.seed)
+    if config.data.num_workers == 0:
+        return map(collate, positions)
+    reader = _Reader(collate)
+    return iter(DataLoader(reader, sampler=positions, batch_size=None, num_workers=config.data.num_workers))  # type: ignore[arg-type]
+
+
+class _Reader(Dataset[Batch]):
+    """Lets DataLoader workers make whole micro-batches."""
+
+    def __init__(self, collate: Any) -> None:
+        self.collate = collate
+
+    def __getitem__(self, item: MicroBatch) -> Batch:
+        batch: Batch = self.collate(item)
+        return batch
+
+
+def collate_batch(dataset: LatentDataset, micro: MicroBatch, *, caption_dropout: float, seed: int) -> Batch:
+    """Read, normalise and pad one micro-batch; drop captions by (seed, global sample index)."""
+    info = dataset.info
+    latents, texts = [], []
+    for sample, index in zip(micro.samples, micro.indices, strict=True):
+        latent, text = dataset.read(sample)
+        dropped = float(torch.rand((), generator=sample_generator(seed, index, "caption"))) < caption_dropout
+        latents.append(latent)
+        texts.append(dataset.empty_text if dropped else text)
+    text_BLD = torch.zeros(len(texts), info.max_tokens, info.text_dim)
+    mask_BL = torch.zeros(len(texts), info.max_tokens, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        text_BLD[row, : len(text)] = text
+        mask_BL[row, : len(text)] = True
+    latent_BCHW = (torch.stack(latents) - info.mean_C.view(1, -1, 1, 1)) / info.std_C.view(1, -1, 1, 1)
+    return Batch(
+        latent_BCHW=latent_BCHW, text_BLD=text_BLD, text_mask_BL=mask_BL, index_B=torch.tensor(micro.indices)
+    )
