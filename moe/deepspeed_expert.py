@@ -136,4 +136,4 @@ def _expert_tagger(num_experts: int, group: ExpertGroup) -> Callable[[nn.Paramet
 
 def is_expert_parameter(parameter: nn.Parameter) -> bool:
     """Whether a parameter is local to its rank of an expert group."""
-    return hasattr(parameter, "ds_zero_placement_family")
+    return getattr(parameter, "ds_zero_placement_family", "") == "autoep_expert"
