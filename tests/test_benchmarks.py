@@ -1,0 +1,83 @@
+"""The benchmarks run, measure what they say, and refuse what they cannot measure fairly."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.interleaved import markdown_table, ratio, time_interleaved
+from benchmarks.moe_layer import Case, one_hot_forward, table
+from moe.config import MoeConfig
+from moe.layer import ExpertChoiceMoe
+
+SMALL = ["--dim", "16", "--tokens", "16", "--batch-size", "2", "--rounds", "2", "--threads", "1"]
+
+
+def run_benchmark(*options: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, since it joins a process group."""
+    command = [sys.executable, "-m", "benchmarks.moe_layer", *SMALL, *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_benchmark_prints_and_writes_its_table(tmp_path: Path) -> None:
+    file = tmp_path / "deeper" / "result.json"
+    done = run_benchmark("--experts", "4", "8", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    content = json.loads(file.read_text())
+    assert [result["label"] for result in content["results"]] == ["fp32 E4", "fp32 E8", "bf16 E4", "bf16 E8"]
+    for result in content["results"]:
+        assert result["flops"] == 12 * (2 * 16 * 2) * 16 * 64
+        assert result["ratios"]["dense MLP"]["cpu"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+        assert all(clock["median"] > 0 for path in result["ratios"].values() for clock in path.values())
+    for clock in ("cpu", "wall"):
+        assert table(content["results"], clock) in done.stdout
+
+
+def test_unfair_shapes_are_refused() -> None:
+    done = run_benchmark("--experts", "5")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --experts 5 does not divide")
+
+
+def test_one_hot_path_computes_the_same_layer() -> None:
+    torch.manual_seed(0)
+    layer = ExpertChoiceMoe(MoeConfig(num_experts=4, capacity_factor=2), dim=8, hidden_dim=32).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x_BSD, grad_BSD = torch.randn(2, 16, 8).double().requires_grad_(), torch.randn(2, 16, 8).double()
+    wanted_BSD, found_BSD = layer(x_BSD)[0], one_hot_forward(layer, x_BSD)
+    torch.testing.assert_close(found_BSD, wanted_BSD)
+    inputs = [x_BSD, *layer.parameters()]
+    wanted = torch.autograd.grad(wanted_BSD, inputs, grad_BSD)
+    # The router is fp32 whatever the dtype, so its gradient is the same to fp32 rounding only.
+    torch.testing.assert_close(torch.autograd.grad(found_BSD, inputs, grad_BSD), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_case_counts_the_flops_of_six_matmuls() -> None:
+    case = Case(num_experts=4, dtype="fp32", batch_size=2, num_tokens=8, dim=3, hidden_dim=12)
+    assert case.flops == 6 * 2 * 32 * 3 * 12
+    assert case.label == "fp32 E4"
+
+
+def test_alternatives_take_turns() -> None:
+    calls: list[str] = []
+    work = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    times = time_interleaved(work, rounds=3, warmups=1)
+    assert "".join(calls) == "abc" + "abc" + "bca" + "cab"
+    assert all(len(times[name].cpu) == len(times[name].wall) == 3 for name in "abc")
+
+
+def test_ratio_is_taken_within_rounds() -> None:
+    drifting = [1.0, 10.0, 100.0, 1000.0]
+    found = ratio([2 * seconds for seconds in drifting], drifting)
+    assert (found.low, found.median, found.high) == (2.0, 2.0, 2.0)
+    assert ratio([3.0], [2.0]).median == 1.5
+    with pytest.raises(ValueError):
+        ratio([1.0], [1.0, 2.0])
+
+
+def test_markdown_table() -> None:
+    assert markdown_table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
