@@ -1,0 +1,108 @@
+"""Frechet distance between two sets of features (arXiv 1706.08500), in float64 and without matrix roots.
+
+For Gaussians with means m and covariances S the squared distance is |m1 - m2|^2 + tr S1 + tr S2 -
+2 tr (S1 S2)^(1/2). The last trace is the nuclear norm of L1' L2 for any factors S = L L'. With fewer
+pictures than features the centred features themselves are such factors, which is exact and fast;
+otherwise L1 comes from `eigh` and the trace from `eigvalsh` of L1' S2 L1: symmetric, never complex.
+Shapes: N pictures, D features.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Count, mean [D] and unbiased covariance [D, D] of a feature set, float64."""
+
+    count: int
+    mean_D: Tensor
+    covariance_DD: Tensor
+
+
+def moments(features_ND: Tensor) -> Moments:
+    """Moments of features [N, D]; raises ValueError below two pictures."""
+    _check_count(features_ND)
+    x_ND = features_ND.double()
+    return Moments(
+        count=len(x_ND), mean_D=x_ND.mean(0), covariance_DD=torch.cov(x_ND.T).reshape(x_ND.shape[1], -1)
+    )
+
+
+def _check_count(features_ND: Tensor) -> None:
+    if features_ND.ndim != 2 or len(features_ND) < 2:
+        raise ValueError(f"features of shape {tuple(features_ND.shape)}: need [N, D] with N of 2 or more")
+
+
+def frechet_from_moments(a: Moments, b: Moments) -> float:
+    """Squared Frechet distance of two Gaussians, float64."""
+    values, vectors = torch.linalg.eigh(a.covariance_DD.double())
+    factor_DD = vectors * values.clamp_min(0).sqrt()
+    inner_DD = factor_DD.T @ b.covariance_DD.double() @ factor_DD
+    cross = torch.linalg.eigvalsh((inner_DD + inner_DD.T) / 2).clamp_min(0).sqrt().sum()
+    traces = a.covariance_DD.trace() + b.covariance_DD.trace()
+    return float((a.mean_D - b.mean_D).square().sum() + traces - 2 * cross)
+
+
+def frechet_from_features(a_ND: Tensor, b_ND: Tensor) -> float:
+    """Squared Frechet distance of two feature sets [N, D] and [M, D]; no D x D matrix when N, M < D.
+
+    Raises ValueError for sets below two pictures.
+    """
+    _check_count(a_ND)
+    _check_count(b_ND)
+    if max(len(a_ND), len(b_ND)) >= a_ND.shape[1]:
+        return frechet_from_moments(moments(a_ND), moments(b_ND))
+    a_ND, b_ND = a_ND.double(), b_ND.double()
+    a_mean, b_mean = a_ND.mean(0), b_ND.mean(0)
+    # Rows over sqrt(N - 1): the covariance is factor' factor.
+    a_factor = (a_ND - a_mean) / (len(a_ND) - 1) ** 0.5
+    b_factor = (b_ND - b_mean) / (len(b_ND) - 1) ** 0.5
+    cross = torch.linalg.svdvals(a_factor @ b_factor.T).sum()
+    traces = a_factor.square().sum() + b_factor.square().sum()
+    return float((a_mean - b_mean).square().sum() + traces - 2 * cross)
+
+
+class FrechetDistance(Metric):
+    """Frechet distance over features that arrive in batches and live on several ranks.
+
+    State is the count, sum and sum of outer products of each side in float64, reduced by summation, so
+    the value does not depend on how the pictures were spread over ranks (up to float64 rounding).
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        for side in ("real", "generated"):
+            self.add_state(f"{side}_count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(
+                f"{side}_sum", torch.zeros(num_features, dtype=torch.float64), dist_reduce_fx="sum"
+            )
+            outer = torch.zeros(num_features, num_features, dtype=torch.float64)
+            self.add_state(f"{side}_outer", outer, dist_reduce_fx="sum")
+
+    def update(self, features_ND: Tensor, *, real: bool) -> None:
+        """Add features [N, D] to the real or to the generated side."""
+        side = "real" if real else "generated"
+        x_ND = features_ND.double()
+        for name, value in (("count", len(x_ND)), ("sum", x_ND.sum(0)), ("outer", x_ND.T @ x_ND)):
+            setattr(self, f"{side}_{name}", getattr(self, f"{side}_{name}") + value)
+
+    def _moments(self, side: str) -> Moments:
+        count, total, outer = (getattr(self, f"{side}_{name}") for name in ("count", "sum", "outer"))
+        if count < 2:
+            raise ValueError(f"{int(count)} {side} pictures: need 2 or more")
+        mean = total / count
+        covariance = (outer - count * mean.outer(mean)) / (count - 1)
+        return Moments(count=int(count), mean_D=mean, covariance_DD=covariance)
+
+    def compute(self) -> Tensor:
+        """Squared Frechet distance as a float64 scalar; raises ValueError below two pictures on a side."""
+        value = frechet_from_moments(self._moments("real"), self._moments("generated"))
+        return torch.tensor(value, dtype=torch.float64)

