@@ -118,8 +118,8 @@ class EcDit(nn.Module):
         return angle_Sa.unsqueeze(0) if keep_BS is None else angle_Sa[keep_BS]
 
     def embed_text(self, text_BLD: Tensor) -> Tensor:
-        """Text tokens [B, L, text_dim] -> [B, L, D] in the weights' dtype."""
-        out: Tensor = self.text_projection(text_BLD.to(self.patch_embedder.weight.dtype))
+        """Text tokens [B, L, text_dim] -> [B, L, D] in the weights' dtype; normed, as encoders differ in scale."""
+        out: Tensor = self.text_projection(layer_norm(text_BLD).to(self.patch_embedder.weight.dtype))
         return out
 
     def cache_text(self, text_BLD: Tensor) -> TextCache:
