@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.config import ConfigError, EmaConfig
-from trainer.shards import master_shards, publish_master
+from trainer.shards import Shard, assemble, master_shards, publish_master
 
 
 class Ema:
@@ -75,20 +75,17 @@ def read_ema(checkpoint: Path) -> dict[str, Tensor]:
 
     Raises ConfigError when the files do not cover a parameter completely.
     """
-    full: dict[str, Tensor] = {}
-    missing: dict[str, int] = {}
+    try:
+        return assemble(_pieces(checkpoint))
+    except ValueError as error:
+        raise ConfigError(f"{checkpoint}: EMA files: {error}") from error
+
+
+def _pieces(checkpoint: Path) -> Iterator[tuple[str, Shard]]:
     for path in sorted(checkpoint.glob("ema_rank_*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name, (start, shape, first_expert, num_experts) in json.loads(file.metadata()["places"]).items():
-                if name not in full:
-                    full[name] = torch.empty([num_experts, *shape[1:]] if num_experts else shape)
-                    missing[name] = full[name].numel()
                 values = file.get_tensor(name)
-                per_expert = full[name][0].numel() if num_experts else 0
-                offset = first_expert * per_expert + start
-                full[name].view(-1)[offset : offset + values.numel()] = values
-                missing[name] -= values.numel()
-    gaps = [name for name, count in missing.items() if count != 0]
-    if gaps or not full:
-        raise ConfigError(f"{checkpoint}: the EMA shards do not cover {', '.join(gaps[:3]) or 'any parameter'}")
-    return full
+                yield name, Shard(
+                    values=values, start=start, shape=tuple(shape), first_expert=first_expert, num_experts=num_experts
+                )

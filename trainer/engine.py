@@ -1,11 +1,12 @@
 """Builds the DeepSpeed engine: the only call of `deepspeed.initialize`."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import deepspeed
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe.deepspeed_expert import ExpertParallelMoe, build_expert_group
 from moe.layer import ExpertChoiceMoe
@@ -16,7 +17,15 @@ from trainer.optim import build_optimizer
 from trainer.shards import expert_range, full_shape, write_initial
 
 
-def build_model(config: TrainConfig, deepspeed_config: dict[str, Any], shape: ModelShape) -> EcDit:
+InitialValue = Callable[[str, tuple[int, ...], int, int], Tensor]
+
+
+def build_model(
+    config: TrainConfig,
+    deepspeed_config: dict[str, Any],
+    shape: ModelShape,
+    initial: InitialValue = initial_value,
+) -> EcDit:
     """The model as this rank holds it. Collective over all ranks.
 
     Under stage 3 each layer's parameters are partitioned as soon as the layer is built, so no rank ever
@@ -31,16 +40,20 @@ def build_model(config: TrainConfig, deepspeed_config: dict[str, Any], shape: Mo
         model = EcDit(config.model, config.moe, shape, build_moe)
     for name, parameter in model.named_parameters():
         first_expert, _ = expert_range(parameter)
-        write_initial(parameter, initial_value(name, full_shape(parameter), config.seed, first_expert))
+        write_initial(parameter, initial(name, full_shape(parameter), config.seed, first_expert))
     model.activation_checkpointing = config.train.activation_checkpointing
     return model
 
 
 def build_engine(
-    config: TrainConfig, deepspeed_config: dict[str, Any], shape: ModelShape, device: torch.device
+    config: TrainConfig,
+    deepspeed_config: dict[str, Any],
+    shape: ModelShape,
+    device: torch.device,
+    initial: InitialValue = initial_value,
 ) -> Any:
     """Model, optimizer and ZeRO in one DeepSpeed engine."""
-    model: nn.Module = build_model(config, deepspeed_config, shape)
+    model: nn.Module = build_model(config, deepspeed_config, shape, initial)
     if zero_stage(deepspeed_config) < 3:
         model = model.to(device)
     optimizer = build_optimizer(model.named_parameters(), config.optim)

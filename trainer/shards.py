@@ -4,8 +4,8 @@ One view for stages 1, 2 and 3, on which initialisation, EMA, its export and the
 A shard says where in its parameter it belongs, so that files of all ranks can be put together by anyone.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed.comm
@@ -89,6 +89,39 @@ def _stage12_piece(parameter: nn.Parameter) -> tuple[int, Tensor] | None:
     if mapping is None:
         return None
     return mapping.lp_fragment_address.start, mapping.hp_fragment.view(-1)
+
+
+def assemble(pieces: Iterable[tuple[str, Shard]]) -> dict[str, Tensor]:
+    """Put the pieces of all ranks together: {name: full fp32 tensor, all experts}.
+
+    Raises ValueError naming parameters that the pieces do not cover exactly once.
+    """
+    full: dict[str, Tensor] = {}
+    missing: dict[str, int] = {}
+    for name, shard in pieces:
+        if name not in full:
+            shape = [shard.num_experts, *shard.shape[1:]] if shard.num_experts else shard.shape
+            full[name] = torch.empty(shape, dtype=torch.float32)
+            missing[name] = full[name].numel()
+        per_expert = full[name][0].numel() if shard.num_experts else 0
+        offset = shard.first_expert * per_expert + shard.start
+        full[name].view(-1)[offset : offset + shard.values.numel()] = shard.values
+        missing[name] -= shard.values.numel()
+    gaps = [name for name, count in missing.items() if count != 0]
+    if gaps or not full:
+        raise ValueError(f"the shards do not cover {', '.join(gaps[:3]) or 'any parameter'}")
+    return full
+
+
+def gather_master(engine: Any) -> dict[str, Tensor]:
+    """The full fp32 weights on every rank, through host memory: for tests and small models. Collective."""
+    mine = [(name, replace(shard, values=shard.values.cpu().clone())) for name, shard in master_shards(engine)]
+    parts: list[Any] = [None] * deepspeed.comm.get_world_size()
+    torch.distributed.all_gather_object(parts, mine)
+    places: dict[tuple[str, int, int], tuple[str, Shard]] = {}
+    for name, shard in (piece for part in parts for piece in part):
+        places[name, shard.first_expert, shard.start] = (name, shard)  # unpartitioned pieces are on all ranks
+    return assemble(places.values())
 
 
 def publish_master(engine: Any) -> None:

@@ -1,0 +1,179 @@
+"""Parity of training under ZeRO and expert parallelism with one plain process, as a table.
+
+    torchrun --nproc-per-node 4 benchmarks/parity.py
+    torchrun --nproc-per-node 2 benchmarks/parity.py
+
+fp32, 5 optimizer steps with gradient accumulation 2 and clipping that is always active. The reference is
+the same model with the plain-loop MoE (`moe.reference`), a stock torch optimizer and one process. SGD shows
+errors in the scale of gradients, which AdamW hides. Columns: largest relative difference of loss and of
+global gradient norm over the steps; largest difference of a parameter, relative to its own update.
+Exits 1 if a row is outside the bounds.
+"""
+
+import argparse
+import itertools
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.reference import ReferenceMoe
+from trainer.config import DataConfig, DiffusionConfig, OptimConfig, ParallelConfig, TrainConfig, TrainLoopConfig
+from trainer.config import ModelConfig as Size
+from trainer.data.batches import DataState
+from trainer.data.dataset import build_loader, open_dataset
+from trainer.deepspeed_config import load_deepspeed_config
+from trainer.diffusion import noise_batch, training_loss
+from trainer.distributed import World, all_reduce_mean, detect_world, init_distributed
+from trainer.engine import build_engine
+from trainer.model import EcDit, ModelShape
+from trainer.optim import build_optimizer
+from trainer.randomness import keyed_generator
+from trainer.shards import gather_master
+
+GLOBAL_BATCH, ACCUMULATION, STEPS = 16, 2, 5
+LOSS_BOUND, NORM_BOUND, UPDATE_BOUND = 1e-6, 1e-6, 1e-4
+SHAPE = ModelShape(channels=3, height=8, width=8, text_dim=32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """Loss and gradient norm of each step, and the fp32 weights before and after."""
+
+    losses: list[float]
+    norms: list[float]
+    start: dict[str, Tensor]
+    end: dict[str, Tensor]
+
+
+def random_value(name: str, shape: tuple[int, ...], seed: int, first_expert: int) -> Tensor:
+    """Like the real initial values, but with nothing at zero, so that every gradient is exercised."""
+    count = shape[0] if ".experts." in name else 1
+    part = shape[1:] if ".experts." in name else shape
+    draws = [torch.randn(part, generator=keyed_generator(seed, name, first_expert + i)) for i in range(count)]
+    value = torch.stack(draws) if ".experts." in name else draws[0]
+    scale = 0.3 if len(part) < 2 or name.endswith("modulation") else part[-1] ** -0.5
+    return 1 + 0.1 * value if "_norm" in name else scale * value
+
+
+def parity_config(optimizer: str, ep_size: int, world_size: int) -> TrainConfig:
+    """The small model of the comparison; its clipping threshold lies below every gradient norm."""
+    micro = GLOBAL_BATCH // ACCUMULATION // world_size
+    rate = 0.1 if optimizer == "sgd" else 1e-3
+    return TrainConfig(
+        train=TrainLoopConfig(micro_batch_size=micro, gradient_accumulation_steps=ACCUMULATION, max_steps=STEPS),
+        parallel=ParallelConfig(ep_size=ep_size),
+        model=Size(dim=32, num_layers=4, num_heads=2, num_kv_heads=1, patch_size=2, pooled_text=True),
+        optim=OptimConfig(
+            name="sgd" if optimizer == "sgd" else "adamw", learning_rate=rate, eps=1e-6, max_grad_norm=0.1
+        ),
+        data=DataConfig(image_size=8),
+        diffusion=DiffusionConfig(),
+    )
+
+
+def reference_trace(config: TrainConfig) -> Trace:
+    """One process, plain loops, stock optimizer and clipping."""
+    model = EcDit(config.model, config.moe, SHAPE, ReferenceMoe)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(random_value(name, tuple(parameter.shape), config.seed, 0))
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model.named_parameters(), config.optim)
+    batches = _batches(config, World(rank=0, local_rank=0, size=1))
+    losses, norms = [], []
+    for _ in range(STEPS):
+        total = 0.0
+        for _ in range(ACCUMULATION):
+            loss = _loss(model, config, next(batches))
+            (loss / ACCUMULATION).backward()
+            total += float(loss.detach()) / ACCUMULATION
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return Trace(losses=losses, norms=norms, start=start, end={n: p.detach() for n, p in model.named_parameters()})
+
+
+def _batches(config: TrainConfig, world: World) -> Any:
+    state = DataState(seed=config.seed, epoch=0, consumed=0, samples_seen=0)
+    return build_loader(open_dataset(config), config, rank=world.rank, world_size=world.size, state=state)
+
+
+def _loss(model: Any, config: TrainConfig, batch: Any) -> Tensor:
+    noised = noise_batch(batch, config.diffusion, seed=config.seed, patch_size=config.model.patch_size)
+    prediction, _ = model(noised.x_BCHW, noised.t_B, noised.text_BLD, noised.text_mask_BL)
+    return training_loss(prediction, noised, config.model.patch_size)
+
+
+def engine_trace(config: TrainConfig, stage: int, world: World, start: dict[str, Tensor]) -> Trace:
+    """The same steps through the DeepSpeed engine. Collective."""
+    config = replace(config, parallel=replace(config.parallel, deepspeed_config=f"ds_configs/zero{max(stage, 1)}.json"))
+    content = load_deepspeed_config(config, world.size)
+    content["zero_optimization"] |= {"stage": stage, "overlap_comm": False}
+    if stage == 3:
+        content["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    engine = build_engine(config, content, SHAPE, torch.device("cpu"), random_value)
+    batches = _batches(config, world)
+    losses, norms = [], []
+    for _ in range(STEPS):
+        total = torch.zeros(1, dtype=torch.float64)
+        for _ in range(ACCUMULATION):
+            loss = _loss(engine, config, next(batches))
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach().double() / ACCUMULATION
+        losses.append(all_reduce_mean(total).item())
+        norm = engine.get_global_grad_norm()
+        norms.append(float(norm) if norm is not None else float("nan"))
+    end = gather_master(engine) if stage else {}
+    engine.destroy()
+    return Trace(losses=losses, norms=norms, start=start, end=end)
+
+
+def differences(reference: Trace, trace: Trace) -> tuple[float, float, float]:
+    """(loss, gradient norm, update): largest relative differences."""
+    loss = max(abs(a - b) / abs(a) for a, b in zip(reference.losses, trace.losses, strict=True))
+    norm = max(abs(a - b) / a for a, b in zip(reference.norms, trace.norms, strict=True))
+    update = max(
+        float((trace.end[n] - value).norm() / (value - reference.start[n]).norm()) for n, value in reference.end.items()
+    ) if trace.end else float("nan")  # fmt: skip
+    return loss, norm, update
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table for this number of processes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--ep-sizes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--optimizers", nargs="+", default=["sgd", "adamw"], choices=["sgd", "adamw"])
+    arguments = parser.parse_args(argv)
+    world = detect_world()
+    import deepspeed.utils
+
+    deepspeed.utils.logger.setLevel("ERROR")
+    init_distributed(world)
+    failed = False
+    if world.is_main:
+        print("| optimizer | processes | ep_size | ZeRO | loss | grad norm | update |\n|---|---|---|---|---|---|---|")
+    for optimizer in arguments.optimizers:
+        reference = reference_trace(parity_config(optimizer, 1, 1))
+        assert min(reference.norms) > 0.1, "clipping must be active"
+        for ep_size, stage in itertools.product(arguments.ep_sizes, arguments.stages):
+            if world.size % ep_size:
+                continue
+            config = parity_config(optimizer, ep_size, world.size)
+            loss, norm, update = differences(reference, engine_trace(config, stage, world, reference.start))
+            good = loss <= LOSS_BOUND and norm <= NORM_BOUND and update <= UPDATE_BOUND
+            failed |= not good
+            if world.is_main:
+                row = f"| {optimizer} | {world.size} | {ep_size} | {stage} | {loss:.1e} | {norm:.1e} | {update:.1e} |"
+                print(row + ("" if good else " outside the bounds"), flush=True)
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

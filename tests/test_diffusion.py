@@ -1,0 +1,111 @@
+"""Rectified flow and its samplers against closed forms; keyed randomness."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from trainer.config import DiffusionConfig, OptimConfig
+from trainer.data.dataset import Batch
+from trainer.diffusion import interpolate, noise_batch, num_kept_tokens, training_loss
+from trainer.layers import patchify
+from trainer.optim import learning_rate
+from trainer.sampler import guided, initial_noise, solve_euler, solve_heun, time_grid
+
+CONFIG = DiffusionConfig()
+
+
+def batch(indices: list[int]) -> Batch:
+    latents = torch.stack([torch.full((3, 8, 8), float(i)) for i in indices])
+    text = torch.zeros(len(indices), 2, 4)
+    return Batch(
+        latent_BCHW=latents, text_BLD=text, text_mask_BL=torch.ones(len(indices), 2, dtype=torch.bool),
+        index_B=torch.tensor(indices),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mask_ratio", [0.0, 0.5])
+def test_noise_of_a_sample_depends_on_its_index_only(mask_ratio: float) -> None:
+    config = replace(CONFIG, mask_ratio=mask_ratio)
+    together = noise_batch(batch([3, 4, 5, 6]), config, seed=1, patch_size=2)
+    apart = [noise_batch(batch(part), config, seed=1, patch_size=2) for part in ([3, 4], [5, 6])]
+    for name in ("x_BCHW", "t_B", "target_BCHW", "keep_BS"):
+        value = getattr(together, name)
+        if value is not None:
+            assert torch.equal(value, torch.cat([getattr(part, name) for part in apart])), name
+    other = noise_batch(batch([3, 4, 5, 6]), config, seed=2, patch_size=2)
+    assert not torch.equal(other.t_B, together.t_B)
+
+
+def test_path_runs_from_data_to_noise() -> None:
+    x0, x1 = torch.randn(2, 3), torch.randn(2, 3)
+    assert torch.equal(interpolate(x0, x1, torch.zeros(2)), x0)
+    assert torch.equal(interpolate(x0, x1, torch.ones(2)), x1)
+    noised = noise_batch(batch([7]), CONFIG, seed=0, patch_size=2)
+    x1 = noised.target_BCHW + 7.0
+    torch.testing.assert_close(noised.x_BCHW, (1 - noised.t_B) * 7.0 + noised.t_B * x1)
+
+
+def test_timesteps_are_logit_normal() -> None:
+    config = replace(CONFIG, logit_mean=0.3, logit_std=0.7)
+    t = noise_batch(batch(list(range(2000))), config, seed=0, patch_size=8).t_B
+    logit = torch.logit(t)
+    assert float(logit.mean()) == pytest.approx(0.3, abs=0.05)
+    assert float(logit.std()) == pytest.approx(0.7, abs=0.05)
+
+
+def test_loss_covers_the_kept_tokens_only() -> None:
+    config = replace(CONFIG, mask_ratio=0.5)
+    noised = noise_batch(batch([1, 2]), config, seed=0, patch_size=2)
+    assert noised.keep_BS is not None and noised.keep_BS.shape == (2, 8)
+    target = patchify(noised.target_BCHW, 2)
+    kept = torch.stack([target[b, noised.keep_BS[b]] for b in range(2)])
+    assert float(training_loss(kept, noised, 2)) == 0
+    assert float(training_loss(kept + 2, noised, 2)) == pytest.approx(4)
+    assert num_kept_tokens(256, 0.5) == 128 and num_kept_tokens(4, 0.99) == 1
+
+
+@pytest.mark.parametrize("solver,order", [(solve_euler, 1), (solve_heun, 2)])
+def test_solvers_converge_at_their_order(solver: object, order: int) -> None:
+    """dx/dt = a x from t = 1 to 0 has the solution x(0) = x(1) exp(-a)."""
+    errors = []
+    for steps in (8, 16, 32):
+        x = solver(torch.ones(1, dtype=torch.double), lambda x, t: 1.5 * x, time_grid(steps))  # type: ignore[operator]
+        errors.append(abs(float(x) - math.exp(-1.5)))
+    # Heun's last step is Euler's: its local error h^2 keeps the order at 2.
+    assert math.log2(errors[1] / errors[2]) == pytest.approx(order, abs=0.35)
+
+
+def test_straight_paths_are_solved_exactly_in_one_step() -> None:
+    x1, x0 = torch.randn(4), torch.randn(4)
+    torch.testing.assert_close(solve_euler(x1, lambda x, t: x1 - x0, time_grid(1)), x0)
+
+
+def test_guidance_formula_and_interval() -> None:
+    calls = []
+
+    def model(x: torch.Tensor, t_B: torch.Tensor, rows: slice) -> torch.Tensor:
+        calls.append(rows.stop)
+        value = torch.tensor([1.0] * 2 + [0.25] * 2)[rows]
+        return value.view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+
+    config = replace(CONFIG, guidance_scale=3.0, guidance_start=0.2, guidance_end=0.8)
+    velocity = guided(model, config, 2)
+    x = torch.zeros(2, 3, 2, 2)
+    torch.testing.assert_close(velocity(x, 0.5), torch.full_like(x, 0.25 + 3 * 0.75))
+    torch.testing.assert_close(velocity(x, 0.9), torch.ones_like(x))
+    assert calls == [4, 2]
+
+
+def test_picture_noise_depends_on_its_seed_only() -> None:
+    assert torch.equal(initial_noise([5, 6], (3, 4, 4))[1:], initial_noise([6], (3, 4, 4)))
+
+
+def test_learning_rate_schedule() -> None:
+    config = OptimConfig(learning_rate=2.0, warmup_steps=4, schedule="cosine", min_lr_ratio=0.1)
+    assert [learning_rate(s, config, 20) for s in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    assert learning_rate(12, config, 20) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert learning_rate(20, config, 20) == pytest.approx(0.2)
+    constant = replace(config, schedule="constant")
+    assert learning_rate(19, constant, 20) == 2.0

@@ -1,0 +1,160 @@
+"""The MoE layer against its plain-loop oracle, and the seams of it one by one."""
+
+import math
+
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe.all_to_all import ExpertGroup, from_local_experts, to_local_experts
+from moe.config import MoeConfig
+from moe.dispatch import combine, dispatch, flat_index
+from moe.layer import ChoiceMemory, ExpertChoiceMoe
+from moe.reference import ReferenceMoe
+from moe.routing import choose_tokens, expert_choice, routing_stats
+
+
+def filled(layer: torch.nn.Module) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return layer
+
+
+@pytest.mark.parametrize("num_experts,factor,tokens", [(4, 2.0, 16), (4, 1.0, 8), (8, 2.0, 4), (2, 0.5, 12), (3, 1.5, 10)])
+def test_layer_equals_the_plain_loops_forward_and_backward(num_experts: int, factor: float, tokens: int) -> None:
+    config = MoeConfig(num_experts=num_experts, capacity_factor=factor)
+    layer = filled(ExpertChoiceMoe(config, dim=16, hidden_dim=24))
+    oracle = filled(ReferenceMoe(config, dim=16, hidden_dim=24))
+    x = torch.randn(3, tokens, 16, requires_grad=True)
+    x_oracle = x.detach().clone().requires_grad_()
+    y, stats = layer(x)
+    y_oracle, stats_oracle = oracle(x_oracle)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    y_oracle.backward(grad)
+    torch.testing.assert_close(y, y_oracle, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad, x_oracle.grad, rtol=1e-5, atol=1e-5)
+    named = dict(oracle.named_parameters())
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(parameter.grad, named[name].grad, rtol=1e-5, atol=2e-5, msg=name)
+    assert torch.equal(stats.experts_per_token_BS, stats_oracle.experts_per_token_BS)
+    torch.testing.assert_close(stats.gate_entropy, stats_oracle.gate_entropy)
+    torch.testing.assert_close(stats.affinity_kept, stats_oracle.affinity_kept)
+
+
+def test_one_expert_that_takes_all_tokens_is_the_dense_mlp() -> None:
+    layer = filled(ExpertChoiceMoe(MoeConfig(num_experts=1, capacity_factor=1.0), dim=8, hidden_dim=16))
+    x = torch.randn(2, 6, 8)
+    w1, w2, w3 = (p[0] for p in layer.experts.parameters())
+    dense = torch.nn.functional.gelu(x @ w1.T + w3[0, :16]) @ w2.T + w3[0, 16:]
+    torch.testing.assert_close(layer(x)[0], dense)
+
+
+def test_output_does_not_depend_on_batch_mates() -> None:
+    layer = filled(ExpertChoiceMoe(MoeConfig(num_experts=4), dim=8, hidden_dim=16))
+    x = torch.randn(4, 16, 8)
+    torch.testing.assert_close(layer(x)[0][1:2], layer(x[1:2])[0])
+
+
+def test_combine_is_the_adjoint_of_dispatch() -> None:
+    x, y = torch.randn(2, 10, 4, dtype=torch.double), torch.randn(3, 2 * 5, 4, dtype=torch.double)
+    index = choose_tokens(torch.rand(2, 10, 3), 5)
+    rows = flat_index(index, 10)
+    ones = torch.ones(2, 3, 5, dtype=torch.double)
+    left = (dispatch(x, rows, 3) * y).sum()
+    right = (x * combine(y, ones, rows, x)).sum()
+    torch.testing.assert_close(left, right)
+
+
+def test_each_expert_takes_its_highest_affinities() -> None:
+    affinity = torch.rand(2, 12, 3).softmax(-1)
+    index = choose_tokens(affinity, 4)
+    for b in range(2):
+        for e in range(3):
+            assert set(index[b, e].tolist()) == set(affinity[b, :, e].argsort(descending=True)[:4].tolist())
+            assert index[b, e].tolist() == sorted(index[b, e].tolist())
+
+
+def test_statistics_of_a_known_routing() -> None:
+    affinity = torch.full((1, 4, 2), 0.5)
+    routing = expert_choice(affinity, 2, torch.tensor([[[0, 1], [0, 2]]]))
+    stats = routing_stats(affinity, routing)
+    assert stats.experts_per_token_BS.tolist() == [[2, 1, 1, 0]]
+    assert stats.coverage(2).tolist() == [0.25, 0.5, 0.25]
+    assert stats.coverage(1).tolist() == [0.25, 0.75]
+    assert float(stats.gate_entropy) == pytest.approx(math.log(2))
+    assert float(stats.affinity_kept) == pytest.approx(0.5)
+
+
+def test_recomputation_repeats_the_choice_among_tied_affinities() -> None:
+    layer = filled(ExpertChoiceMoe(MoeConfig(num_experts=4), dim=8, hidden_dim=16))
+    x = torch.ones(1, 16, 8)  # all affinities tied
+    memory = ChoiceMemory()
+    _, first = layer(x, memory)
+    chosen = memory.index_BEC.clone()
+    _, second = layer(x + torch.linspace(0, 1, 16).view(1, 16, 1), memory)  # a fresh choice would differ
+    assert torch.equal(memory.index_BEC, chosen)
+    assert torch.equal(first.experts_per_token_BS, second.experts_per_token_BS)
+    _, fresh = layer(x + torch.linspace(0, 1, 16).view(1, 16, 1))
+    assert not torch.equal(fresh.experts_per_token_BS, second.experts_per_token_BS)
+
+
+def test_router_is_fp32_under_bf16() -> None:
+    layer = filled(ExpertChoiceMoe(MoeConfig(num_experts=4), dim=8, hidden_dim=16)).to(torch.bfloat16)
+    assert layer.router(torch.randn(1, 16, 8, dtype=torch.bfloat16)).dtype == torch.float32
+    assert layer(torch.randn(1, 16, 8, dtype=torch.bfloat16))[0].dtype == torch.bfloat16
+
+
+
+
+def exchanged(tensors: list[Tensor]) -> list[Tensor]:
+    """The equal-split all-to-all written as plain slicing."""
+    size = len(tensors)
+    return [torch.cat([t.chunk(size)[r] for t in tensors]) for r in range(size)]
+
+
+def test_rows_reach_the_rank_of_their_expert_and_return() -> None:
+    size, E, N, D = 2, 4, 3, 2
+    sent = [torch.arange(E * N * D, dtype=torch.float32).view(E, N, D) + 100 * r for r in range(size)]
+    wires = exchanged(sent)
+
+    def group(rank: int, answer: Tensor) -> ExpertGroup:
+        return ExpertGroup(size=size, rank=rank, exchange=lambda out, _: out.copy_(answer))
+
+    local = [to_local_experts(sent[r], group(r, wires[r])) for r in range(size)]
+    for rank in range(size):
+        for e in range(E // size):
+            expected = torch.cat([sent[source][rank * (E // size) + e] for source in range(size)])
+            assert torch.equal(local[rank][e], expected)
+    back = exchanged([t.view(E // size, size, N, D).transpose(0, 1).reshape(E, N, D) for t in local])
+    for rank in range(size):
+        assert torch.equal(from_local_experts(local[rank], group(rank, back[rank])), sent[rank])
+
+
+@pytest.mark.parametrize(
+    "values,words",
+    [
+        ({"num_experts": 0}, "moe.num_experts"),
+        ({"num_experts": 4, "capacity_factor": 5.0}, "moe.capacity_factor"),
+        ({"every": -1}, "moe.every"),
+    ],
+)
+def test_bad_settings_are_named(values: dict[str, float], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        MoeConfig(**values)
+
+
+def test_capacity_is_exact_and_never_below_one() -> None:
+    assert MoeConfig(num_experts=64, capacity_factor=2.0).capacity(128) == 4
+    assert MoeConfig(num_experts=7, capacity_factor=0.7).capacity(10) == 1
+    assert MoeConfig(num_experts=3, capacity_factor=2.0).is_rounded(16)
+    with pytest.raises(ValueError, match="capacity below 1"):
+        MoeConfig(num_experts=64, capacity_factor=0.5).capacity(64)
+
+
+def test_placement_of_moe_blocks() -> None:
+    assert [i for i in range(6) if MoeConfig(every=2).has_moe(i)] == [1, 3, 5]
+    assert not any(MoeConfig(every=0).has_moe(i) for i in range(6))
