@@ -1,42 +1,19 @@
 """Shared pieces of the suite: one thread per process, and a way to start real multi-process runs."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))  # for tests_launcher
+from tests_launcher import Launcher  # noqa: E402
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-ROOT = Path(__file__).parent.parent
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 torch.set_num_threads(1)
-
-
-class Launcher:
-    """Starts commands of the repository in a process of their own."""
-
-    def environment(self) -> dict[str, str]:
-        keep = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-        return keep | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-
-    def command(self, *arguments: str, processes: int = 1) -> list[str]:
-        if processes == 1:
-            return [sys.executable, *arguments]
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *arguments]
-
-    def run(self, *arguments: str, processes: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(*arguments, processes=processes), capture_output=True, text=True, timeout=timeout,
-            cwd=ROOT, env=self.environment(), check=False,
-        )  # fmt: skip
-
-    def start(self, *arguments: str, processes: int = 1) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen(
-            self.command(*arguments, processes=processes), cwd=ROOT, env=self.environment(),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 
 from moe.config import MoeConfig
 from trainer.config import ModelConfig
-from trainer.layers import Attention, attend, modulate, patchify, rope_2d, rotate, unpatchify
+from trainer.layers import Attention, attend, modulate, patchify, rope_2d, rotate, sincos_2d, unpatchify
 from trainer.model import EcDit, ModelShape, init_weights, initial_value
 
 SHAPE = ModelShape(channels=3, height=8, width=8, text_dim=12)
@@ -67,7 +67,9 @@ def test_keeping_all_tokens_is_no_mask() -> None:
 def test_masked_tokens_keep_their_positions() -> None:
     angle = rope_2d(4, 4, 16)
     keep = torch.tensor([[0, 5, 10]])
-    assert torch.equal(build().angles(keep, torch.device("cpu"))[0], angle[keep[0]])
+    absolute, kept_angle = build().positions(keep, torch.device("cpu"))
+    assert torch.equal(kept_angle[0], angle[keep[0]])
+    assert torch.equal(absolute[0], sincos_2d(4, 4, 32)[keep[0]])
 
 
 def test_rotation_depends_on_distance_only() -> None:

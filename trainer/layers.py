@@ -45,6 +45,19 @@ def rope_2d(height: int, width: int, head_dim: int) -> Tensor:
     return torch.cat([row[:, None] * frequency, column[:, None] * frequency], dim=-1)
 
 
+def sincos_2d(height: int, width: int, dim: int) -> Tensor:
+    """Fixed absolute positions: sinusoids of the row in one half, of the column in the other (DiT, PixArt).
+
+    Returns [height * width, dim] fp32; `dim` is a multiple of 4. RoPE alone sees only differences of
+    positions, and nothing in a square of noise says where its edges are.
+    """
+    frequency = 1e4 ** (-torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))
+    row = torch.arange(height, dtype=torch.float32).repeat_interleave(width)
+    column = torch.arange(width, dtype=torch.float32).repeat(height)
+    angles = [position[:, None] * frequency for position in (row, column)]
+    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=-1)
+
+
 def rotate(x_BHSh: Tensor, angle_BSa: Tensor) -> Tensor:
     """Turn pairs of channels by the angle of their token; a = h / 2, B may be 1."""
     cos, sin = angle_BSa.cos().unsqueeze(1), angle_BSa.sin().unsqueeze(1)

@@ -2,7 +2,8 @@
 
 Block (PixArt-alpha, arXiv 2310.00426, as EC-DIT uses it): self-attention -> cross-attention to the text
 -> MLP or MoE, with adaLN-single: one shared map from the timestep to six vectors, plus a learned offset
-per block. Added to the paper's description: RMS QK-norm and 2-D RoPE.
+per block. Added to the paper's description: RMS QK-norm and 2-D RoPE (beside PixArt's
+absolute sinusoids).
 
 Shapes: B images, C channels, H x W latent, P patch, S image tokens (S = H W / P^2, fewer when masked),
 L text tokens, D width.
@@ -28,6 +29,7 @@ from trainer.layers import (
     modulate,
     patchify,
     rope_2d,
+    sincos_2d,
     unpatchify,
 )
 from trainer.randomness import keyed_generator
@@ -111,11 +113,15 @@ class EcDit(nn.Module):
         self.final_modulation = nn.Linear(D, 2 * D)
         self.final = nn.Linear(D, shape.channels * P * P)
 
-    def angles(self, keep_BS: Tensor | None, device: torch.device) -> Tensor:
-        """RoPE angles of all tokens [1, S, a], or of the kept ones [B, S, a]."""
+    def positions(self, keep_BS: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Absolute embedding [1, S, D] and RoPE angles [1, S, a] of all tokens; [B, S, .] of the kept ones."""
         P, config = self.config.patch_size, self.config
-        angle_Sa = rope_2d(self.shape.height // P, self.shape.width // P, config.dim // config.num_heads).to(device)
-        return angle_Sa.unsqueeze(0) if keep_BS is None else angle_Sa[keep_BS]
+        grid = self.shape.height // P, self.shape.width // P
+        tables = sincos_2d(*grid, config.dim), rope_2d(*grid, config.dim // config.num_heads)
+        absolute, angle = (
+            table.to(device).unsqueeze(0) if keep_BS is None else table.to(device)[keep_BS] for table in tables
+        )
+        return absolute, angle
 
     def embed_text(self, text_BLD: Tensor) -> Tensor:
         """Text tokens [B, L, text_dim] -> [B, L, D] in the weights' dtype; normed, as encoders differ in scale."""
@@ -147,11 +153,11 @@ class EcDit(nn.Module):
         patches = patchify(x_BCHW, self.config.patch_size).to(dtype)
         if keep_BS is not None:
             patches = patches.gather(1, keep_BS.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
-        x_BSD = self.patch_embedder(patches)
+        position_BSD, angle_BSa = self.positions(keep_BS, patches.device)
+        x_BSD = self.patch_embedder(patches) + position_BSD.to(dtype)
         text = self.embed_text(text_BLD)
         time_BD = self._condition(t_B, text, text_mask_BL)
         condition_B6D = self.condition(time_BD).unflatten(1, (6, -1))
-        angle_BSa = self.angles(keep_BS, x_BSD.device)
         mask_B11L = text_mask_BL[:, None, None, :]
         all_stats = []
         for i, block in enumerate(self.blocks):

@@ -28,7 +28,7 @@ from trainer.checkpoint import (
     newest_whole,
     save_checkpoint,
 )
-from trainer.config import TrainConfig, load_config, require, run_cli, save_config
+from trainer.config import ConfigError, TrainConfig, load_config, require, run_cli, save_config
 from trainer.data.dataset import Batch, DataState, LatentDataset, build_loader, open_dataset
 from trainer.deepspeed_config import load_deepspeed_config, zero_stage
 from trainer.diffusion import noise_batch, num_kept_tokens, training_loss
@@ -69,9 +69,11 @@ def plan_run(config: TrainConfig, world: World) -> Plan:
         f"model.patch_size={patch} does not divide the latent of {shape.height} x {shape.width}",
     )
     num_tokens = (shape.height // patch) * (shape.width // patch)
-    if config.moe.every:
-        for count in {num_tokens, num_kept_tokens(num_tokens, config.diffusion.mask_ratio)}:
+    try:
+        for count in {num_tokens, num_kept_tokens(num_tokens, config.diffusion.mask_ratio)} if config.moe.every else ():
             config.moe.capacity(count)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     require(
         len(dataset) >= config.global_batch_size(world.size),
         f"train.micro_batch_size={config.train.micro_batch_size} x gradient_accumulation_steps="

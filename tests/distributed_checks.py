@@ -1,0 +1,126 @@
+"""Checks that need several real processes; `tests/test_distributed.py` starts them with torchrun.
+
+    torchrun --nproc-per-node 2 tests/distributed_checks.py all_to_all_count
+"""
+
+import sys
+from dataclasses import replace
+
+import deepspeed
+import deepspeed.comm
+import torch
+
+from benchmarks.parity import SHAPE, parity_config, random_value
+from moe.layer import ExpertChoiceMoe
+from trainer.config import EmaConfig, TrainConfig
+from trainer.deepspeed_config import load_deepspeed_config
+from trainer.distributed import World, detect_world, init_distributed
+from trainer.ema import Ema
+from trainer.engine import build_engine, build_model
+from trainer.model import EcDit
+from trainer.shards import gather_master
+
+
+def engine_of(config: TrainConfig, stage: int, world: World) -> object:
+    config = replace(config, parallel=replace(config.parallel, deepspeed_config=f"ds_configs/zero{stage}.json"))
+    return build_engine(config, load_deepspeed_config(config, world.size), SHAPE, torch.device("cpu"), random_value)
+
+
+def inputs(batch: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(5)
+    text = torch.randn(batch, 4, 32, generator=generator)
+    x = torch.randn(batch, 3, 8, 8, generator=generator)
+    return x, torch.linspace(0.1, 0.9, batch), text, torch.ones(batch, 4, dtype=torch.bool)
+
+
+def all_to_all_count(world: World) -> None:
+    """Four all-to-alls per MoE layer and step, of equal size, and none of DeepSpeed's own."""
+    engine = engine_of(parity_config("sgd", 2, world.size), 3, world)
+    sizes: list[int] = []
+    original = deepspeed.comm.all_to_all_single
+
+    def counted(output: torch.Tensor, tensor: torch.Tensor, *args: object, **kwargs: object) -> object:
+        sizes.append(tensor.numel())
+        return original(output, tensor, *args, **kwargs)
+
+    deepspeed.comm.all_to_all_single = counted
+    prediction, _ = engine(*inputs(4))  # type: ignore[operator]
+    engine.backward(prediction.square().mean())  # type: ignore[attr-defined]
+    moe_layers = 2
+    assert len(sizes) == 4 * moe_layers, sizes
+    assert set(sizes) == {4 * 16 * 2 * 32}, sizes  # images * tokens * capacity factor * width
+
+
+def ema_is_the_average_of_the_weights(world: World) -> None:
+    """Sharded EMA = EMA of gathered weights; swapping in and out leaves weights as they were, stages 1-3."""
+    for stage in (1, 2, 3):
+        engine = engine_of(parity_config("adamw", 2, world.size), stage, world)
+        ema = Ema(engine, EmaConfig(decay=0.5))
+        expected = gather_master(engine)
+        for step in (1, 2, 3):
+            for _ in range(2):
+                prediction, _ = engine(*inputs(4))  # type: ignore[operator]
+                engine.backward(prediction.square().mean())  # type: ignore[attr-defined]
+                engine.step()  # type: ignore[attr-defined]
+            ema.update(engine, step)
+            decay = min(0.5, (1 + step) / (10 + step))
+            for name, value in gather_master(engine).items():
+                expected[name] = expected[name].lerp(value, 1 - decay)
+        before = gather_master(engine)
+        model = EcDit(parity_config("sgd", 1, 1).model, parity_config("sgd", 1, 1).moe, SHAPE, ExpertChoiceMoe)
+        with torch.no_grad():
+            live = engine(*inputs(4))[0]  # type: ignore[operator]
+            with ema.swapped(engine):
+                swapped = gather_master(engine)
+                drawn = engine(*inputs(4))[0]  # type: ignore[operator]
+            model.load_state_dict(expected)
+            torch.testing.assert_close(drawn, model(*inputs(4))[0], rtol=1e-4, atol=1e-5)
+            assert torch.equal(engine(*inputs(4))[0], live)  # type: ignore[operator]
+        for name, value in expected.items():
+            torch.testing.assert_close(swapped[name], value, rtol=1e-6, atol=1e-7, msg=f"{stage} {name}")
+        for name, value in gather_master(engine).items():
+            assert torch.equal(value, before[name]), (stage, name)
+        engine.destroy()  # type: ignore[attr-defined]
+
+
+def construction_holds_one_layer_at_a_time(world: World) -> None:
+    """Under stage 3 the bytes alive while building never exceed the shards plus one layer's local experts."""
+    config = parity_config("sgd", 2, world.size)
+    config = replace(config, model=replace(config.model, dim=128, num_layers=8))
+    peak = largest = 0
+    original = deepspeed.zero.Init._post_init_method
+
+    def measured(self: object, module: torch.nn.Module) -> None:
+        nonlocal peak, largest
+        whole = sum(p.numel() for p in module.parameters(recurse=False) if not hasattr(p, "ds_tensor"))
+        peak, largest = max(peak, whole), max(largest, whole)
+        original(self, module)
+
+    deepspeed.zero.Init._post_init_method = measured
+    model = build_model(config, load_deepspeed_config(config, world.size), SHAPE)
+    one_layer = sum(p.ds_numel for p in model.blocks[1].mlp.experts.parameters())
+    assert peak == one_layer, (peak, one_layer)
+    held = sum(p.numel() for p in model.parameters())
+    assert held == 0, "all parameters are partitioned after construction"
+    shards = sum(p.ds_tensor.numel() for p in model.parameters())
+    total = sum(p.ds_numel * (2 if "experts" in n else 1) for n, p in model.named_parameters())
+    assert shards <= total / world.size * 1.01 + 1000, (shards, total)
+
+
+def topology_does_not_change_the_start(world: World) -> None:
+    """Initial weights are the same for every stage and ep_size."""
+    traces = []
+    for stage, ep_size in ((3, 1), (3, 2), (2, 2), (1, 1)):
+        engine = engine_of(parity_config("sgd", ep_size, world.size), stage, world)
+        traces.append(gather_master(engine))
+        engine.destroy()  # type: ignore[attr-defined]
+    for other in traces[1:]:
+        assert all(torch.equal(traces[0][name], other[name]) for name in traces[0])
+
+
+if __name__ == "__main__":
+    this = detect_world()
+    deepspeed.utils.logger.setLevel("ERROR")
+    init_distributed(this)
+    globals()[sys.argv[1]](this)
+    print(f"rank {this.rank}: {sys.argv[1]} holds")

@@ -1,0 +1,122 @@
+"""Settings: strict merging, one-sentence errors, and nothing written before all checks have passed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trainer.config import ConfigError, config_from_dict, config_to_dict, load_config, save_config
+from trainer.deepspeed_config import load_deepspeed_config
+from trainer.train import main
+
+
+@pytest.mark.parametrize(
+    "override,words",
+    [
+        ("train.micro_bach_size=3", "did you mean train.micro_batch_size"),
+        ("train.max_steps=abc", "train.max_steps"),
+        ("train.max_steps=0", "train.max_steps is 0: use 1 or more"),
+        ("train=3", "train is 3: it is a section"),
+        ("parallel.ep_size=3", "parallel.ep_size=3 does not divide moe.num_experts=8"),
+        ("moe.capacity_factor=99", "moe.capacity_factor is 99"),
+        ("train.precision=fp8", "train.precision"),
+        ("model.num_heads=5", "model.num_heads=5 does not divide model.dim=64"),
+        ("nonsense", "is not of the form key=value"),
+        ("moe.pool=batch", "moe.pool"),
+    ],
+)
+def test_bad_overrides_name_setting_value_and_remedy(override: str, words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config("debug", [override])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unknown_key_in_a_recipe_is_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("train: {max_step: 3}\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml: unknown key train.max_step; did you mean train.max_steps"):
+        load_config(recipe)
+
+
+def test_saved_config_loads_equal(tmp_path: Path) -> None:
+    config = load_config("debug", ["optim.learning_rate=3e-4", "sample.prompts=[a cat, a dog]"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+def deepspeed_json(tmp_path: Path, **changes: object) -> str:
+    content = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True} | changes
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(content))
+    return f"parallel.deepspeed_config={path}"
+
+
+def test_auto_values_are_filled(tmp_path: Path) -> None:
+    override = deepspeed_json(tmp_path, train_batch_size="auto", bf16={"enabled": "auto"})
+    config = load_config("debug", [override, "train.gradient_accumulation_steps=3", "train.precision=bf16"])
+    content = load_deepspeed_config(config, 4)
+    assert content["train_batch_size"] == 8 * 3 * 4
+    assert content["gradient_accumulation_steps"] == 3
+    assert content["bf16"] == {"enabled": True}
+    assert content["gradient_clipping"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"train_batch_size": 7}, "train_batch_size is 7 but train.micro_batch_size"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5 but optim.max_grad_norm gives 1.0"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer belongs in the YAML"),
+        ({"comms": {"x": "auto"}}, 'comms.x is "auto"'),
+        ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0: use 1, 2 or 3"),
+    ],
+)
+def test_contradictions_and_leftovers_are_refused(tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    config = load_config("debug", [deepspeed_json(tmp_path, **changes)])
+    with pytest.raises(ConfigError) as error:
+        load_deepspeed_config(config, 1)
+    assert words in str(error.value)
+
+
+def test_json_with_a_trailing_comma_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2},}')
+    with pytest.raises(ConfigError, match="not strict JSON"):
+        load_deepspeed_config(load_config("debug", [f"parallel.deepspeed_config={tmp_path / 'ds.json'}"]), 1)
+
+
+@pytest.mark.parametrize(
+    "overrides,world_size,words",
+    [
+        (["parallel.ep_size=2"], 1, "parallel.ep_size=2 does not divide the number of processes, 1"),
+        (["moe.capacity_factor=0.01"], 1, "capacity below 1"),
+        (["train.micro_batch_size=65"], 1, "the data set has 64 samples"),
+        (["train.micro_batch_size=8", "train.gradient_accumulation_steps=5"], 2, "a global batch of 80"),
+        (["model.patch_size=3"], 1, "model.patch_size=3 does not divide the latent of 32 x 32"),
+        (["data.source=shards", "data.latents=nowhere"], 1, "data.latents=nowhere has no dataset.json"),
+        (["train.sample_every=5"], 1, "sample.prompts is empty"),
+        (["parallel.deepspeed_config=absent.json"], 1, "absent.json: no such file"),
+        (["moe.num_expert=4"], 1, "did you mean moe.num_experts"),
+    ],
+)
+def test_user_errors_exit_2_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    overrides: list[str], world_size: int, words: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    run_dir = tmp_path / "run"
+    with pytest.raises(SystemExit) as error:
+        main(["debug", f"run_dir={run_dir}", *overrides])
+    message = capsys.readouterr().err
+    assert error.value.code == 2
+    assert words in message and message.startswith("error: ") and message.count("\n") == 1
+    assert not run_dir.exists()
+
+
+def test_foreign_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(SystemExit) as error:
+        main(["debug", f"run_dir={tmp_path}"])
+    assert error.value.code == 2 and "is not the folder of a run" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]

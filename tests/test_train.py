@@ -1,0 +1,183 @@
+"""The real command line: resume, parity over processes, launchers, refusals of a changed run."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.checkpoint import fault, find_checkpoint, list_checkpoints, newest_whole
+from trainer.config import ConfigError
+from trainer.metrics import truncate_metrics
+
+MODULE = ("-m", "trainer.train", "debug")
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def stable(run_dir: Path) -> list[tuple[float, ...]]:
+    """What must not change between an unbroken and a resumed run; the speed may."""
+    return [(m["step"], m["loss"], m["grad_norm"], m["learning_rate"], m["moe/1/coverage_0"]) for m in metrics(run_dir)]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One unbroken run of one process, global batch 8."""
+    from tests_launcher import Launcher
+
+    run_dir = tmp_path_factory.mktemp("single") / "run"
+    done = Launcher().run(*MODULE, f"run_dir={run_dir}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run_dir
+
+
+def test_run_folder_has_its_files(single: Path) -> None:
+    for name in ("config.yaml", "ds_config.json", "metrics.jsonl", "train.log", "checkpoints/latest"):
+        assert (single / name).is_file(), name
+    assert list((single / "tensorboard").iterdir())
+    assert (single / "checkpoints/latest").read_text().strip() == "step_00000020"
+    assert not list((single / "checkpoints").glob("*.tmp"))
+    assert [m["step"] for m in metrics(single)] == list(range(1, 21))
+    assert set(metrics(single)[0]) >= {"step", "loss", "grad_norm", "learning_rate", "images_per_second"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "processes,overrides",
+    [
+        (2, ["parallel.ep_size=2", "train.micro_batch_size=4"]),
+        (4, ["parallel.ep_size=2", "train.micro_batch_size=2"]),
+        (4, ["parallel.ep_size=4", "train.micro_batch_size=1", "train.gradient_accumulation_steps=2"]),
+        (2, ["parallel.ep_size=2", "train.micro_batch_size=4", "train.activation_checkpointing=true", "data.num_workers=1"]),
+    ],
+)
+def test_any_number_of_processes_prints_the_same_losses(
+    launcher: Any, single: Path, tmp_path: Path, processes: int, overrides: list[str]
+) -> None:
+    done = launcher.run(*MODULE, f"run_dir={tmp_path / 'run'}", *overrides, processes=processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for expected, got in zip(metrics(single), metrics(tmp_path / "run"), strict=True):
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_killed_and_resumed_run_equals_the_unbroken_one_bitwise(launcher: Any, tmp_path: Path, stage: int) -> None:
+    overrides = ["parallel.ep_size=2", "train.micro_batch_size=4", f"parallel.deepspeed_config=ds_configs/zero{stage}.json"]
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert launcher.run(*MODULE, f"run_dir={unbroken}", *overrides, processes=2).returncode == 0
+    process = launcher.start(*MODULE, f"run_dir={broken}", *overrides, processes=2)
+    deadline = time.monotonic() + 120
+    pointer = broken / "checkpoints" / "latest"
+    while not pointer.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    for worker in Path("/proc").glob("[0-9]*"):  # torchrun puts its workers into sessions of their own
+        try:
+            if f"run_dir={broken}".encode() in (worker / "cmdline").read_bytes():
+                os.kill(int(worker.name), signal.SIGKILL)
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    process.wait()
+    assert pointer.read_text().strip() == "step_00000010"
+    assert launcher.run(*MODULE, f"run_dir={broken}", *overrides, processes=2).returncode == 0
+    assert "resuming from" in (broken / "train.log").read_text()
+    assert stable(broken) == stable(unbroken)
+
+
+@pytest.mark.slow
+def test_stop_signal_saves_and_a_later_start_continues(launcher: Any, single: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = launcher.start(*MODULE, f"run_dir={run_dir}", "train.checkpoint_every=0")
+    while not (run_dir / "metrics.jsonl").exists() or not metrics(run_dir):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert "stop signal" in (run_dir / "train.log").read_text()
+    assert launcher.run(*MODULE, f"run_dir={run_dir}").returncode == 0
+    assert stable(run_dir) == stable(single)
+
+
+@pytest.mark.slow
+def test_changed_runs_are_refused(launcher: Any, single: Path, tmp_path: Path) -> None:
+    cases = {
+        "train.micro_batch_size=4": "global batch of 8, this run has 4",
+        "model.dim=32": "model.dim is 32 but",
+        "moe.num_experts=4": "moe.num_experts is 4 but",
+        "seed=1": "seed is 1 but",
+        "optim.name=sgd": "optim.name is sgd but",
+        "data.image_size=16": "is not the data set that",
+        "parallel.deepspeed_config=ds_configs/zero2.json": "was written with zero_stage 3, this run has zero_stage 2",
+    }
+    from trainer.train import main
+
+    for override, words in cases.items():
+        before = sorted(str(p) for p in single.rglob("*"))
+        with pytest.raises(SystemExit) as error:
+            main(["debug", f"run_dir={single}", override])
+        assert error.value.code == 2, override
+        assert sorted(str(p) for p in single.rglob("*")) == before
+        done = launcher.run(*MODULE, f"run_dir={single}", override) if override == "seed=1" else None
+        if done:
+            assert done.returncode == 2 and words in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepspeed", "mpirun"])
+def test_other_launchers_print_the_same_losses(launcher: Any, single: Path, tmp_path: Path, name: str) -> None:
+    import subprocess
+    import sys
+
+    from tests_launcher import ROOT
+
+    program = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if program is None:
+        pytest.skip(f"{name} is not installed")  # Open MPI is a system package
+    run = [f"run_dir={tmp_path / 'run'}", "parallel.ep_size=2", "train.micro_batch_size=4"]
+    if name == "deepspeed":
+        command = [program, "--num_gpus", "2", "--module", "trainer.train", "debug", *run]
+    else:
+        command = [program, "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable, *MODULE, *run]
+    environment = launcher.environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531", "DS_ACCELERATOR": "cpu"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for expected, got in zip(metrics(single), metrics(tmp_path / "run"), strict=True):
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_broken_checkpoints_are_seen_and_passed_over(single: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(single, run_dir)
+    folder = run_dir / "checkpoints"
+    newest = list_checkpoints(folder)[-1]
+    assert fault(newest) == ""
+    shard = next(newest.glob("*optim_states.pt"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert "has a wrong checksum" in fault(newest)
+    shard.write_bytes(content[:-5])
+    assert "bytes instead of" in fault(newest)
+    shard.unlink()
+    assert "is missing" in fault(newest)
+    found = newest_whole(list_checkpoints(folder))
+    assert found is not None and found.name == "step_00000010"
+    with pytest.raises(ConfigError, match="is not whole"):
+        find_checkpoint(newest)
+    with pytest.raises(ConfigError, match="no such run folder"):
+        find_checkpoint(tmp_path / "absent")
+
+
+def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    truncate_metrics(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
