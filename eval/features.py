@@ -104,9 +104,7 @@ def inception_features(
     Raises ConfigError when the weights are missing.
     """
     if images_NHWC.dtype != torch.uint8 or images_NHWC.ndim != 4 or images_NHWC.shape[-1] != 3:
-        raise ValueError(
-            f"pictures are {images_NHWC.dtype} {tuple(images_NHWC.shape)}: need uint8 [N, H, W, 3]"
-        )
+        raise ValueError(f"pictures are {images_NHWC.dtype} {tuple(images_NHWC.shape)}: need uint8 [N, H, W, 3]")
     key = json.dumps([WEIGHTS_SHA256, CONVENTION, [image_hash(image) for image in images_NHWC]])
     name = hashlib.sha256(key.encode()).hexdigest()[:24]
     path = cache_dir / f"inception_{name}.safetensors" if cache_dir else None

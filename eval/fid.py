@@ -27,9 +27,7 @@ def moments(features_ND: Tensor) -> Moments:
     """Moments of features [N, D]; raises ValueError below two pictures."""
     _check_count(features_ND)
     x_ND = features_ND.double()
-    return Moments(
-        count=len(x_ND), mean_D=x_ND.mean(0), covariance_DD=torch.cov(x_ND.T).reshape(x_ND.shape[1], -1)
-    )
+    return Moments(count=len(x_ND), mean_D=x_ND.mean(0), covariance_DD=torch.cov(x_ND.T).reshape(x_ND.shape[1], -1))
 
 
 def _check_count(features_ND: Tensor) -> None:
@@ -81,9 +79,7 @@ class FrechetDistance(Metric):
         super().__init__()
         for side in ("real", "generated"):
             self.add_state(f"{side}_count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-            self.add_state(
-                f"{side}_sum", torch.zeros(num_features, dtype=torch.float64), dist_reduce_fx="sum"
-            )
+            self.add_state(f"{side}_sum", torch.zeros(num_features, dtype=torch.float64), dist_reduce_fx="sum")
             outer = torch.zeros(num_features, num_features, dtype=torch.float64)
             self.add_state(f"{side}_outer", outer, dist_reduce_fx="sum")
 

@@ -213,9 +213,7 @@ def mean_score(scores: Sequence[Score]) -> Score:
     below = math.sqrt(sum((score.value - score.low) ** 2 for score in scores)) / count
     above = math.sqrt(sum((score.high - score.value) ** 2 for score in scores)) / count
     correct, total = sum(score.correct for score in scores), sum(score.total for score in scores)
-    return Score(
-        value=value, low=max(value - below, 0.0), high=min(value + above, 1.0), correct=correct, total=total
-    )
+    return Score(value=value, low=max(value - below, 0.0), high=min(value + above, 1.0), correct=correct, total=total)
 
 
 def summarize(tags: Sequence[str], prompt_ids: Sequence[str], verdicts: Sequence[Verdict]) -> Summary:
@@ -239,9 +237,7 @@ def summarize(tags: Sequence[str], prompt_ids: Sequence[str], verdicts: Sequence
     )
 
 
-def result_row(
-    filename: str, metadata: Mapping[str, Any], verdict: Verdict, found: Sequence[Detection]
-) -> str:
+def result_row(filename: str, metadata: Mapping[str, Any], verdict: Verdict, found: Sequence[Detection]) -> str:
     """One line of results.jsonl in the official format."""
     details: dict[str, list[list[float]]] = {}
     for item in found:

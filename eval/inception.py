@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 BATCH_NORM_EPS = 1e-3
 NUM_FEATURES = 2048
@@ -73,9 +73,7 @@ def _block_17(width: int) -> Branches:
 
 
 def _block_8(pool: Pool) -> Branches:
-    return Branches(
-        ((Conv(320),), (Conv(384), FORK), (Conv(448), Conv(384, SQUARE), FORK), (pool, Conv(192)))
-    )
+    return Branches(((Conv(320),), (Conv(384), FORK), (Conv(448), Conv(384, SQUARE), FORK), (pool, Conv(192))))
 
 
 INCEPTION_2015: Chain = (
@@ -109,7 +107,7 @@ class _ConvRelu(nn.Module):
         self.conv = nn.Conv2d(in_channels, spec.out, spec.kernel, spec.stride, padding)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        return F.relu(self.conv(x_NCHW), inplace=True)
+        return functional.relu(self.conv(x_NCHW), inplace=True)
 
 
 class _Pool(nn.Module):
@@ -119,8 +117,8 @@ class _Pool(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         if self.kind == "average":
-            return F.avg_pool2d(x_NCHW, 3, 1, 1, count_include_pad=False)
-        return F.max_pool2d(x_NCHW, 3, 2) if self.kind == "halve" else F.max_pool2d(x_NCHW, 3, 1, 1)
+            return functional.avg_pool2d(x_NCHW, 3, 1, 1, count_include_pad=False)
+        return functional.max_pool2d(x_NCHW, 3, 2) if self.kind == "halve" else functional.max_pool2d(x_NCHW, 3, 1, 1)
 
 
 class _Parallel(nn.Module):
