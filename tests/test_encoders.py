@@ -61,7 +61,7 @@ def test_minilm_features_do_not_depend_on_the_other_captions() -> None:
 def test_changed_weights_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"not the weights")
-    with pytest.raises(ConfigError, match="sha256 .* expected 53aa5117"):
+    with pytest.raises(ConfigError, match=r"sha256 .* expected 53aa5117"):
         minilm._load(path)
 
 
@@ -78,7 +78,7 @@ def test_pixel_codec_is_the_identity() -> None:
 
 
 def test_unknown_encoders_are_refused() -> None:
-    with pytest.raises(ConfigError, match="data.codec=pixels is not known"):
+    with pytest.raises(ConfigError, match=r"data\.codec=pixels is not known"):
         build_codec("pixels")
-    with pytest.raises(ConfigError, match="data.text_encoder=t5 is not known"):
+    with pytest.raises(ConfigError, match=r"data\.text_encoder=t5 is not known"):
         build_text_encoder("t5")

@@ -1,0 +1,69 @@
+"""From the bytes of a picture file to upright RGB of the training size."""
+
+import io
+import json
+import struct
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageStat
+
+# What Pillow raises for bytes that are no whole picture.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+_MIN_STANDARD_DEVIATION = 2.0  # of 255; below it a picture is one colour (16-bit pictures saved wrongly are white)
+_EXIF_ORIENTATION = 0x0112
+# EXIF value -> what makes the picture upright, and the words img2dataset's metadata have for it.
+_UPRIGHT = {
+    2: (Image.Transpose.FLIP_LEFT_RIGHT, "Mirrored horizontal"),
+    3: (Image.Transpose.ROTATE_180, "Rotated 180"),
+    4: (Image.Transpose.FLIP_TOP_BOTTOM, "Mirrored vertical"),
+    5: (Image.Transpose.TRANSPOSE, "Mirrored horizontal then rotated 90 CCW"),
+    6: (Image.Transpose.ROTATE_270, "Rotated 90 CW"),
+    7: (Image.Transpose.TRANSVERSE, "Mirrored horizontal then rotated 90 CW"),
+    8: (Image.Transpose.ROTATE_90, "Rotated 90 CCW"),
+}
+
+
+def orientation_of(metadata: dict[str, Any]) -> int:
+    """EXIF orientation of the original, from the `exif` column: re-encoding ignored it and dropped the tag."""
+    try:
+        words = json.loads(metadata.get("exif") or "{}").get("Image Orientation")
+    except (ValueError, AttributeError, TypeError):
+        return 1
+    return next((value for value, (_, known) in _UPRIGHT.items() if known == words), 1)
+
+
+def read_rgb(content: bytes, orientation: int = 1) -> Image.Image:
+    """Decode to upright 8-bit RGB: 16-bit grey is scaled, transparency becomes white.
+
+    `orientation` is used when the file has no tag of its own. Raises one of UNREADABLE.
+    """
+    image: Image.Image = Image.open(io.BytesIO(content))
+    image.load()
+    orientation = image.getexif().get(_EXIF_ORIENTATION, orientation)
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.float64)
+        image = Image.fromarray((grey * (255 / 65535)).round().clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation][0])
+    return image.convert("RGB")
+
+
+def is_constant(image: Image.Image) -> bool:
+    """Whether the picture shows one colour only, give or take noise."""
+    return max(ImageStat.Stat(image).stddev) < _MIN_STANDARD_DEVIATION
+
+
+def cover_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """Resize until the picture covers a square, keep the middle: [size, size, 3]."""
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
