@@ -59,7 +59,7 @@ def to_local_experts(x_END: Tensor, group: ExpertGroup | None) -> Tensor:
         return x_END
     E, N, D = x_END.shape
     R = group.size
-    received = _AllToAll.apply(x_END, group)  # block r holds what rank r sent to our experts
+    received: Tensor = _AllToAll.apply(x_END, group)  # block r holds what rank r sent to our experts
     return received.view(R, E // R, N, D).transpose(0, 1).reshape(E // R, R * N, D)
 
 

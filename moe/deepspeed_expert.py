@@ -116,9 +116,7 @@ def _expert_tagger(num_experts: int, group: ExpertGroup) -> Callable[[nn.Paramet
             constants.AFFINE_MAP: autoep_affine.autoep_placement_to_affine_map(placement, full_shape).to_dict(),
             constants.AUTOEP_PARAM_LOGICAL_SHAPE: full_shape,
             constants.AUTOEP_PARAM_EP_RANK: group.rank,
-            constants.AUTOEP_PARAM_LOCAL_EXPERTS: list(
-                range(group.rank * num_local, (group.rank + 1) * num_local)
-            ),
+            constants.AUTOEP_PARAM_LOCAL_EXPERTS: list(range(group.rank * num_local, (group.rank + 1) * num_local)),
         }
         attributes = {
             "allreduce": False,

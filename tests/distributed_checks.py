@@ -1,6 +1,6 @@
 """Checks that need several real processes; `tests/test_distributed.py` starts them with torchrun.
 
-    torchrun --nproc-per-node 2 tests/distributed_checks.py all_to_all_count
+torchrun --nproc-per-node 2 tests/distributed_checks.py all_to_all_count
 """
 
 import sys

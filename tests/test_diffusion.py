@@ -8,7 +8,7 @@ import torch
 
 from trainer.config import DiffusionConfig, OptimConfig
 from trainer.data.dataset import Batch
-from trainer.diffusion import interpolate, noise_batch, num_kept_tokens, training_loss
+from trainer.diffusion import interpolate, noise_batch, num_kept_tokens, shift_time, training_loss
 from trainer.layers import patchify
 from trainer.optim import learning_rate
 from trainer.sampler import guided, initial_noise, solve_euler, solve_heun, time_grid
@@ -53,6 +53,12 @@ def test_timesteps_are_logit_normal() -> None:
     logit = torch.logit(t)
     assert float(logit.mean()) == pytest.approx(0.3, abs=0.05)
     assert float(logit.std()) == pytest.approx(0.7, abs=0.05)
+
+
+def test_time_shift_adds_to_the_logit() -> None:
+    t = torch.tensor([0.1, 0.5, 0.9])
+    torch.testing.assert_close(torch.logit(shift_time(t, 3.0)), torch.logit(t) + math.log(3.0))
+    assert time_grid(4, 3.0)[0] == 1 and time_grid(4, 3.0)[-1] == 0
 
 
 def test_loss_covers_the_kept_tokens_only() -> None:

@@ -2,7 +2,6 @@
 
 import math
 
-
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +22,9 @@ def filled(layer: torch.nn.Module) -> torch.nn.Module:
     return layer
 
 
-@pytest.mark.parametrize("num_experts,factor,tokens", [(4, 2.0, 16), (4, 1.0, 8), (8, 2.0, 4), (2, 0.5, 12), (3, 1.5, 10)])
+@pytest.mark.parametrize(
+    "num_experts,factor,tokens", [(4, 2.0, 16), (4, 1.0, 8), (8, 2.0, 4), (2, 0.5, 12), (3, 1.5, 10)]
+)
 def test_layer_equals_the_plain_loops_forward_and_backward(num_experts: int, factor: float, tokens: int) -> None:
     config = MoeConfig(num_experts=num_experts, capacity_factor=factor)
     layer = filled(ExpertChoiceMoe(config, dim=16, hidden_dim=24))
@@ -106,8 +107,6 @@ def test_router_is_fp32_under_bf16() -> None:
     layer = filled(ExpertChoiceMoe(MoeConfig(num_experts=4), dim=8, hidden_dim=16)).to(torch.bfloat16)
     assert layer.router(torch.randn(1, 16, 8, dtype=torch.bfloat16)).dtype == torch.float32
     assert layer(torch.randn(1, 16, 8, dtype=torch.bfloat16))[0].dtype == torch.bfloat16
-
-
 
 
 def exchanged(tensors: list[Tensor]) -> list[Tensor]:

@@ -54,7 +54,15 @@ def test_run_folder_has_its_files(single: Path) -> None:
         (2, ["parallel.ep_size=2", "train.micro_batch_size=4"]),
         (4, ["parallel.ep_size=2", "train.micro_batch_size=2"]),
         (4, ["parallel.ep_size=4", "train.micro_batch_size=1", "train.gradient_accumulation_steps=2"]),
-        (2, ["parallel.ep_size=2", "train.micro_batch_size=4", "train.activation_checkpointing=true", "data.num_workers=1"]),
+        (
+            2,
+            [
+                "parallel.ep_size=2",
+                "train.micro_batch_size=4",
+                "train.activation_checkpointing=true",
+                "data.num_workers=1",
+            ],
+        ),
     ],
 )
 def test_any_number_of_processes_prints_the_same_losses(
@@ -70,7 +78,11 @@ def test_any_number_of_processes_prints_the_same_losses(
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_killed_and_resumed_run_equals_the_unbroken_one_bitwise(launcher: Any, tmp_path: Path, stage: int) -> None:
-    overrides = ["parallel.ep_size=2", "train.micro_batch_size=4", f"parallel.deepspeed_config=ds_configs/zero{stage}.json"]
+    overrides = [
+        "parallel.ep_size=2",
+        "train.micro_batch_size=4",
+        f"parallel.deepspeed_config=ds_configs/zero{stage}.json",
+    ]
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     assert launcher.run(*MODULE, f"run_dir={unbroken}", *overrides, processes=2).returncode == 0
     process = launcher.start(*MODULE, f"run_dir={broken}", *overrides, processes=2)
@@ -153,7 +165,9 @@ def test_other_launchers_print_the_same_losses(launcher: Any, single: Path, tmp_
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
-def test_broken_checkpoints_are_seen_and_passed_over(single: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_broken_checkpoints_are_seen_and_passed_over(
+    single: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(single, run_dir)
     folder = run_dir / "checkpoints"

@@ -18,7 +18,14 @@ class Launcher:
     def command(self, *arguments: str, processes: int = 1) -> list[str]:
         if processes == 1:
             return [sys.executable, *arguments]
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *arguments]
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+            *arguments,
+        ]
 
     def run(self, *arguments: str, processes: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

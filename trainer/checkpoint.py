@@ -195,9 +195,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return dict(json.loads((checkpoint / STATE).read_text()))
 
 
-def check_resumable(
-    checkpoint: Path, config: TrainConfig, topology: Topology, fingerprint: str
-) -> None:
+def check_resumable(checkpoint: Path, config: TrainConfig, topology: Topology, fingerprint: str) -> None:
     """Refuse a checkpoint that this configuration cannot continue, naming the first difference."""
     saved = read_state(checkpoint)
     for name, value in asdict(topology).items():
@@ -234,6 +232,4 @@ def load_checkpoint(checkpoint: Path, engine: Any, ema: Ema, world: World) -> Tr
     engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     ema.load(checkpoint / ema_file(world.rank))
     saved = read_state(checkpoint)
-    return TrainState(
-        step=saved["step"], data=DataState.from_dict(saved["data"]), interval_loss=saved["interval_loss"]
-    )
+    return TrainState(step=saved["step"], data=DataState.from_dict(saved["data"]), interval_loss=saved["interval_loss"])

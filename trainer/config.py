@@ -181,12 +181,15 @@ class DataConfig:
 class DiffusionConfig:
     """Rectified flow: logit-normal timesteps, share of image tokens masked out in training, sampling.
 
+    `time_shift` s moves timesteps towards noise, t -> s t / (1 + (s - 1) t), in training and sampling alike:
+    the larger a picture, the more noise it takes to hide its layout (arXiv 2403.03206, equation 23).
     `guidance_scale` 1 switches classifier-free guidance off; it acts for timesteps in
     [guidance_start, guidance_end] (1 is pure noise).
     """
 
     logit_mean: float = 0.0
     logit_std: float = 1.0
+    time_shift: float = 1.0
     mask_ratio: float = 0.0
     sampler: Literal["euler", "heun"] = "euler"
     sampling_steps: int = 25
@@ -196,6 +199,7 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         require(self.logit_std > 0, f"diffusion.logit_std is {self.logit_std}: use more than 0")
+        require(self.time_shift > 0, f"diffusion.time_shift is {self.time_shift}: use more than 0")
         require(0 <= self.mask_ratio < 1, f"diffusion.mask_ratio is {self.mask_ratio}: use 0 to below 1")
         require(self.sampling_steps >= 1, f"diffusion.sampling_steps is {self.sampling_steps}: use 1 or more")
         require(

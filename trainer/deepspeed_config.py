@@ -54,13 +54,13 @@ def load_deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any
         given = owner.get(leaf, "auto")
         require(
             given == "auto" or given == value,
-            f"{path}: {key} is {given!r} but {setting} gives {value!r}: write \"auto\" there, or make them agree",
+            f'{path}: {key} is {given!r} but {setting} gives {value!r}: write "auto" there, or make them agree',
         )
         owner[leaf] = value
     for name in ("optimizer", "scheduler"):
         require(name not in content, f"{path}: {name} belongs in the YAML (optim.*): remove it")
     leftovers = list(_auto_keys(content, ""))
-    require(not leftovers, f"{path}: {', '.join(leftovers)} is \"auto\", but nothing here fills it: write a value")
+    require(not leftovers, f'{path}: {", ".join(leftovers)} is "auto", but nothing here fills it: write a value')
     stage = content.get("zero_optimization", {}).get("stage", 0)
     require(
         stage in (1, 2, 3),

@@ -7,7 +7,8 @@ are functions of (seed, global sample index), so any number of ranks sees the sa
 Shapes: B images, C channels, H x W latent, S kept image tokens, L text tokens, D width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from trainer.config import DiffusionConfig
 from trainer.data.dataset import Batch
 from trainer.layers import patchify
 from trainer.randomness import sample_generator
+
+
+Time = TypeVar("Time", float, Tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +35,19 @@ class NoisedBatch:
 
     def to(self, device: torch.device) -> "NoisedBatch":
         """The same batch on another device."""
-        tensors = {name: value if value is None else value.to(device) for name, value in vars(self).items()}
-        return NoisedBatch(**tensors)
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "keep_BS"}
+        return NoisedBatch(**moved, keep_BS=None if self.keep_BS is None else self.keep_BS.to(device))
 
 
 def interpolate(x0: Tensor, x1: Tensor, t_B: Tensor) -> Tensor:
     """Point of the straight path at time t (1 is noise), any shape [B, ...]."""
     t = t_B.view(-1, *[1] * (x0.dim() - 1))
     return (1 - t) * x0 + t * x1
+
+
+def shift_time(t: Time, shift: float) -> Time:
+    """Move times in [0, 1] towards 1 (noise); 0 and 1 stay. For logit-normal t it adds log(shift) to the logit."""
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def num_kept_tokens(num_tokens: int, mask_ratio: float) -> int:
@@ -56,7 +65,7 @@ def noise_batch(batch: Batch, config: DiffusionConfig, *, seed: int, patch_size:
         generator = sample_generator(seed, index, "diffusion")
         noise.append(torch.randn(latent.shape, generator=generator))
         normal = torch.randn((), generator=generator)
-        times.append(torch.sigmoid(config.logit_mean + config.logit_std * normal))
+        times.append(shift_time(torch.sigmoid(config.logit_mean + config.logit_std * normal), config.time_shift))
         if kept < num_tokens:
             keeps.append(torch.randperm(num_tokens, generator=generator)[:kept].sort().values)
     x1, t_B = torch.stack(noise), torch.stack(times)

@@ -86,6 +86,13 @@ def _pieces(checkpoint: Path) -> Iterator[tuple[str, Shard]]:
         with safe_open(path, framework="pt") as file:
             for name, (start, shape, first_expert, num_experts) in json.loads(file.metadata()["places"]).items():
                 values = file.get_tensor(name)
-                yield name, Shard(
-                    values=values, start=start, shape=tuple(shape), first_expert=first_expert, num_experts=num_experts
+                yield (
+                    name,
+                    Shard(
+                        values=values,
+                        start=start,
+                        shape=tuple(shape),
+                        first_expert=first_expert,
+                        num_experts=num_experts,
+                    ),
                 )

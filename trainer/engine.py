@@ -16,7 +16,6 @@ from trainer.model import EcDit, ModelShape, initial_value
 from trainer.optim import build_optimizer
 from trainer.shards import expert_range, full_shape, write_initial
 
-
 InitialValue = Callable[[str, tuple[int, ...], int, int], Tensor]
 
 
@@ -34,9 +33,7 @@ def build_model(
     group = build_expert_group(config.parallel.ep_size)
     build_moe = partial(ExpertParallelMoe, group=group) if group else ExpertChoiceMoe
     partitioned = zero_stage(deepspeed_config) == 3
-    with deepspeed.zero.Init(
-        enabled=partitioned, config_dict_or_path=deepspeed_config, mem_efficient_linear=False
-    ):
+    with deepspeed.zero.Init(enabled=partitioned, config_dict_or_path=deepspeed_config, mem_efficient_linear=False):
         model = EcDit(config.model, config.moe, shape, build_moe)
     for name, parameter in model.named_parameters():
         first_expert, _ = expert_range(parameter)

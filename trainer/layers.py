@@ -119,7 +119,8 @@ def attend(query_BHSh: Tensor, key_BKLh: Tensor, value_BKLh: Tensor, mask_B11L: 
     score = query_BHSh @ (key_BKLh * query_BHSh.shape[-1] ** -0.5).transpose(-1, -2)
     if mask_B11L is not None:
         score = score.masked_fill(~mask_B11L, -torch.inf)
-    return score.softmax(dim=-1) @ value_BKLh
+    out: Tensor = score.softmax(dim=-1) @ value_BKLh
+    return out
 
 
 class Mlp(nn.Module):

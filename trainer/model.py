@@ -134,7 +134,8 @@ class EcDit(nn.Module):
         Only for a model whose parameters are whole on this process (not partitioned by ZeRO-3).
         """
         text = self.embed_text(text_BLD)
-        return [block.cross_attention.keys_values(text) for block in self.blocks]
+        attentions = [module for name, module in self.named_modules() if name.endswith("cross_attention")]
+        return [a.keys_values(text) for a in attentions if isinstance(a, Attention)]
 
     def forward(
         self,
@@ -210,9 +211,9 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int, first_expert: in
             torch.randn(shape[1:], generator=keyed_generator(seed, "init", name, first_expert + i))
             for i in range(shape[0])
         ]
-        return torch.stack(rows) * shape[-1] ** -0.5
-    std = 0.02 if name.endswith("router.weight") else shape[-1] ** -0.5
-    return torch.randn(shape, generator=keyed_generator(seed, "init", name)) * std
+        return float(shape[-1]) ** -0.5 * torch.stack(rows)
+    std = 0.02 if name.endswith("router.weight") else float(shape[-1]) ** -0.5
+    return std * torch.randn(shape, generator=keyed_generator(seed, "init", name))
 
 
 def init_weights(model: nn.Module, seed: int) -> None:

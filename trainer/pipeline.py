@@ -23,9 +23,7 @@ class Pipeline:
     def __init__(self, config: TrainConfig, info: LatentInfo, step: int, weights: dict[str, Tensor] | None) -> None:
         self.config, self.info, self.step = config, info, step
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.shape = ModelShape(
-            channels=info.channels, height=info.height, width=info.width, text_dim=info.text_dim
-        )
+        self.shape = ModelShape(channels=info.channels, height=info.height, width=info.width, text_dim=info.text_dim)
         self.model = EcDit(config.model, config.moe, self.shape, ExpertChoiceMoe)
         if weights is None:
             init_weights(self.model, config.seed)

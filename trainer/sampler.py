@@ -4,11 +4,13 @@ Shapes: N images, C channels, H x W latent, L text tokens, D width.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from trainer.config import DiffusionConfig
+from trainer.diffusion import shift_time
 from trainer.randomness import keyed_generator
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -19,21 +21,21 @@ def initial_noise(seeds: list[int], shape: tuple[int, int, int]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=keyed_generator(seed, "sample")) for seed in seeds])
 
 
-def time_grid(num_steps: int) -> list[float]:
-    """Times from 1 (noise) to 0 (data) in equal steps, `num_steps` + 1 of them."""
-    return [1 - i / num_steps for i in range(num_steps + 1)]
+def time_grid(num_steps: int, shift: float = 1.0) -> list[float]:
+    """Times from 1 (noise) to 0 (data), `num_steps` + 1 of them: equal steps, then shifted."""
+    return [shift_time(1 - i / num_steps, shift) for i in range(num_steps + 1)]
 
 
 def solve_euler(x: Tensor, velocity: Velocity, times: list[float]) -> Tensor:
     """First order, one evaluation per step."""
-    for now, then in zip(times, times[1:], strict=False):
+    for now, then in pairwise(times):
         x = x + (then - now) * velocity(x, now)
     return x
 
 
 def solve_heun(x: Tensor, velocity: Velocity, times: list[float]) -> Tensor:
     """Second order (trapezoid), two evaluations per step; the last step is Euler's (arXiv 2206.00364)."""
-    for now, then in zip(times, times[1:], strict=False):
+    for now, then in pairwise(times):
         first = velocity(x, now)
         if then == 0:
             return x + (then - now) * first
@@ -45,9 +47,7 @@ def solve_heun(x: Tensor, velocity: Velocity, times: list[float]) -> Tensor:
 SOLVERS = {"euler": solve_euler, "heun": solve_heun}
 
 
-def guided(
-    model: Callable[[Tensor, Tensor, slice], Tensor], config: DiffusionConfig, num_images: int
-) -> Velocity:
+def guided(model: Callable[[Tensor, Tensor, slice], Tensor], config: DiffusionConfig, num_images: int) -> Velocity:
     """Classifier-free guidance (arXiv 2207.12598) in one batch: v = u + scale * (c - u).
 
     `model(x, t, rows)` evaluates the rows of a text batch whose first half holds the captions and whose
@@ -69,4 +69,4 @@ def guided(
 
 def sample(x_NCHW: Tensor, velocity: Velocity, config: DiffusionConfig) -> Tensor:
     """Noise -> latents with the configured solver and number of steps."""
-    return SOLVERS[config.sampler](x_NCHW, velocity, time_grid(config.sampling_steps))
+    return SOLVERS[config.sampler](x_NCHW, velocity, time_grid(config.sampling_steps, config.time_shift))

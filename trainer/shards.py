@@ -55,7 +55,7 @@ def write_initial(parameter: nn.Parameter, value: Tensor) -> None:
             parameter.copy_(value)
             return
         shard = parameter.ds_tensor
-        rank = deepspeed.comm.get_rank(group=parameter.ds_process_group)
+        rank = deepspeed.comm.get_rank(group=parameter.ds_process_group)  # type: ignore[attr-defined]
         piece = value.flatten()[rank * shard.numel() : (rank + 1) * shard.numel()]
         shard.zero_()
         shard.view(-1)[: piece.numel()].copy_(piece)
@@ -70,9 +70,7 @@ def master_shards(engine: Any) -> Iterator[tuple[str, Shard]]:
             continue
         start, values = piece
         shape = full_shape(parameter)
-        yield name, Shard(
-            values=values, start=start, shape=shape, first_expert=first_expert, num_experts=num_experts
-        )
+        yield name, Shard(values=values, start=start, shape=shape, first_expert=first_expert, num_experts=num_experts)
 
 
 def _stage3_piece(parameter: nn.Parameter) -> tuple[int, Tensor] | None:

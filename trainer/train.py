@@ -181,9 +181,9 @@ class Trainer:
         report = torch.zeros(2 + len(self.router_names), device=self.device)
         for _ in range(num_micro):
             batch = next(batches)
-            noised = noise_batch(
-                batch, config.diffusion, seed=config.seed, patch_size=config.model.patch_size
-            ).to(self.device)
+            noised = noise_batch(batch, config.diffusion, seed=config.seed, patch_size=config.model.patch_size).to(
+                self.device
+            )
             prediction, stats = self.engine(
                 noised.x_BCHW, noised.t_B, noised.text_BLD, noised.text_mask_BL, noised.keep_BS
             )
@@ -193,9 +193,9 @@ class Trainer:
             report[0] += loss.detach() / num_micro
             report[2:] += router_values(stats).to(self.device) / num_micro
         report[1] = float(self.stop.received)
-        values = all_reduce_mean(report).tolist()
+        values: list[float] = all_reduce_mean(report).tolist()
         self._finish_step(values[0], rate, values[2:])
-        return values[1] > 0
+        return bool(values[1] > 0)
 
     def _finish_step(self, loss: float, rate: float, router: list[float]) -> None:
         """Advance EMA and state, log at the interval."""
@@ -259,7 +259,7 @@ def train(config: TrainConfig, world: World) -> None:
             "run %s: %d processes, ep_size %d, ZeRO stage %d, %s",
             config.run_dir, world.size, ep_size, plan.topology.zero_stage, config.train.precision,
         )  # fmt: skip
-        logger.info("resuming from %s", plan.checkpoint) if plan.checkpoint else logger.info("starting fresh")
+        logger.info("resuming from %s" if plan.checkpoint else "starting fresh%s", plan.checkpoint or "")
     barrier()
     trainer = Trainer(plan, device)
     try:

@@ -83,7 +83,7 @@ class ShardDataset:
         for size in self.shard_sizes:
             self.first.append(self.first[-1] + size)
         with safe_open(folder / content["empty_text"], framework="pt") as file:
-            self.empty_text = file.get_tensor("text").float()
+            self.empty_text: Tensor = file.get_tensor("text").float()
         self.open_files: dict[int, Any] = {}
 
     def __len__(self) -> int:
@@ -163,7 +163,7 @@ def build_loader(
     if config.data.num_workers == 0:
         return map(collate, positions)
     reader = _Reader(collate)
-    return iter(DataLoader(reader, sampler=positions, batch_size=None, num_workers=config.data.num_workers))  # type: ignore[arg-type]
+    return iter(DataLoader(reader, sampler=positions, batch_size=None, num_workers=config.data.num_workers))
 
 
 class _Reader(Dataset[Batch]):
@@ -192,6 +192,4 @@ def collate_batch(dataset: LatentDataset, micro: MicroBatch, *, caption_dropout:
         text_BLD[row, : len(text)] = text
         mask_BL[row, : len(text)] = True
     latent_BCHW = (torch.stack(latents) - info.mean_C.view(1, -1, 1, 1)) / info.std_C.view(1, -1, 1, 1)
-    return Batch(
-        latent_BCHW=latent_BCHW, text_BLD=text_BLD, text_mask_BL=mask_BL, index_B=torch.tensor(micro.indices)
-    )
+    return Batch(latent_BCHW=latent_BCHW, text_BLD=text_BLD, text_mask_BL=mask_BL, index_B=torch.tensor(micro.indices))
