@@ -15,7 +15,7 @@ PACKAGES = ("moe", "trainer", "eval", "benchmarks", "tests")
 PYTHON_FILES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 RECIPES = sorted((ROOT / "trainer" / "configs").glob("*.yaml"))
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
-DOCUMENTS = [path for folder in (ROOT, ROOT / "slurm") for path in sorted(folder.glob("*.md"))]
+DOCUMENTS = [path for folder in (ROOT, ROOT / "ds_configs", ROOT / "slurm") for path in sorted(folder.glob("*.md"))]
 TEXT_SUFFIXES = {".py", ".yaml", ".yml", ".json", ".toml", ".sh", ".sbatch", ".txt", ".cfg", ".ini"}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
@@ -111,9 +111,7 @@ def test_commands_in_documents_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     modules = set(re.findall(r"-m ((?:moe|trainer|eval|benchmarks)[\w.]*\w)", text))
     assert not [module for module in modules if not module_exists(module)]
-    files = set(
-        re.findall(r"\b((?:trainer/configs|ds_configs|slurm|tests|benchmarks)/[\w/.-]*\w\.\w+)", text)
-    )
+    files = set(re.findall(r"\b((?:trainer/configs|ds_configs|slurm|tests|benchmarks)/[\w/.-]*\w\.\w+)", text))
     assert not [file for file in files if not (ROOT / file).is_file()]
     targets = set(re.findall(r"^ *\$? ?make ([a-z]+)\b|`make ([a-z]+)`", text, re.MULTILINE))
     assert {first or second for first, second in targets} <= make_targets()
