@@ -34,9 +34,7 @@ class Ratio:
     high: float
 
 
-def time_interleaved(
-    work: Mapping[str, Callable[[], None]], *, rounds: int, warmups: int = 2
-) -> dict[str, Times]:
+def time_interleaved(work: Mapping[str, Callable[[], None]], *, rounds: int, warmups: int = 2) -> dict[str, Times]:
     """Run each alternative `warmups` times unmeasured, then `rounds` times in turn with the others."""
     names = list(work)
     times = {name: Times(cpu=[], wall=[]) for name in names}

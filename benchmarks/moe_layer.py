@@ -191,9 +191,7 @@ def table(results: list[dict[str, Any]], clock: str) -> str:
     """Markdown table of median ratios by one clock; columns are cases."""
     header = [f"{clock} seconds, ratio to dense MLP", *(result["label"] for result in results)]
     names = list(results[0]["ratios"])
-    rows = [
-        [name, *(f"{result['ratios'][name][clock]['median']:.2f}" for result in results)] for name in names
-    ]
+    rows = [[name, *(f"{result['ratios'][name][clock]['median']:.2f}" for result in results)] for name in names]
     return markdown_table(header, rows)
 
 
