@@ -128,9 +128,7 @@ def test_shards_have_the_layout_of_img2dataset(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a" / "00001_stats.json").read_text())["successes"] == 2
     with tarfile.open(tmp_path / "a" / "00001.tar") as tar:
         content = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
-    assert sorted(content) == [
-        f"0000100{i:02d}.{suffix}" for i in (0, 1) for suffix in ("json", "png", "txt")
-    ]
+    assert sorted(content) == [f"0000100{i:02d}.{suffix}" for i in (0, 1) for suffix in ("json", "png", "txt")]
     scene = s.training_scene(4, 4)
     row = json.loads(content["000010001.json"])
     assert s.Scene.from_json(row["scene"]) == scene

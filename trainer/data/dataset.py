@@ -4,23 +4,26 @@ Shapes: B samples, C x H x W latent, L text tokens, D text width.
 """
 
 import json
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from trainer.config import TrainConfig, require
+from trainer.config import ConfigError, DataConfig, TrainConfig, require
 from trainer.data.batches import DataState, MicroBatch, micro_batches
+from trainer.data.format import DATASET_NAME, FORMAT_VERSION, SETTINGS, encoding_fingerprint
+from trainer.encoders import build_codec, build_text_encoder
 from trainer.randomness import sample_generator
 
 __all__ = ["Batch", "DataState", "LatentDataset", "LatentInfo", "build_loader", "open_dataset"]
-FORMAT_VERSION = 1
+_MAX_OPEN_FILES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +42,12 @@ class LatentInfo:
     std: list[float]
 
     @property
-    def mean_C(self) -> Tensor:
+    def mean_C(self) -> Tensor:  # noqa: N802
         """Mean of each latent channel over the data set, fp32."""
         return torch.tensor(self.mean)
 
     @property
-    def std_C(self) -> Tensor:
+    def std_C(self) -> Tensor:  # noqa: N802
         """Standard deviation of each latent channel, fp32."""
         return torch.tensor(self.std)
 
@@ -94,62 +97,102 @@ class ShardDataset:
 
     def _shard(self, number: int) -> tuple[Any, Tensor, Tensor]:
         if number not in self.open_files:
+            if len(self.open_files) >= _MAX_OPEN_FILES:
+                self.open_files.pop(next(iter(self.open_files)))
             file = safe_open(self.folder / self.shards[number], framework="pt")
             self.open_files[number] = (file, file.get_tensor("caption_id"), file.get_tensor("text_offset"))
         found: tuple[Any, Tensor, Tensor] = self.open_files[number]
         return found
 
     def read(self, sample: int) -> tuple[Tensor, Tensor]:
-        """Latent and text of one sample."""
-        number = next(i for i in range(len(self.shards)) if sample < self.first[i + 1])
+        """Latent and text of one sample; only its own bytes are read."""
+        number = bisect_right(self.first, sample) - 1
         file, caption_id, offset = self._shard(number)
         row = sample - self.first[number]
         caption = int(caption_id[row])
-        latent = file.get_slice("latent")[row : row + 1][0].float()
-        text = file.get_slice("text")[int(offset[caption]) : int(offset[caption + 1])].float()
+        latent: Tensor = file.get_slice("latent")[row : row + 1][0].float()
+        text: Tensor = file.get_slice("text")[int(offset[caption]) : int(offset[caption + 1])].float()
         return latent, text
 
 
 def open_dataset(config: TrainConfig) -> LatentDataset:
-    """Open the data of a run; ConfigError when it is missing, incomplete or encoded for other settings."""
+    """Open the data of a run; ConfigError when it is missing, incomplete or encoded for other settings.
+
+    Opens every shard once, for its header only.
+    """
     data = config.data
     if data.source == "synthetic":
         from trainer.data.synthetic import SyntheticDataset
 
         return SyntheticDataset(data.image_size, config.seed)
     folder = Path(data.latents)
-    index = folder / "dataset.json"
+    path = folder / DATASET_NAME
+    remedy = "run python -m trainer.data.encode with this recipe"
+    require(path.is_file(), f"data.latents={folder} has no {DATASET_NAME}: {remedy}")
+    content = json.loads(path.read_text())
+    version = content.get("format_version")
     require(
-        index.is_file(),
-        f"data.latents={folder} has no dataset.json: run `python -m trainer.data.encode` with this recipe first",
+        version == FORMAT_VERSION,
+        f"data.latents={folder} has format {version} where {FORMAT_VERSION} is needed: delete it and {remedy}",
     )
-    content = json.loads(index.read_text())
-    require(
-        content["format_version"] == FORMAT_VERSION,
-        f"data.latents={folder} has format {content['format_version']}, this version reads {FORMAT_VERSION}: encode again",
-    )
-    for setting in ("image_size", "codec", "text_encoder"):
+    _check_settings(data, content)
+    for shard in content["shards"]:
+        _check_shard(folder, shard, content["info"]["fingerprint"])
+    return ShardDataset(folder, content)
+
+
+def _check_settings(data: DataConfig, content: dict[str, Any]) -> None:
+    """Refuse latents that the present settings would not give."""
+    for setting in SETTINGS:
         given, stored = getattr(data, setting), content["settings"][setting]
         require(
             given == stored,
-            f"data.{setting} is {given} but data.latents={folder} was encoded with {stored}: "
-            "encode again into another folder, or restore the setting",
+            f"data.{setting} is {given} but data.latents={data.latents} was encoded with {stored}: "
+            "encode into another folder, or restore the setting",
         )
-    for shard in content["shards"]:
-        path = folder / shard["file"]
-        require(path.is_file(), f"data.latents={folder}: shard {shard['file']} is missing: run the encoding again")
-        require(
-            path.stat().st_size == shard["size"],
-            f"data.latents={folder}: shard {shard['file']} has {path.stat().st_size} bytes instead of "
-            f"{shard['size']}: delete it and run the encoding again",
-        )
-    return ShardDataset(folder, content)
+    fingerprint = encoding_fingerprint(data.image_size, build_codec(data.codec), build_text_encoder(data.text_encoder))
+    stored = content["info"]["fingerprint"]
+    require(
+        fingerprint == stored,
+        f"data.latents={data.latents} is stale: its fingerprint is {stored} but data.codec={data.codec} and "
+        f"data.text_encoder={data.text_encoder} now give {fingerprint}; delete it and encode again",
+    )
+
+
+def _check_shard(folder: Path, shard: dict[str, Any], fingerprint: str) -> None:
+    """Refuse a shard that is missing, damaged, or of another data set."""
+    path = folder / shard["file"]
+    what, remedy = f"data.latents={folder}: shard {shard['file']}", "run python -m trainer.data.encode again"
+    require(path.is_file(), f"{what} is missing: {remedy}")
+    size = path.stat().st_size
+    require(size == shard["size"], f"{what} has {size} bytes instead of {shard['size']}: {remedy}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = file.metadata() or {}
+            num_samples = file.get_slice("latent").get_shape()[0]
+    except SafetensorError as error:
+        raise ConfigError(f"{what} cannot be read: delete it and {remedy}") from error
+    found = notes.get("fingerprint")
+    require(found == fingerprint, f"{what} has fingerprint {found}, the data set {fingerprint}: delete it and {remedy}")
+    expected = shard["num_samples"]
+    require(
+        num_samples == expected, f"{what} holds {num_samples} samples instead of {expected}: delete it and {remedy}"
+    )
 
 
 def build_loader(
     dataset: LatentDataset, config: TrainConfig, *, rank: int, world_size: int, state: DataState
 ) -> Iterator[Batch]:
-    """This rank's micro-batches for ever, from `state` on; reads nothing that came before it."""
+    """This rank's micro-batches for ever, from `state` on; reads nothing that came before it.
+
+    ConfigError if the data set is smaller than one global batch.
+    """
+    global_batch_size = config.global_batch_size(world_size)
+    require(
+        len(dataset) >= global_batch_size,
+        f"the data set has {len(dataset)} samples, less than one global batch of {global_batch_size}: "
+        "lower train.micro_batch_size or train.gradient_accumulation_steps, or encode more data",
+    )
     positions = micro_batches(
         dataset.shard_sizes,
         state,
@@ -162,19 +205,34 @@ def build_loader(
     collate = partial(collate_batch, dataset, caption_dropout=config.data.caption_dropout, seed=config.seed)
     if config.data.num_workers == 0:
         return map(collate, positions)
-    reader = _Reader(collate)
-    return iter(DataLoader(reader, sampler=positions, batch_size=None, num_workers=config.data.num_workers))
+    loader = DataLoader(
+        _Reader(collate),
+        sampler=_Positions(positions),
+        batch_size=None,
+        num_workers=config.data.num_workers,
+        generator=torch.Generator(),  # or the loader would draw from the global generator
+    )
+    return iter(loader)
 
 
 class _Reader(Dataset[Batch]):
     """Lets DataLoader workers make whole micro-batches."""
 
-    def __init__(self, collate: Any) -> None:
+    def __init__(self, collate: Callable[[MicroBatch], Batch]) -> None:
         self.collate = collate
 
     def __getitem__(self, item: MicroBatch) -> Batch:
-        batch: Batch = self.collate(item)
-        return batch
+        return self.collate(item)
+
+
+class _Positions(Sampler[MicroBatch]):
+    """Micro-batches in order, for ever."""
+
+    def __init__(self, positions: Iterator[MicroBatch]) -> None:
+        self.positions = positions
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self.positions
 
 
 def collate_batch(dataset: LatentDataset, micro: MicroBatch, *, caption_dropout: float, seed: int) -> Batch:

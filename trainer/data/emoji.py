@@ -55,9 +55,7 @@ def _drawing(name: str) -> Image.Image:
         ) from None
     canvas = Image.new("RGBA", (2 * _FONT_PIXELS, 2 * _FONT_PIXELS))
     corner = _FONT_PIXELS // 4
-    ImageDraw.Draw(canvas).text(
-        (corner, corner), emoji.emojize(EMOJI_NAMES[name]), font=_font(), embedded_color=True
-    )
+    ImageDraw.Draw(canvas).text((corner, corner), emoji.emojize(EMOJI_NAMES[name]), font=_font(), embedded_color=True)
     ink = canvas.getbbox()
     if ink is None:
         raise RuntimeError(f"the OpenMoji font draws nothing for {EMOJI_NAMES[name]}")

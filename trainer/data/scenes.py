@@ -266,7 +266,7 @@ def render(scene: Scene, size: int) -> NDArray[np.uint8]:
         pixels = max(1, round(item.size * side))
         picture = sprite(item.name, pixels)
         canvas.paste(picture, (round(item.x * side - pixels / 2), round(item.y * side - pixels / 2)), picture)
-    return np.asarray(canvas.resize((size, size), Image.Resampling.LANCZOS))
+    return np.array(canvas.resize((size, size), Image.Resampling.LANCZOS))
 
 
 def _main(argv: list[str] | None) -> None:
