@@ -6,10 +6,38 @@ expects of an expert-parallel layer.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """x W^T + b for each expert; [e, M, I], [e, O, I], [e, 1, O] -> [e, M, O].
+
+    Autograd of `baddbmm(b, x, w.transpose(1, 2))` makes the transposed weight gradient and then copies it
+    into the parameter's layout: with 64 experts that copy was three quarters of the layer's time. Here the
+    gradient is produced in the parameter's layout.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_eMI: Tensor, weight_eOI: Tensor, bias_e1O: Tensor) -> Tensor:
+        ctx.save_for_backward(x_eMI, weight_eOI)
+        return torch.baddbmm(bias_e1O, x_eMI, weight_eOI.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (grad_eMO,) = grad_outputs
+        x_eMI, weight_eOI = ctx.saved_tensors
+        grad_weight = torch.bmm(grad_eMO.transpose(1, 2), x_eMI)
+        return torch.bmm(grad_eMO, weight_eOI), grad_weight, grad_eMO.sum(1, keepdim=True)
+
+
+def grouped_linear(x_eMI: Tensor, weight_eOI: Tensor, bias_e1O: Tensor) -> Tensor:
+    """A linear map of its own for each expert: [e, M, I] -> [e, M, O]."""
+    out: Tensor = _GroupedLinear.apply(x_eMI, weight_eOI, bias_e1O)
+    return out
 
 
 class Experts(nn.Module):
@@ -38,5 +66,5 @@ class Experts(nn.Module):
     def forward(self, x_eMD: Tensor) -> Tensor:
         """Rows [e, M, D] -> outputs [e, M, D]; row m of expert j depends on nothing else."""
         bias1_e1F, bias2_e1D = self.w3.split([self.hidden_dim, x_eMD.shape[-1]], dim=-1)
-        hidden_eMF = functional.gelu(torch.baddbmm(bias1_e1F, x_eMD, self.w1.transpose(1, 2)))
-        return torch.baddbmm(bias2_e1D, hidden_eMF, self.w2.transpose(1, 2))
+        hidden_eMF = functional.gelu(grouped_linear(x_eMD, self.w1, bias1_e1F))
+        return grouped_linear(hidden_eMF, self.w2, bias2_e1D)

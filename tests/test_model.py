@@ -1,5 +1,7 @@
 """The transformer: shapes, masks, positions, initial values and activation checkpointing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -42,6 +44,14 @@ def test_first_prediction_is_zero() -> None:
     assert prediction.shape == (2, 3, 8, 8) and prediction.dtype == torch.float32
     assert torch.count_nonzero(prediction) == 0
     assert len(stats) == 2 and stats[0].experts_per_token_BS.shape == (2, 16)
+
+
+def test_data_prediction_gives_the_velocity_of_the_path() -> None:
+    """The untrained network predicts data 0, so the velocity is x_t / t."""
+    model = EcDit(replace(CONFIG, prediction="data"), MoeConfig(num_experts=4), SHAPE)
+    init_weights(model, 0)
+    x, t, text, mask = inputs()
+    torch.testing.assert_close(model(x, t, text, mask)[0], x / t.view(2, 1, 1, 1))
 
 
 def test_padding_of_the_text_changes_nothing() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from moe.all_to_all import ExpertGroup, from_local_experts, to_local_experts
 from moe.config import MoeConfig
 from moe.dispatch import combine, dispatch, flat_index
+from moe.experts import grouped_linear
 from moe.layer import ChoiceMemory, ExpertChoiceMoe
 from moe.reference import ReferenceMoe
 from moe.routing import choose_tokens, expert_choice, routing_stats
@@ -44,6 +45,15 @@ def test_layer_equals_the_plain_loops_forward_and_backward(num_experts: int, fac
     assert torch.equal(stats.experts_per_token_BS, stats_oracle.experts_per_token_BS)
     torch.testing.assert_close(stats.gate_entropy, stats_oracle.gate_entropy)
     torch.testing.assert_close(stats.affinity_kept, stats_oracle.affinity_kept)
+
+
+def test_grouped_linear_gradients_are_right() -> None:
+    shapes = [(2, 5, 3), (2, 4, 3), (2, 1, 4)]
+    tensors = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(grouped_linear, tensors)
+    x, weight, bias = tensors
+    expected = torch.stack([x[e] @ weight[e].T + bias[e] for e in range(2)])
+    torch.testing.assert_close(grouped_linear(x, weight, bias), expected)
 
 
 def test_one_expert_that_takes_all_tokens_is_the_dense_mlp() -> None:

@@ -80,7 +80,8 @@ class ModelConfig:
     """Size of the diffusion transformer. `mlp_ratio` = hidden_dim / dim of dense MLP and experts alike.
 
     `pooled_text` adds the mean text token to the timestep embedding (as SD3 does); the paper does not
-    say whether EC-DIT has it.
+    say whether EC-DIT has it. `prediction: data` lets the network predict the clean latent, from which the
+    velocity follows: better where a patch has nearly as many values as the width (pixels; arXiv 2511.13720).
     """
 
     dim: int = 64
@@ -90,10 +91,9 @@ class ModelConfig:
     patch_size: int = 2
     mlp_ratio: int = 4
     pooled_text: bool = False
+    prediction: Literal["velocity", "data"] = "velocity"
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            require(getattr(self, item.name) >= 0, f"model.{item.name} must not be negative")
         require(self.dim >= 1 and self.num_layers >= 1, "model.dim and model.num_layers must be 1 or more")
         require(
             self.num_heads >= 1 and self.dim % self.num_heads == 0,

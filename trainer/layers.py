@@ -67,14 +67,14 @@ def rotate(x_BHSh: Tensor, angle_BSa: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with QK-norm: self-attention (`context` is the input) or cross-attention."""
+    """Grouped-query attention with QK-norm, without biases: self-attention (`context` is the input) or cross-attention."""
 
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
-        self.query = nn.Linear(dim, dim)
-        self.key_value = nn.Linear(dim, 2 * num_kv_heads * self.head_dim)
-        self.out = nn.Linear(dim, dim)
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key_value = nn.Linear(dim, 2 * num_kv_heads * self.head_dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
         self.query_norm = RmsNorm(self.head_dim)
         self.key_norm = RmsNorm(self.head_dim)
 

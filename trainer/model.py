@@ -34,6 +34,9 @@ from trainer.layers import (
 )
 from trainer.randomness import keyed_generator
 
+# x_t = (1 - t) x_0 + t x_1, so the velocity x_1 - x_0 is (x_t - x_0) / t; below this time t is held, since
+# the division would blow up what the network gets wrong.
+MIN_TIME = 0.05
 MoeBuilder = Callable[..., nn.Module]
 TextCache = list[tuple[Tensor, Tensor]]
 
@@ -151,11 +154,11 @@ class EcDit(nn.Module):
         `t_B` is 1 at pure noise. `keep_BS` are the positions of the tokens that masked training keeps.
         """
         dtype = self.patch_embedder.weight.dtype
-        patches = patchify(x_BCHW, self.config.patch_size).to(dtype)
+        patches = patchify(x_BCHW, self.config.patch_size).float()
         if keep_BS is not None:
             patches = patches.gather(1, keep_BS.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
         position_BSD, angle_BSa = self.positions(keep_BS, patches.device)
-        x_BSD = self.patch_embedder(patches) + position_BSD.to(dtype)
+        x_BSD = self.patch_embedder(patches.to(dtype)) + position_BSD.to(dtype)
         text = self.embed_text(text_BLD)
         time_BD = self._condition(t_B, text, text_mask_BL)
         condition_B6D = self.condition(time_BD).unflatten(1, (6, -1))
@@ -172,6 +175,8 @@ class EcDit(nn.Module):
                 all_stats.append(stats)
         shift_BD, scale_BD = self.final_modulation(time_BD).chunk(2, dim=-1)
         out = self.final(modulate(layer_norm(x_BSD), shift_BD, scale_BD)).float()
+        if self.config.prediction == "data":
+            out = (patches - out) / t_B.float().clamp_min(MIN_TIME)[:, None, None]
         if keep_BS is None:
             out = unpatchify(out, self.config.patch_size, self.shape.height, self.shape.width)
         return out, all_stats
