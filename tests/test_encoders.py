@@ -1,14 +1,16 @@
-"""The frozen encoders: MiniLM gives the published model's numbers, pixels come back, errors are one sentence."""
+"""The frozen encoders: MiniLM gives the published model's numbers, pictures come back, errors are one sentence."""
 
 import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from trainer import minilm
-from trainer.config import ConfigError
-from trainer.data import packages
+from trainer.config import ConfigError, load_config
+from trainer.data import encode, packages, scenes, train_vae
+from trainer.data.dataset import open_dataset
 from trainer.encoders import build_codec, build_text_encoder
 
 # From transformers 5.23.0 (AutoModel, last_hidden_state): token count, root mean square, first three values
@@ -82,3 +84,52 @@ def test_unknown_encoders_are_refused() -> None:
         build_codec("pixels")
     with pytest.raises(ConfigError, match=r"data\.text_encoder=t5 is not known"):
         build_text_encoder("t5")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    scenes.main(["--out", str(folder), "--num-images", "60", "--shard-size", "40", "--image-size", "16"])
+    return folder
+
+
+def test_vae_is_trained_by_its_command_and_used_by_encode(images: Path, tmp_path: Path) -> None:
+    settings = [f"data.images={images}", "data.image_size=16"]
+    for name in ("a", "b"):
+        train_vae.main(["debug", *settings, f"data.codec=vae:{tmp_path / name}.safetensors", "--steps", "40"])
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    spec = f"vae:{tmp_path / 'a.safetensors'}"
+    codec = build_codec(spec)
+    pictures = torch.stack([torch.tensor(scenes.render(scenes.training_scene(0, i), 16)) for i in range(60)])
+    rgb_BCHW = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+    latent_BCHW = codec.encode(rgb_BCHW)
+    assert latent_BCHW.shape == (60, codec.channels, 16 // codec.factor, 16 // codec.factor)
+    error = (codec.decode(latent_BCHW) - rgb_BCHW).square().mean()
+    assert error < 0.6 * rgb_BCHW.var()  # 40 steps see the backgrounds
+    encode.main(["debug", *settings, f"data.codec={spec}", f"data.latents={tmp_path / 'latents'}"])
+    stored = load_file(tmp_path / "latents" / "00000.safetensors")["latent"]
+    torch.testing.assert_close(stored.float(), latent_BCHW[:40], atol=2e-3, rtol=2e-3)
+
+
+def test_another_vae_makes_latents_stale(images: Path, tmp_path: Path) -> None:
+    path = tmp_path / "vae.safetensors"
+    overrides = [f"data.codec=vae:{path}", f"data.latents={tmp_path / 'latents'}", "data.image_size=16"]
+    train_vae.main(["debug", f"data.images={images}", *overrides, "--steps", "1"])
+    encode.main(["debug", f"data.images={images}", *overrides])
+    config = load_config("debug", ["data.source=shards", *overrides])
+    assert open_dataset(config).info.channels == 8
+    train_vae.main(["debug", f"data.images={images}", *overrides, "seed=1", "--steps", "1"])
+    with pytest.raises(ConfigError, match="is stale"):
+        open_dataset(config)
+
+
+def test_vae_errors_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "vae.safetensors"
+    with pytest.raises(ConfigError, match=r"is not there: run python -m trainer\.data\.train_vae"):
+        build_codec(f"vae:{path}")
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(ConfigError, match=r"that trainer\.data\.train_vae did not write"):
+        build_codec(f"vae:{path}")
+    with pytest.raises(SystemExit) as caught:
+        train_vae.main(["debug", "data.codec=pixel"])
+    assert caught.value.code == 2 and "data.codec is pixel: use vae:FILE" in capsys.readouterr().err

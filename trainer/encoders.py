@@ -3,11 +3,14 @@
 Shapes: B pictures, C x h x w latent, n text tokens of a caption, D text width.
 """
 
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
 from trainer.config import ConfigError
+
+VAE_PREFIX = "vae:"
 
 
 class ImageCodec(Protocol):
@@ -67,7 +70,11 @@ def build_codec(spec: str) -> ImageCodec:
     """The codec that `data.codec` names."""
     if spec == "pixel":
         return PixelCodec()
-    raise ConfigError(f"data.codec={spec} is not known: use pixel")
+    if spec.startswith(VAE_PREFIX):
+        from trainer.vae import VaeCodec
+
+        return VaeCodec(Path(spec.removeprefix(VAE_PREFIX)))
+    raise ConfigError(f"data.codec={spec} is not known: use pixel or {VAE_PREFIX}FILE")
 
 
 def build_text_encoder(spec: str) -> TextEncoder:

@@ -103,17 +103,18 @@ def read_sidecar(encoder: Encoder, shard: Shard) -> dict[str, Any] | None:
     return sidecar if finished else None
 
 
-def _picture(encoder: Encoder, row: IndexRow) -> Tensor:
-    """One picture as uint8 [size, size, 3]."""
-    with (encoder.images / row.tar).open("rb") as file:
+def read_picture(folder: Path, row: IndexRow, size: int) -> Tensor:
+    """One picture of an indexed folder, resized and cropped: uint8 [size, size, 3]."""
+    with (folder / row.tar).open("rb") as file:
         file.seek(row.offset)
         content = file.read(row.size)
     try:
         image = read_rgb(content, row.orientation)
     except UNREADABLE as error:
-        where = f"{encoder.images / row.tar}: {row.key}"
-        raise RuntimeError(f"{where} changed since it was indexed and cannot be decoded any more") from error
-    return torch.from_numpy(np.array(cover_crop(image, encoder.data.image_size)))
+        raise RuntimeError(
+            f"{folder / row.tar}: {row.key} changed since it was indexed and cannot be decoded any more"
+        ) from error
+    return torch.from_numpy(np.array(cover_crop(image, size)))
 
 
 @torch.no_grad()
@@ -121,7 +122,9 @@ def _latents(encoder: Encoder, rows: list[IndexRow]) -> Tensor:
     """Unscaled fp16 latents [n, C, h, w]."""
     parts = []
     for start in range(0, len(rows), _BATCH_SIZE):
-        pictures = torch.stack([_picture(encoder, row) for row in rows[start : start + _BATCH_SIZE]])
+        pictures = torch.stack(
+            [read_picture(encoder.images, row, encoder.data.image_size) for row in rows[start : start + _BATCH_SIZE]]
+        )
         rgb_BCHW = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
         parts.append(encoder.codec.encode(rgb_BCHW).half())
     latent = torch.cat(parts).contiguous()

@@ -1,0 +1,98 @@
+"""A small convolutional VAE, trained on the pictures of a run in about a minute: codec `vae:FILE`.
+
+Space-to-depth by 4 comes first, so that every convolution runs at the latent's resolution: cheap on a CPU.
+
+Shapes: B pictures, 3 x H x W rgb in [-1, 1], C x H/4 x W/4 latent.
+"""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from trainer.config import ConfigError, require
+
+CHANNELS, FACTOR, WIDTH, NUM_GROUPS = 8, 4, 48, 8
+
+
+class Residual(nn.Module):
+    """Two normalised convolutions beside the identity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(2):
+            layers += [nn.GroupNorm(NUM_GROUPS, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape in and out."""
+        y: Tensor = self.layers(x)
+        return x + y
+
+
+def _stack(num_inputs: int, num_outputs: int, depth: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(num_inputs, WIDTH, 3, padding=1),
+        *(Residual(WIDTH) for _ in range(depth)),
+        nn.GroupNorm(NUM_GROUPS, WIDTH),
+        nn.SiLU(),
+        nn.Conv2d(WIDTH, num_outputs, 3, padding=1),
+    )
+
+
+class SmallVae(nn.Module):
+    """Gaussian posterior in, picture out; 0.3M parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = _stack(3 * FACTOR**2, 2 * CHANNELS, depth=2)
+        self.decoder = _stack(CHANNELS, 3 * FACTOR**2, depth=3)
+
+    def posterior(self, rgb_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, [B, C, H/4, W/4] each."""
+        mean, log_variance = self.encoder(functional.pixel_unshuffle(rgb_BCHW, FACTOR)).chunk(2, 1)
+        return mean, log_variance.clamp(-12, 4)
+
+    def decode(self, latent_BCHW: Tensor) -> Tensor:
+        """Latents to rgb, not clipped."""
+        return functional.pixel_shuffle(self.decoder(latent_BCHW), FACTOR)
+
+
+class VaeCodec:
+    """The posterior's mean as the latent; weights from a file that `trainer.data.train_vae` wrote."""
+
+    channels = CHANNELS
+    factor = FACTOR
+
+    def __init__(self, path: Path) -> None:
+        require(
+            path.is_file(),
+            f"data.codec=vae:{path} names a file that is not there: run python -m trainer.data.train_vae first",
+        )
+        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.model = SmallVae().eval().requires_grad_(False)
+        try:
+            self.model.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError) as error:
+            raise ConfigError(
+                f"data.codec=vae:{path} names a file that trainer.data.train_vae did not write"
+            ) from error
+
+    def fingerprint(self) -> str:
+        """Hash of the weights."""
+        return f"vae-{self.sha256[:16]}"
+
+    @torch.no_grad()
+    def encode(self, rgb_BCHW: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, 8, H/4, W/4]."""
+        return self.model.to(rgb_BCHW.device).posterior(rgb_BCHW)[0]
+
+    @torch.no_grad()
+    def decode(self, latent_BCHW: Tensor) -> Tensor:
+        """[B, 8, h, w] -> [B, 3, 4h, 4w] in [-1, 1]."""
+        return self.model.to(latent_BCHW.device).decode(latent_BCHW).clamp(-1, 1)
