@@ -70,11 +70,15 @@ def build_codec(spec: str) -> ImageCodec:
     """The codec that `data.codec` names."""
     if spec == "pixel":
         return PixelCodec()
+    if spec == "dct":
+        from trainer.dct import DctCodec
+
+        return DctCodec()
     if spec.startswith(VAE_PREFIX):
         from trainer.vae import VaeCodec
 
         return VaeCodec(Path(spec.removeprefix(VAE_PREFIX)))
-    raise ConfigError(f"data.codec={spec} is not known: use pixel or {VAE_PREFIX}FILE")
+    raise ConfigError(f"data.codec={spec} is not known: use pixel, dct or {VAE_PREFIX}FILE")
 
 
 def build_text_encoder(spec: str) -> TextEncoder:
