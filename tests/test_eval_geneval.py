@@ -129,9 +129,7 @@ def test_judge_equals_the_literal_rules(rules: Rules) -> None:
 def test_relations_equal_the_array_version() -> None:
     rng = random.Random(1)
     for _ in range(3000):
-        a, b = (
-            [rng.randint(0, 9), rng.randint(0, 9), rng.randint(10, 20), rng.randint(10, 20)] for _ in "ab"
-        )
+        a, b = ([rng.randint(0, 9), rng.randint(0, 9), rng.randint(10, 20), rng.randint(10, 20)] for _ in "ab")
         box_a, box_b = (a[0], a[1], a[2], a[3]), (b[0], b[1], b[2], b[3])
         assert relations(box_a, box_b) == slow_relations(a, b)
 

@@ -1,0 +1,157 @@
+"""Pieces of a self-contained HTML page: style, tables, pictures, protocol cards. No script, no outside file."""
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+STYLE = """
+:root { --ink: #1d2433; --muted: #687083; --rule: #dfe3ea; --paper: #fff; --wash: #f6f7f9;
+  --blue: #2f5fd0; --red: #b5362f; --green: #1f7a53; }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.5;
+  font: 15px/1.5 system-ui, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, sans-serif; }
+main { max-width: 1060px; margin: 0 auto; padding: 40px 32px 80px; }
+h1 { font-size: 30px; line-height: 1.2; margin: 0 0 4px; letter-spacing: -0.01em; }
+h2 { font-size: 20px; margin: 52px 0 6px; padding-top: 18px; border-top: 1px solid var(--rule); }
+h3 { font-size: 15px; margin: 26px 0 8px; }
+p { margin: 6px 0 12px; max-width: 46em; }
+.muted, .lead { color: var(--muted); }
+.lead { margin-bottom: 26px; }
+.headline { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 20px; }
+.stat { border: 1px solid var(--rule); border-radius: 10px; padding: 18px 22px; }
+.stat .name { color: var(--muted); font-size: 13px; }
+.stat .value { font-size: 44px; font-weight: 650; line-height: 1.15; letter-spacing: -0.02em; }
+.stat .unit { font-size: 22px; font-weight: 500; color: var(--muted); }
+.stat .range { font-size: 14px; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: 7px 10px; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+th { font-weight: 600; color: var(--muted); font-size: 12.5px; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+td.plot { padding: 0 10px; width: 240px; }
+td.plot svg { display: block; }
+tr.total td { font-weight: 650; border-bottom: 0; border-top: 1.5px solid var(--ink); }
+.range { color: var(--muted); font-weight: 400; }
+.key { font-size: 13px; color: var(--muted); }
+.card { margin: 16px 0 0; background: var(--wash); border-radius: 8px; padding: 10px 16px; font-size: 12px; }
+.card summary { cursor: pointer; font-weight: 600; color: var(--muted); }
+.card dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 8px 0 4px; }
+.card dt { color: var(--muted); }
+.card dl > div { display: contents; }
+.card dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.grid { display: grid; grid-template-columns: repeat(8, 1fr); gap: 16px 12px; margin: 8px 0 4px; }
+figure { margin: 0; break-inside: avoid; }
+.grid img { width: 100%; display: block; border-radius: 3px; image-rendering: pixelated; }
+figcaption { font-size: 11.5px; line-height: 1.35; margin-top: 5px; }
+.pass::before { content: "\\2713\\a0"; color: var(--green); font-weight: 700; }
+.fail::before { content: "\\2717\\a0"; color: var(--red); font-weight: 700; }
+.why { color: var(--red); display: block; }
+.chart, .wide { width: 100%; display: block; margin: 10px 0; }
+.strip figure { display: grid; grid-template-columns: 90px 1fr; align-items: center; margin: 6px 0; }
+.strip img { width: 100%; display: block; border-radius: 3px; image-rendering: pixelated; }
+.strip figcaption { margin: 0; order: -1; font-size: 13px; color: var(--muted); }
+.beside { display: grid; grid-template-columns: 2fr 3fr; gap: 32px; align-items: start; }
+.narrow { max-width: 560px; }
+details.more > summary { cursor: pointer; color: var(--blue); font-size: 13px; margin: 10px 0; }
+@media (max-width: 760px) { .grid { grid-template-columns: repeat(4, 1fr); } main { padding: 20px 16px; }
+  .beside { grid-template-columns: 1fr; } .scroll { overflow-x: auto; } }
+@media print { body { font-size: 11px; } main { max-width: none; padding: 0; } h2, h3 { break-after: avoid; }
+  .stat, .card, tr, .chart { break-inside: avoid; } details.more { display: none; } .stat .value { font-size: 34px; }
+  h2 { margin-top: 28px; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  @page { margin: 14mm; } }
+"""
+
+
+def escape(value: object) -> str:
+    """Text for HTML."""
+    return html.escape(str(value))
+
+
+def page(title: str, body: Iterable[str]) -> str:
+    """A whole document."""
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n" + "\n".join(body) + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def png_uri(picture_HWC: Tensor) -> str:
+    """A uint8 picture [H, W, 3] as a data URI; the page enlarges it by whole pixels."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture_HWC.numpy()).save(buffer, format="PNG", optimize=True)
+    return file_uri(buffer.getvalue(), "image/png")
+
+
+def file_uri(content: bytes, kind: str) -> str:
+    """Bytes as a data URI."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def image(uri: str, alt: str, css: str = "chart") -> str:
+    """An embedded picture."""
+    return f'<img class="{css}" src="{uri}" alt="{escape(alt)}">'
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], last_is_total: bool = False) -> str:
+    """A table of ready HTML cells."""
+    lines = [list(row) for row in rows]
+    head = "".join(f"<th>{cell}</th>" for cell in header)
+    body = []
+    for i, row in enumerate(lines):
+        css = ' class="total"' if last_is_total and i == len(lines) - 1 else ""
+        cells = "".join(cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row)
+        body.append(f"<tr{css}>{cells}</tr>")
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+
+
+def card(title: str, content: Mapping[str, Any]) -> str:
+    """A protocol card: name and value of everything that shaped a number."""
+    items = []
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{name} {item}" for name, item in value.items())
+        elif isinstance(value, (list, tuple)):
+            value = ", ".join(map(str, value))
+        items.append(f"<dt>{escape(key.replace('_', ' '))}</dt><dd>{escape(value)}</dd>")
+    return f'<details class="card" open><summary>{escape(title)}</summary><dl>{"".join(items)}</dl></details>'
+
+
+def figure_grid(figures: Iterable[str]) -> str:
+    """Figures side by side."""
+    return f'<div class="grid">{"".join(figures)}</div>'
+
+
+def verdict_figure(picture_HWC: Tensor, caption: str, correct: bool | None, reason: str) -> str:
+    """A picture with its caption, pass or fail mark, and the reason of a failure."""
+    css = "" if correct is None else ' class="pass"' if correct else ' class="fail"'
+    why = f'<span class="why">{escape(reason)}</span>' if reason else ""
+    return (
+        f'<figure><img src="{png_uri(picture_HWC)}" alt="{escape(caption)}">'
+        f"<figcaption><span{css}>{escape(caption)}</span>{why}</figcaption></figure>"
+    )
+
+
+def interval_plot(value: float, low: float, high: float, ticks: Mapping[str, float]) -> str:
+    """A share on an axis from 0 to 1 with its interval, and grey ticks for the controls, as inline SVG."""
+    width, height, pad = 220, 26, 6
+
+    def x(share: float) -> str:
+        return f"{pad + share * (width - 2 * pad):.1f}"
+
+    marks = "".join(
+        f'<line x1="{x(tick)}" x2="{x(tick)}" y1="5" y2="21" stroke="#9aa2b1" stroke-width="1.5">'
+        f"<title>{escape(name)} {tick:.1%}</title></line>"
+        for name, tick in ticks.items()
+    )
+    return (
+        f'<td class="plot"><svg width="{width}" height="{height}" role="img" aria-label="{value:.1%}">'
+        f'<line x1="{x(0)}" x2="{x(1)}" y1="13" y2="13" stroke="#dfe3ea" stroke-width="1"/>{marks}'
+        f'<line x1="{x(low)}" x2="{x(high)}" y1="13" y2="13" stroke="#2f5fd0" stroke-width="3.5" '
+        f'stroke-linecap="round" opacity="0.45"/><circle cx="{x(value)}" cy="13" r="4.5" fill="#2f5fd0"/>'
+        "</svg></td>"
+    )

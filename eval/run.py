@@ -1,0 +1,212 @@
+"""Score a checkpoint: draw pictures, measure, write report.json and report.html.
+
+python -m eval.run runs/demo                                # all suites, into runs/demo/eval
+torchrun --nproc-per-node 8 -m eval.run RUN --suite geneval # pictures drawn by all ranks, scored by the first
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from eval.compute_map import ComputeMaps, object_patches, trace_compute
+from eval.detector import detect
+from eval.generate import generate_pictures, read_pictures, write_text
+from eval.prompts import Prompt, demo_prompts, metadata_lines, render_prompts
+from eval.protocol import fingerprint, package_versions, sampling_card
+from eval.report import ReportInput, render_report
+from eval.suites import SUITES, Evaluation
+from trainer.config import ConfigError, require, run_cli
+from trainer.data.emoji import ATTRIBUTION
+from trainer.distributed import World, barrier, detect_world, init_distributed
+from trainer.pipeline import Pipeline
+
+MAPS_PER_TAG = 4
+WEIGHTS: tuple[Literal["ema", "untrained"], ...] = ("ema", "untrained")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What to evaluate. `seed` draws the prompts; pictures are seeded by prompt id and sample number."""
+
+    checkpoint: Path
+    out: Path
+    suites: tuple[str, ...] = tuple(SUITES)
+    per_category: int = 40
+    num_samples: int = 1
+    batch_size: int = 40
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for suite in self.suites:
+            require(suite in SUITES, f"--suite {suite} is unknown: choose from {', '.join(SUITES)}")
+        for name in ("per_category", "num_samples", "batch_size"):
+            flag = {"num_samples": "--samples"}.get(name, f"--{name.replace('_', '-')}")
+            require(getattr(self, name) >= 1, f"{flag} is {getattr(self, name)}: use 1 or more")
+        require(self.seed >= 0, f"--seed is {self.seed}: use 0 or more")
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The run that a checkpoint argument belongs to: itself, or the run above RUN/checkpoints/step_X."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+
+
+def parse(argv: Sequence[str] | None) -> EvalConfig:
+    """Settings from the command line; raises ConfigError on values that cannot work."""
+    parser = argparse.ArgumentParser(
+        prog="eval.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, help="run folder, or a step folder in RUN/checkpoints")
+    parser.add_argument("--suite", default=",".join(SUITES), help=f"comma list of {', '.join(SUITES)}")
+    parser.add_argument("--per-category", type=int, default=EvalConfig.per_category, help="prompts per category")
+    parser.add_argument("--samples", type=int, default=EvalConfig.num_samples, help="pictures per prompt")
+    parser.add_argument("--batch-size", type=int, default=EvalConfig.batch_size, help="pictures drawn at once")
+    parser.add_argument("--seed", type=int, default=EvalConfig.seed, help="seed of the prompts")
+    parser.add_argument("--out", type=Path, help="folder of the results (default RUN/eval)")
+    given = parser.parse_args(argv)
+    return EvalConfig(
+        checkpoint=given.checkpoint,
+        out=given.out or run_folder(given.checkpoint.resolve()) / "eval",
+        suites=tuple(dict.fromkeys(name.strip() for name in given.suite.split(",") if name.strip())),
+        per_category=given.per_category,
+        num_samples=given.samples,
+        batch_size=given.batch_size,
+        seed=given.seed,
+    )
+
+
+def _draw(config: EvalConfig, prompts: list[Prompt], world: World) -> tuple[Pipeline, dict[str, Path]]:
+    """Draw the trained and the untrained model's pictures; returns the trained one and the folders."""
+    folders: dict[str, Path] = {}
+    pipelines: dict[str, Pipeline] = {}
+    for weights in WEIGHTS:
+        pipeline = Pipeline.load(config.checkpoint, weights=weights)
+        card = sampling_card(pipeline.config, pipeline.step, weights, prompts, config.num_samples)
+        folder = config.out / "pictures" / f"{weights}_{fingerprint(card)}"
+        if world.is_main:
+            write_text(folder / "evaluation_metadata.jsonl", metadata_lines(prompts))
+            write_text(folder / "sampling.json", json.dumps(card, indent=2) + "\n")
+        generate_pictures(
+            prompts,
+            folder,
+            pipeline.generate,
+            num_samples=config.num_samples,
+            batch_size=config.batch_size,
+            rank=world.rank,
+            world_size=world.size,
+        )
+        folders[weights], pipelines[weights] = folder, pipeline
+    return pipelines["ema"], folders
+
+
+def _load(config: EvalConfig, prompts: list[Prompt], pipeline: Pipeline, folders: dict[str, Path]) -> Evaluation:
+    pictures, untrained = (read_pictures(folders[name], len(prompts), config.num_samples) for name in WEIGHTS)
+    return Evaluation(
+        prompts=prompts,
+        num_samples=config.num_samples,
+        pictures=pictures,
+        untrained=untrained,
+        true=render_prompts(prompts, pictures.shape[1]),
+        sampling=sampling_card(pipeline.config, pipeline.step, "ema", prompts, config.num_samples),
+        folder=folders["ema"],
+        out=config.out,
+        progress=sys.stderr.isatty(),
+    )
+
+
+def _spread(prompts: list[Prompt], per_tag: int) -> list[Prompt]:
+    """The first prompts of each tag, the tags taking turns."""
+    by_tag: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_tag.setdefault(prompt.tag, []).append(prompt)
+    return [group[i] for i in range(per_tag) for group in by_tag.values() if i < len(group)]
+
+
+def _describe_model(pipeline: Pipeline) -> dict[str, Any]:
+    config = pipeline.config
+    count = sum(parameter.numel() for parameter in pipeline.model.parameters())
+    model: dict[str, Any] = {"parameters": f"{count / 1e6:.2f}M", "blocks": config.model.num_layers}
+    if config.moe.every:
+        model |= {"experts": config.moe.num_experts, "capacity factor": f"{config.moe.capacity_factor:g}"}
+    return model | {"image size": config.data.image_size, "global seed": config.seed}
+
+
+def score(config: EvalConfig, evaluation: Evaluation, pipeline: Pipeline) -> dict[str, Any]:
+    """Run the suites and the compute trace on one process; write and return report.json."""
+    start = time.perf_counter()
+    results = {name: SUITES[name].run(evaluation) for name in config.suites}
+    maps = trace_compute(pipeline, _spread(evaluation.prompts, MAPS_PER_TAG))
+    report = {
+        "run": run_folder(config.checkpoint.resolve()).name,
+        "step": pipeline.step,
+        "model": _describe_model(pipeline),
+        "pictures_per_prompt": config.num_samples,
+        "results": results,
+        "versions": package_versions(),
+        "config": asdict(pipeline.config),
+        "seconds": time.perf_counter() - start,
+        "notes": [ATTRIBUTION],
+    }
+    _write_report(config, evaluation, report, maps)
+    return report
+
+
+def _write_report(config: EvalConfig, evaluation: Evaluation, report: dict[str, Any], maps: ComputeMaps | None) -> None:
+    mask = None
+    if maps is not None:
+        side, grid = maps.pictures_NHWC.shape[1], tuple(maps.experts_NTLhw.shape[-2:])
+        mask = object_patches(detect(maps.pictures_NHWC), side, (grid[0], grid[1]))
+    content = ReportInput(
+        report=report,
+        texts=[prompt.text for prompt in evaluation.prompts],
+        tags=[prompt.tag for prompt in evaluation.prompts],
+        pictures=evaluation.pictures,
+        run_dir=run_folder(config.checkpoint.resolve()),
+        maps=maps,
+        object_mask_Nhw=mask,
+    )
+    write_text(config.out / "report.json", json.dumps(report, indent=2, default=str) + "\n")
+    write_text(config.out / "report.html", render_report(content))
+
+
+def print_summary(report: dict[str, Any], out: Path) -> None:
+    """The numbers, for the terminal."""
+    for name, result in report["results"].items():
+        if name == "geneval":
+            overall = result["overall"]
+            tags = "  ".join(f"{tag} {score['value']:.1%}" for tag, score in result["tags"].items())
+            print(f"geneval {overall['value']:.1%} ({overall['low']:.1%} to {overall['high']:.1%})  {tags}")
+        elif name == "fid":
+            print(f"fid {result['generated']:.2f}  floor {result['floor']:.2f}  untrained {result['untrained']:.2f}")
+    print(f"report: {out / 'report.html'}")
+
+
+def evaluate(config: EvalConfig) -> None:
+    """Everything: draw on all ranks, score and report on the first."""
+    for suite in config.suites:
+        SUITES[suite].check()
+    if not config.checkpoint.exists():
+        raise ConfigError(f"checkpoint {config.checkpoint} does not exist: give a run folder or a step folder in it")
+    world = detect_world()
+    if world.size > 1:
+        init_distributed(world)
+    prompts = demo_prompts(config.seed, config.per_category)
+    pipeline, folders = _draw(config, prompts, world)
+    if world.size > 1:
+        barrier()
+    if world.is_main:
+        report = score(config, _load(config, prompts, pipeline, folders), pipeline)
+        print_summary(report, config.out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of the evaluation."""
+    run_cli(lambda: evaluate(parse(argv)))
+
+
+if __name__ == "__main__":
+    main()
