@@ -51,6 +51,7 @@ def test_distance_to_itself_is_zero_and_it_is_symmetric() -> None:
     assert frechet_from_features(a, b) == pytest.approx(frechet_from_features(b, a), rel=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_metric_reduces_exactly_over_uneven_shards() -> None:
     a, b = _features(40, 8, 5), _features(33, 8, 6)
     ranks = [FrechetDistance(8) for _ in range(3)]
@@ -63,6 +64,7 @@ def test_metric_reduces_exactly_over_uneven_shards() -> None:
     assert float(total.compute()) == pytest.approx(frechet_from_features(a, b), rel=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_too_few_pictures_are_refused() -> None:
     with pytest.raises(ValueError, match="2 or more"):
         frechet_from_features(torch.zeros(1, 4), torch.zeros(5, 4))

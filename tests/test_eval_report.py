@@ -1,0 +1,253 @@
+"""Controls, compute maps, charts and the page, over a real pipeline with untrained weights; the command line."""
+
+import base64
+import json
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from eval.background import background_score, border_colors
+from eval.charts import coverage_layers, training_chart
+from eval.compute_map import ComputeMaps, compute_by_region, object_patches, trace_compute
+from eval.controls import judge_all, permuted_scores, with_overall
+from eval.detector import RULES, detect
+from eval.generate import generate_pictures
+from eval.geneval import Detection, judge
+from eval.prompts import demo_prompts, render_prompts
+from eval.report import read_metrics
+from eval.run import EvalConfig, main, parse, run_folder, score
+from eval.suites import SUITES, Evaluation
+from trainer.config import ConfigError, load_config
+from trainer.data.dataset import LatentInfo
+from trainer.data.scenes import CATEGORIES
+from trainer.pipeline import Pipeline
+
+PER_TAG = 2
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    """The debug model, untrained, behind the real text encoder."""
+    info = LatentInfo(
+        channels=3,
+        height=32,
+        width=32,
+        text_dim=384,
+        max_tokens=24,
+        codec="pixel",
+        text_encoder="minilm",
+        fingerprint="none",
+        mean=[0.0] * 3,
+        std=[1.0] * 3,
+    )
+    overrides = ["diffusion.sampling_steps=3", "model.patch_size=4"]
+    return Pipeline(load_config("debug", overrides), info, 7, None)
+
+
+@pytest.fixture(scope="module")
+def maps(pipeline: Pipeline) -> ComputeMaps:
+    found = trace_compute(pipeline, demo_prompts(0, 1))
+    assert found is not None
+    return found
+
+
+class _Page(HTMLParser):
+    """Collects what a page refers to and which tags it leaves open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_permuted_scores_equal_a_loop_over_pairs() -> None:
+    prompts = demo_prompts(0, 6)
+    rng = random.Random(0)
+    found = detect(render_prompts(prompts, 32))
+    rng.shuffle(found)
+    scores = permuted_scores(prompts, found, RULES)
+    for tag in CATEGORIES:
+        flags = [
+            judge(asked.metadata, items, RULES).correct
+            for owner, items in zip(prompts, found, strict=True)
+            for asked in prompts
+            if owner.tag == asked.tag == tag and owner.text != asked.text
+        ]
+        assert scores[tag] == pytest.approx(sum(flags) / len(flags))
+    assert with_overall({"a": 0.2, "b": 0.6})["overall"] == pytest.approx(0.4)
+
+
+def test_controls_separate_reading_from_drawing() -> None:
+    prompts = demo_prompts(0, 6)
+    true = render_prompts(prompts, 32)
+    assert judge_all(prompts, detect(true), RULES)[1].overall.value == 1
+    assert with_overall(permuted_scores(prompts, detect(true), RULES))["overall"] < 0.2
+    assert background_score(prompts, true).value == 1
+    assert background_score(prompts, true.roll(6, 0)).value < 0.5
+    assert border_colors(true[-1:]) == [tuple(clause["color"] for clause in prompts[-1].metadata["include"])]
+
+
+def test_compute_maps_have_the_capacity_as_their_mean(maps: ComputeMaps, pipeline: Pipeline) -> None:
+    assert maps.layers == (1, 3)
+    assert maps.times == pytest.approx((1, 2 / 3, 1 / 3))
+    assert maps.experts_NTLhw.shape == (6, 3, 2, 8, 8)
+    assert maps.experts_NTLhw.mean((3, 4)).allclose(torch.tensor(maps.capacity_factor))
+    again = trace_compute(pipeline, demo_prompts(0, 1))
+    assert again is not None
+    assert torch.equal(again.pictures_NHWC, maps.pictures_NHWC)
+
+
+def test_dense_model_has_no_compute_maps(pipeline: Pipeline) -> None:
+    dense = Pipeline(load_config("debug", ["moe.every=0", "diffusion.sampling_steps=1"]), pipeline.info, 0, None)
+    assert trace_compute(dense, demo_prompts(0, 1)[:1]) is None
+
+
+def test_regions_split_patches_by_box(maps: ComputeMaps) -> None:
+    box = Detection(name="cat", score=1.0, box=(0.0, 0.0, 16.0, 32.0))
+    mask = object_patches([[box], *[[]] * 5], 32, (8, 8))
+    assert mask[0, :, :4].all() and not mask[0, :, 4:].any() and not mask[1:].any()
+    regions = compute_by_region(maps, mask)
+    assert regions is not None
+    expected = maps.experts_NTLhw[0, 1, 0, :, :4].mean()
+    assert float(regions[0][1, 0]) == pytest.approx(float(expected))
+    assert compute_by_region(maps, torch.zeros_like(mask)) is None
+
+
+def _write_run(folder: Path) -> None:
+    """Metrics as a run writes them, with the half line of a killed process."""
+    rows = []
+    for step in range(10, 110, 10):
+        row: dict[str, Any] = {"step": step, "loss": 100 / step, "learning_rate": 1e-3, "grad_norm": 1.0}
+        row |= {f"moe/{layer}/coverage_{k}": share for layer in (1, 3) for k, share in enumerate((0.1, 0.4, 0.5))}
+        rows.append(json.dumps(row))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("\n".join([*rows, '{"step": 11']) + "\n")
+
+
+def test_metrics_of_a_killed_run_are_read(tmp_path: Path) -> None:
+    _write_run(tmp_path)
+    rows = read_metrics(tmp_path)
+    assert len(rows) == 10
+    assert list(coverage_layers(rows)) == ["moe/1", "moe/3"]
+    assert training_chart(rows) == training_chart(rows)
+    assert read_metrics(tmp_path / "none") == []
+
+
+def _evaluation(pipeline: Pipeline, out: Path) -> Evaluation:
+    prompts = demo_prompts(0, PER_TAG)
+    folder = out / "pictures"
+    generate_pictures(prompts, folder, pipeline.generate)
+    true = render_prompts(prompts, 32)
+    return Evaluation(
+        prompts=prompts,
+        num_samples=1,
+        pictures=true.roll(1, 0),
+        untrained=pipeline.generate([prompt.text for prompt in prompts], list(range(len(prompts)))),
+        true=true,
+        sampling={"checkpoint_step": 7},
+        folder=folder,
+        out=out,
+    )
+
+
+def test_report_is_whole_and_needs_no_other_file(tmp_path: Path, pipeline: Pipeline) -> None:
+    run = tmp_path / "my <run>"
+    _write_run(run)
+    config = EvalConfig(checkpoint=run, out=run / "eval", suites=("geneval",), per_category=PER_TAG)
+    report = score(config, _evaluation(pipeline, config.out), pipeline)
+    geneval = report["results"]["geneval"]
+    assert geneval["controls"]["ceiling"]["overall"] == 1
+    assert geneval["controls"]["untrained"]["overall"] == 0
+    assert json.loads((config.out / "report.json").read_text())["results"]["geneval"]["overall"] == geneval["overall"]
+    lines = [json.loads(line) for line in (config.out / "results.jsonl").read_text().splitlines()]
+    assert [line["correct"] for line in lines] == [verdict["correct"] for verdict in geneval["verdicts"]]
+    assert lines[1]["filename"] == "00001/samples/0000.png"
+    text = (config.out / "report.html").read_text()
+    page = _Page()
+    page.feed(text)
+    assert not page.open
+    assert "script" not in page.tags and "link" not in page.tags
+    assert all(link.startswith("data:image/") for link in page.links)
+    assert not re.search(r"https?://(?!creativecommons)", re.sub(r"data:[^\"]*", "", text))
+    assert "my &lt;run&gt;" in text and "<run>" not in text
+    assert text.count("<figure>") == 6 * PER_TAG
+    for link in page.links:
+        base64.b64decode(link.split(",", 1)[1], validate=True)
+
+
+def test_unknown_suite_and_missing_checkpoint_are_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for argv, message in (
+        ([str(tmp_path), "--suite", "fidd"], "--suite fidd is unknown: choose from geneval, fid"),
+        ([str(tmp_path / "absent")], "absent does not exist"),
+        ([str(tmp_path)], "checkpoint"),
+        ([str(tmp_path), "--per-category", "0"], "--per-category is 0: use 1 or more"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([*argv, "--out", str(out)])
+        assert stop.value.code == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error
+        assert len(error.splitlines()) == 1
+    assert not out.exists()
+
+
+def test_command_line_defaults() -> None:
+    config = parse(["runs/demo/checkpoints/step_00000010", "--suite", "fid, geneval"])
+    assert config.suites == ("fid", "geneval")
+    assert config.out == Path("runs/demo/eval").resolve()
+    assert run_folder(Path("runs/demo")) == Path("runs/demo")
+    assert parse(["runs/demo"]).suites == tuple(SUITES)
+    with pytest.raises(ConfigError, match="unknown"):
+        parse(["runs/demo", "--suite", "clip"])
+
+
+@pytest.mark.slow
+def test_a_real_run_is_scored_alike_by_one_and_by_two_processes(tmp_path: Path, launcher: Any) -> None:
+    images, latents, run = (tmp_path / name for name in ("images", "latents", "run"))
+    overrides = [
+        f"run_dir={run}",
+        "data.source=shards",
+        f"data.images={images}",
+        f"data.latents={latents}",
+        "train.max_steps=2",
+        "diffusion.sampling_steps=2",
+        "model.patch_size=4",
+    ]
+    for command in (
+        ["-m", "trainer.data.scenes", "--out", str(images), "--num-images", "64"],
+        ["-m", "trainer.data.encode", "debug", *overrides],
+        ["-m", "trainer.train", "debug", *overrides],
+        ["-m", "eval.run", str(run), "--suite", "geneval", "--per-category", "3"],
+    ):
+        done = launcher.run(*command)
+        assert done.returncode == 0, done.stderr[-3000:]
+    two = tmp_path / "two"
+    command = ["-m", "eval.run", str(run), "--suite", "geneval", "--per-category", "3", "--out", str(two)]
+    done = launcher.run(*command, processes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = run / "eval"
+    pictures = sorted(path.relative_to(one) for path in one.rglob("*.png"))
+    assert len(pictures) == 2 * 18
+    assert pictures == sorted(path.relative_to(two) for path in two.rglob("*.png"))
+    assert (one / "results.jsonl").read_text() == (two / "results.jsonl").read_text()
