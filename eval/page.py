@@ -33,7 +33,7 @@ th, td { text-align: right; padding: 7px 10px; border-bottom: 1px solid var(--ru
 th { font-weight: 600; color: var(--muted); font-size: 12.5px; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td.plot { padding: 0 10px; width: 240px; }
-td.plot svg { display: block; }
+td.plot svg { display: block; width: 100%; height: auto; }
 tr.total td { font-weight: 650; border-bottom: 0; border-top: 1.5px solid var(--ink); }
 .range { color: var(--muted); font-weight: 400; }
 .key { font-size: 13px; color: var(--muted); }
@@ -57,9 +57,12 @@ figcaption { font-size: 11.5px; line-height: 1.35; margin-top: 5px; }
 .beside { display: grid; grid-template-columns: 2fr 3fr; gap: 32px; align-items: start; }
 .narrow { max-width: 560px; }
 details.more > summary { cursor: pointer; color: var(--blue); font-size: 13px; margin: 10px 0; }
-@media (max-width: 760px) { .grid { grid-template-columns: repeat(4, 1fr); } main { padding: 20px 16px; }
+@media screen and (max-width: 760px) { .grid { grid-template-columns: repeat(4, 1fr); } main { padding: 20px 16px; }
   .beside { grid-template-columns: 1fr; } .scroll { overflow-x: auto; } }
-@media print { body { font-size: 11px; } main { max-width: none; padding: 0; } h2, h3 { break-after: avoid; }
+@media print { body, p { font-size: 10.5px; } table { font-size: 10px; } th { font-size: 9px; }
+  th, td { padding: 3px 5px; } figcaption { font-size: 7.5px; } .grid { gap: 8px 7px; } td.plot { width: 130px; }
+  .card { font-size: 9px; } .key { font-size: 9px; } h1 { font-size: 24px; } h2 { font-size: 16px; }
+  main { max-width: none; padding: 0; } h2, h3 { break-after: avoid; }
   .stat, .card, tr, .chart { break-inside: avoid; } details.more { display: none; } .stat .value { font-size: 34px; }
   h2 { margin-top: 28px; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   @page { margin: 14mm; } }
@@ -149,7 +152,7 @@ def interval_plot(value: float, low: float, high: float, ticks: Mapping[str, flo
         for name, tick in ticks.items()
     )
     return (
-        f'<td class="plot"><svg width="{width}" height="{height}" role="img" aria-label="{value:.1%}">'
+        f'<td class="plot"><svg viewBox="0 0 {width} {height}" role="img" aria-label="{value:.1%}">'
         f'<line x1="{x(0)}" x2="{x(1)}" y1="13" y2="13" stroke="#dfe3ea" stroke-width="1"/>{marks}'
         f'<line x1="{x(low)}" x2="{x(high)}" y1="13" y2="13" stroke="#2f5fd0" stroke-width="3.5" '
         f'stroke-linecap="round" opacity="0.45"/><circle cx="{x(value)}" cy="13" r="4.5" fill="#2f5fd0"/>'
