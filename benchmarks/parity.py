@@ -1,7 +1,7 @@
 """Parity of training under ZeRO and expert parallelism with one plain process, as a table.
 
-    torchrun --nproc-per-node 4 benchmarks/parity.py
-    torchrun --nproc-per-node 2 benchmarks/parity.py
+    torchrun --nproc-per-node 4 -m benchmarks.parity
+    torchrun --nproc-per-node 2 -m benchmarks.parity
 
 fp32, 5 optimizer steps with gradient accumulation 2 and clipping that is always active. The reference is
 the same model with the plain-loop MoE (`moe.reference`), a stock torch optimizer and one process. SGD shows
@@ -137,9 +137,12 @@ def differences(reference: Trace, trace: Trace) -> tuple[float, float, float]:
     """(loss, gradient norm, update): largest relative differences."""
     loss = max(abs(a - b) / abs(a) for a, b in zip(reference.losses, trace.losses, strict=True))
     norm = max(abs(a - b) / a for a, b in zip(reference.norms, trace.norms, strict=True))
-    update = max(
-        float((trace.end[n] - value).norm() / (value - reference.start[n]).norm()) for n, value in reference.end.items()
-    ) if trace.end else float("nan")  # fmt: skip
+    update = float("nan")
+    if trace.end:
+        update = max(
+            float((trace.end[name].detach() - value).norm() / (value - reference.start[name]).norm())
+            for name, value in reference.end.items()
+        )
     return loss, norm, update
 
 

@@ -8,7 +8,7 @@ import pytest
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_parity_with_one_plain_process(launcher: Any, processes: int) -> None:
-    done = launcher.run("benchmarks/parity.py", processes=processes, timeout=600)
+    done = launcher.run("-m", "benchmarks.parity", processes=processes, timeout=600)
     print(done.stdout)
     rows = [line for line in done.stdout.splitlines() if line.startswith(("| sgd", "| adamw"))]
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
@@ -18,7 +18,9 @@ def test_parity_with_one_plain_process(launcher: Any, processes: int) -> None:
 @pytest.mark.slow
 def test_upstream_stage_0_still_clips_expert_gradients_wrongly(launcher: Any) -> None:
     """When this fails, DeepSpeed has fixed stage 0 under expert parallelism: allow it in deepspeed_config.py."""
-    done = launcher.run("benchmarks/parity.py", "--stages", "0", "--ep-sizes", "2", "--optimizers", "sgd", processes=2)
+    done = launcher.run(
+        "-m", "benchmarks.parity", "--stages", "0", "--ep-sizes", "2", "--optimizers", "sgd", processes=2
+    )
     assert done.returncode == 1 and "outside the bounds" in done.stdout, done.stdout + done.stderr[-2000:]
 
 

@@ -19,7 +19,8 @@ def cosine_basis(size: int) -> Tensor:
     """Orthonormal DCT-II, row = frequency: [size, size]."""
     place = torch.arange(size, dtype=torch.float64)
     basis = torch.cos(math.pi * (place + 0.5) * place[:, None] / size)
-    return basis / basis.norm(dim=1, keepdim=True)
+    unit: Tensor = basis / basis.norm(dim=1, keepdim=True)
+    return unit
 
 
 def kept_basis() -> Tensor:

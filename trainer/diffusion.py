@@ -18,7 +18,6 @@ from trainer.data.dataset import Batch
 from trainer.layers import patchify
 from trainer.randomness import sample_generator
 
-
 Time = TypeVar("Time", float, Tensor)
 
 

@@ -67,7 +67,7 @@ def rotate(x_BHSh: Tensor, angle_BSa: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with QK-norm, without biases: self-attention (`context` is the input) or cross-attention."""
+    """Grouped-query attention with QK-norm and no biases; self-attention if `context` is the input."""
 
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int) -> None:
         super().__init__()

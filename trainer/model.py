@@ -218,7 +218,8 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int, first_expert: in
         ]
         return float(shape[-1]) ** -0.5 * torch.stack(rows)
     std = 0.02 if name.endswith("router.weight") else float(shape[-1]) ** -0.5
-    return std * torch.randn(shape, generator=keyed_generator(seed, "init", name))
+    value: Tensor = std * torch.randn(shape, generator=keyed_generator(seed, "init", name))
+    return value
 
 
 def init_weights(model: nn.Module, seed: int) -> None:
