@@ -216,7 +216,8 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int, first_expert: in
             torch.randn(shape[1:], generator=keyed_generator(seed, "init", name, first_expert + i))
             for i in range(shape[0])
         ]
-        return float(shape[-1]) ** -0.5 * torch.stack(rows)
+        experts: Tensor = torch.stack(rows) * float(shape[-1]) ** -0.5
+        return experts
     std = 0.02 if name.endswith("router.weight") else float(shape[-1]) ** -0.5
     value: Tensor = std * torch.randn(shape, generator=keyed_generator(seed, "init", name))
     return value
