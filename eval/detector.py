@@ -106,13 +106,6 @@ def _candidates(x_N3HW: Tensor, bank: TemplateBank, min_score: float) -> _Candid
     )
 
 
-def _find_size(x_N3HW: Tensor, pixels: int, config: DetectorConfig) -> _Candidates:
-    """Candidates of one object size, given in quarter pixels."""
-    blur = config.blur * pixels / 4
-    blurred = functional.pad(gaussian_blur(x_N3HW, blur), (_PADDING,) * 4, mode="replicate")
-    return _candidates(blurred, build_bank(pixels, config.step, blur), config.min_score)
-
-
 def _join(parts: list[_Candidates]) -> _Candidates:
     joined = {item.name: torch.cat([getattr(part, item.name) for part in parts]) for item in fields(_Candidates)}
     return _Candidates(**joined)
@@ -164,7 +157,9 @@ def detect(pictures_NHWC: Tensor, config: DetectorConfig | None = None) -> list[
         if side != PICTURE_SIZE:
             size = (PICTURE_SIZE, PICTURE_SIZE)
             x_N3HW = functional.interpolate(x_N3HW, size, mode="bilinear", antialias=True)
-        found = _join([_find_size(x_N3HW, pixels, config) for pixels in config.sizes])
+        x_N3HW = functional.pad(gaussian_blur(x_N3HW, config.blur), (_PADDING,) * 4, mode="replicate")
+        banks = [build_bank(pixels, config.step, config.blur) for pixels in config.sizes]
+        found = _join([_candidates(x_N3HW, bank, config.min_score) for bank in banks])
         for n in range(len(chunk)):
             rows_K = torch.nonzero(found.picture_K == n).flatten()
             detections.append(_select(found, rows_K, config, side / PICTURE_SIZE))
