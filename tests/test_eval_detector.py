@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eval.detector import RULES, DetectorConfig, _match, detect, main
-from eval.detector_check import degrade, measure
+from eval.detector_check import degrade, measure, stranger_rate
 from eval.geneval import judge
 from eval.prompts import demo_prompts, render_prompts
 from eval.templates import build_bank, gaussian_blur
@@ -98,6 +98,10 @@ def test_noise_and_half_objects_are_nothing() -> None:
     assert sum(map(bool, found)) <= len(names) // 4
 
 
+def test_other_things_are_rarely_taken_for_an_object() -> None:
+    assert stranger_rate() < 0.15
+
+
 def test_a_wrong_picture_is_judged_wrong() -> None:
     prompts = demo_prompts(1, 4)
     pictures = render_prompts(prompts, 32)
@@ -134,4 +138,5 @@ def test_command_line_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None
     main(["--self-test", "--per-category", "1"])
     lines = capsys.readouterr().out.splitlines()
     assert "color_attr" in lines[0]
+    assert "60 other things" in lines[-1]
     assert lines[1].startswith("true pictures")
