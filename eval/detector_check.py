@@ -97,7 +97,7 @@ def print_self_test(per_category: int, seed: int) -> None:
         name = f"blur {blur} noise {noise} shift {shift}"
         rows.append((name, degrade(clean, blur, noise, shift), default))
     hard = degrade(clean, 0.7, 0.05, 0.0)
-    rows += [(f"blur 0.7, threshold {t}", hard, replace(default, min_score=t)) for t in (0.78, 0.82, 0.9)]
+    rows += [(f"blur 0.7, threshold {t}", hard, replace(default, min_score=t)) for t in (0.7, 0.75, 0.85)]
     noise_NHWC = torch.rand(clean.shape, generator=torch.Generator().manual_seed(seed))
     rows.append(("white noise", (noise_NHWC * 255).byte(), default))
     clouds_NCHW = gaussian_blur(noise_NHWC.permute(0, 3, 1, 2), 2.0)
