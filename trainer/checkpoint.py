@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from trainer.config import ConfigError, TrainConfig, config_to_dict, require
-from trainer.data.dataset import DataState
+from trainer.data.dataset import DataState, LatentInfo
 from trainer.distributed import World, barrier
 from trainer.ema import Ema, ema_file
 
@@ -56,7 +56,7 @@ def checkpoint_dir(run_dir: str | Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    engine: Any, ema: Ema, state: TrainState, config: TrainConfig, topology: Topology, fingerprint: str, world: World
+    engine: Any, ema: Ema, state: TrainState, config: TrainConfig, topology: Topology, info: LatentInfo, world: World
 ) -> Path:
     """Write one checkpoint and prune old ones. Collective over all ranks."""
     final = checkpoint_dir(config.run_dir, state.step)
@@ -71,7 +71,7 @@ def save_checkpoint(
         (temporary.parent / script).unlink(missing_ok=True)  # they refuse expert-parallel shards
     ema.save(engine, temporary / ema_file(world.rank))
     if world.is_main:
-        _write_json(temporary / STATE, _describe(state, config, topology, fingerprint))
+        _write_json(temporary / STATE, _describe(state, config, topology, info))
     barrier()
     _write_manifest(temporary, world)
     if world.is_main:
@@ -86,13 +86,13 @@ def save_checkpoint(
     return final
 
 
-def _describe(state: TrainState, config: TrainConfig, topology: Topology, fingerprint: str) -> dict[str, Any]:
+def _describe(state: TrainState, config: TrainConfig, topology: Topology, info: LatentInfo) -> dict[str, Any]:
     packages = ("torch", "deepspeed", "safetensors", "numpy")
     return {
         "step": state.step,
         "interval_loss": state.interval_loss,
         "data": state.data.to_dict(),
-        "data_fingerprint": fingerprint,
+        "data_info": asdict(info),  # so that pictures can be drawn where the latents are not
         "topology": asdict(topology),
         "global_batch_size": config.global_batch_size(topology.world_size),
         "config": config_to_dict(config),
@@ -214,7 +214,7 @@ def check_resumable(checkpoint: Path, config: TrainConfig, topology: Topology, f
             key, old, new = next(((f"{key}.{k}", old[k], new[k]) for k in new if old[k] != new[k]), (key, 0, 0))
         require(old == new, f"{key} is {new} but {checkpoint} was trained with {old}: restore it, or use a new run_dir")
     require(
-        saved["data_fingerprint"] == fingerprint,
+        saved["data_info"]["fingerprint"] == fingerprint,
         f"data.latents={config.data.latents} is not the data set that {checkpoint} was trained on: restore it, "
         "or use a new run_dir",
     )

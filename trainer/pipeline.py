@@ -10,7 +10,7 @@ from moe.layer import ExpertChoiceMoe
 from moe.routing import RoutingStats
 from trainer.checkpoint import find_checkpoint, read_state
 from trainer.config import TrainConfig, config_from_dict
-from trainer.data.dataset import LatentInfo, open_dataset
+from trainer.data.dataset import LatentInfo
 from trainer.ema import read_ema
 from trainer.encoders import build_codec, build_text_encoder
 from trainer.model import EcDit, ModelShape, init_weights
@@ -40,7 +40,7 @@ class Pipeline:
         folder = find_checkpoint(Path(checkpoint))
         state: dict[str, Any] = read_state(folder)
         config = config_from_dict(state["config"])
-        info = open_dataset(config).info
+        info = LatentInfo(**state["data_info"])
         return cls(config, info, state["step"], read_ema(folder) if weights == "ema" else None)
 
     @torch.inference_mode()

@@ -241,7 +241,7 @@ class Trainer:
         start = time.perf_counter()
         path = save_checkpoint(
             self.engine, self.ema, self.state, self.config, self.plan.topology,
-            self.plan.dataset.info.fingerprint, self.plan.world,
+            self.plan.dataset.info, self.plan.world,
         )  # fmt: skip
         if self.plan.world.is_main:
             logger.info("saved %s in %.1f s", path, time.perf_counter() - start)
