@@ -13,8 +13,7 @@ import json
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
-from itertools import groupby
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,9 @@ from trainer.config import DataConfig, load_config, require, run_cli
 from trainer.data.files import replacing
 from trainer.data.format import DATASET_NAME, EMPTY_NAME, FORMAT_VERSION, SETTINGS, encoding_fingerprint
 from trainer.data.images import UNREADABLE, cover_crop, read_rgb
-from trainer.data.index import INDEX_NAME, IndexRow, build_index, read_index, summary
+from trainer.data.index import index_or_open
+from trainer.data.index_file import Index, TarEntry, check_unchanged, open_index
+from trainer.data.tar_scan import IndexRow
 from trainer.encoders import ImageCodec, TextEncoder, build_codec, build_text_encoder
 
 _BATCH_SIZE = 64  # pictures through the codec at a time
@@ -37,15 +38,10 @@ _TOKEN_MULTIPLE = 8  # text is padded to a multiple of this length
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One shard to be: its samples, and a hash of where they come from."""
+    """One shard to be: its name, and the tar it is made of."""
 
     name: str
-    rows: list[IndexRow]
-
-    @property
-    def source(self) -> str:
-        """Changes when the samples of the shard do."""
-        return hashlib.sha256(json.dumps([asdict(row) for row in self.rows]).encode()).hexdigest()[:16]
+    entry: TarEntry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +77,18 @@ def build_encoder(data: DataConfig) -> Encoder:
     return Encoder(data=data, codec=codec, text_encoder=text_encoder, fingerprint=fingerprint)
 
 
-def split_shards(rows: list[IndexRow]) -> list[Shard]:
-    """One shard per tar, named after it, in the order of names; samples in the order of keys."""
-    by_tar = groupby(sorted(rows, key=lambda row: (row.tar, row.key)), key=lambda row: row.tar)
-    return [Shard(name=tar.removesuffix(".tar").replace("/", "__"), rows=list(group)) for tar, group in by_tar]
+def split_shards(index: Index) -> list[Shard]:
+    """One shard per tar that has sound samples, named after it, in the order of names."""
+    entries = [entry for entry in index.tars if entry.num_kept]
+    shards = [Shard(name=entry.tar.removesuffix(".tar").replace("/", "__"), entry=entry) for entry in entries]
+    tar_of: dict[str, str] = {}
+    for shard in shards:
+        other = tar_of.setdefault(shard.name, shard.entry.tar)
+        require(
+            other == shard.entry.tar,
+            f"data.images={index.folder}: {other} and {shard.entry.tar} would both give shard {shard.name}: rename one",
+        )
+    return shards
 
 
 def read_sidecar(encoder: Encoder, shard: Shard) -> dict[str, Any] | None:
@@ -99,7 +103,7 @@ def read_sidecar(encoder: Encoder, shard: Shard) -> dict[str, Any] | None:
         f"data.latents={encoder.latents} holds shards made with other encoders or another data.image_size: "
         "name another folder or delete this one",
     )
-    finished = sidecar["source"] == shard.source and sidecar["size"] == tensors.stat().st_size
+    finished = sidecar["source"] == shard.entry.source and sidecar["size"] == tensors.stat().st_size
     return sidecar if finished else None
 
 
@@ -133,15 +137,17 @@ def _latents(encoder: Encoder, rows: list[IndexRow]) -> Tensor:
     return latent
 
 
-def encode_shard(encoder: Encoder, shard: Shard) -> dict[str, Any]:
+def encode_shard(encoder: Encoder, index: Index, shard: Shard) -> dict[str, Any]:
     """Write one shard, its lists of samples, and last its sidecar; returns the sidecar."""
-    captions = sorted({row.caption for row in shard.rows})
+    check_unchanged(index, shard.entry)
+    rows = index.rows_of(shard.entry)
+    captions = sorted({row.caption for row in rows})
     number = {caption: i for i, caption in enumerate(captions)}
     texts = [text.half() for text in encoder.text_encoder.encode(captions)]
-    latent = _latents(encoder, shard.rows)
+    latent = _latents(encoder, rows)
     tensors = {
         "latent": latent,
-        "caption_id": torch.tensor([number[row.caption] for row in shard.rows], dtype=torch.int32),
+        "caption_id": torch.tensor([number[row.caption] for row in rows], dtype=torch.int32),
         "text": torch.cat(texts),
         "text_offset": torch.tensor([0, *(len(text) for text in texts)]).cumsum(0),
     }
@@ -154,11 +160,11 @@ def encode_shard(encoder: Encoder, shard: Shard) -> dict[str, Any]:
     sidecar = {
         "format_version": FORMAT_VERSION,
         "fingerprint": encoder.fingerprint,
-        "tar": shard.rows[0].tar,
-        "source": shard.source,
+        "tar": shard.entry.tar,
+        "source": shard.entry.source,
         "size": path.stat().st_size,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "num_samples": len(shard.rows),
+        "num_samples": len(rows),
         "max_tokens": max(len(text) for text in texts),
         "latent_shape": list(latent.shape[1:]),
         "latent_sum": values.sum((0, 2, 3)).tolist(),
@@ -166,9 +172,9 @@ def encode_shard(encoder: Encoder, shard: Shard) -> dict[str, Any]:
         "num_captions": len(captions),
     }
     samples = {
-        "keys": [row.key for row in shard.rows],
+        "keys": [row.key for row in rows],
         "captions": captions,
-        "scenes": [row.scene for row in shard.rows] if any(row.scene for row in shard.rows) else [],
+        "scenes": [row.scene for row in rows] if any(row.scene for row in rows) else [],
     }
     _write_json(path.with_suffix(".samples.json"), samples)
     _write_json(path.with_suffix(".json"), sidecar)
@@ -221,16 +227,16 @@ def write_dataset(encoder: Encoder, sidecars: dict[str, dict[str, Any]]) -> None
 
 def encode(encoder: Encoder, *, rank: int = 0, world_size: int = 1) -> bool:
     """Encode this rank's unfinished shards; returns whether the whole data set is now finished."""
-    if world_size == 1 and not (encoder.images / INDEX_NAME).is_file():
-        print(summary(build_index(encoder.images)))
-    shards = split_shards(read_index(encoder.images))
+    index = index_or_open(encoder.images) if world_size == 1 else open_index(encoder.images)
+    shards = split_shards(index)
+    require(bool(shards), f"data.images={encoder.images} has no sound sample: see python -m trainer.data.index")
     sidecars = {shard.name: read_sidecar(encoder, shard) for shard in shards}
     todo = [shard for shard in shards[rank::world_size] if sidecars[shard.name] is None]
     print(f"{len(shards)} shards, {sum(s is not None for s in sidecars.values())} finished, {len(todo)} to encode")
     encoder.latents.mkdir(parents=True, exist_ok=True)
     for shard in tqdm(todo, desc="encode", unit="shard", disable=None):
         start = time.perf_counter()
-        made = encode_shard(encoder, shard)
+        made = encode_shard(encoder, index, shard)
         seconds = time.perf_counter() - start
         tqdm.write(f"{shard.name}: {made['num_samples']} pictures, {made['num_captions']} captions, {seconds:.1f} s")
     sidecars = {shard.name: read_sidecar(encoder, shard) for shard in shards}

@@ -12,6 +12,9 @@ from PIL import Image, ImageStat
 # What Pillow raises for bytes that are no whole picture.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
+# Grey, palette and colour, with or without transparency. Not among them: floats of unknown range, LAB, HSV.
+_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "I")
+
 _MIN_STANDARD_DEVIATION = 2.0  # of 255; below it a picture is one colour (16-bit pictures saved wrongly are white)
 _EXIF_ORIENTATION = 0x0112
 # EXIF value -> what makes the picture upright, and the words img2dataset's metadata have for it.
@@ -26,6 +29,10 @@ _UPRIGHT = {
 }
 
 
+class UnsupportedModeError(ValueError):
+    """A picture of a mode that has no plain meaning as RGB."""
+
+
 def orientation_of(metadata: dict[str, Any]) -> int:
     """EXIF orientation of the original, from the `exif` column: re-encoding ignored it and dropped the tag."""
     try:
@@ -38,10 +45,12 @@ def orientation_of(metadata: dict[str, Any]) -> int:
 def read_rgb(content: bytes, orientation: int = 1) -> Image.Image:
     """Decode to upright 8-bit RGB: 16-bit grey is scaled, transparency becomes white.
 
-    `orientation` is used when the file has no tag of its own. Raises one of UNREADABLE.
+    `orientation` is used when the file has no tag of its own. Raises one of UNREADABLE, also for other modes.
     """
     image: Image.Image = Image.open(io.BytesIO(content))
     image.load()
+    if image.mode not in _MODES and not image.mode.startswith("I;16"):
+        raise UnsupportedModeError(image.mode)
     orientation = image.getexif().get(_EXIF_ORIENTATION, orientation)
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.float64)

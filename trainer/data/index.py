@@ -1,235 +1,180 @@
 """The index of a folder of image shards: which samples are sound, and where each lies in its tar.
 
-Reads every tar to its end, decodes every picture, and rejects what cannot be trained on with its reason. The
-result, `index.parquet` in the same folder, is sorted by (part, key); a part is the folder of one download task.
-`python -m trainer.data.index IMAGES_DIR`
+Reads every tar to its end, decodes every picture, and rejects what cannot be trained on with its reason. Beside
+each tar goes NAME.index.parquet with its sound samples in the order of keys, the unit of restart; when all are
+there, `index.parquet` in the folder itself lists the tars. Nothing is held for more than one tar's samples.
+With RANK and WORLD_SIZE set the tars are dealt out to the ranks. `python -m trainer.data.index IMAGES_DIR`
 """
 
 import argparse
 import json
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from trainer.config import ConfigError, require, run_cli
-from trainer.data.files import replacing
-from trainer.data.images import UNREADABLE, is_constant, orientation_of, read_rgb
+from trainer.config import require, run_cli
+from trainer.data.index_file import (
+    INDEX_NAME,
+    ROW_SCHEMA,
+    Index,
+    TarEntry,
+    index_is_current,
+    open_index,
+    read_note,
+    source_of,
+    tar_index_path,
+    tar_sizes,
+    write_table,
+)
+from trainer.data.tar_scan import IndexRow, scan_tar, tar_digest
 
-INDEX_NAME = "index.parquet"
-FORMAT_VERSION = 1
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-_METADATA_KEY = b"ec_dit_index"
-_END_OF_TAR = bytes(1024)
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexRow:
-    """One sound sample: the bytes [offset, offset + size) of `tar` (relative to the folder) are its picture.
-
-    `orientation` is the EXIF value of the original. `scene` is the label of a drawn picture, else "".
-    """
-
-    part: str
-    key: str
-    tar: str
-    offset: int
-    size: int
-    caption: str
-    orientation: int
-    width: int
-    height: int
-    scene: str
+_REPEATED = "key seen before in the same folder"
+_MAX_EXAMPLES = 3
 
 
-@dataclass(kw_only=True)
-class ScanResult:
-    """Sound rows of some tars; what was rejected as (reason, where)."""
+def index_tar(folder: Path, needs_stats: bool, tar: str) -> None:
+    """Scan one tar and write its list of samples."""
+    digest, size = tar_digest(folder / tar), (folder / tar).stat().st_size
+    result = scan_tar(folder, tar, needs_stats)
+    examples: dict[str, list[str]] = {}
+    for reason, where in result.rejected:
+        examples.setdefault(reason, [])
+        if len(examples[reason]) < _MAX_EXAMPLES:
+            examples[reason].append(where)
+    entry = TarEntry(
+        tar=tar,
+        size=size,
+        digest=digest,
+        num_kept=len(result.rows),
+        source=source_of(result.rows),
+        first_key=result.rows[0].key if result.rows else "",
+        last_key=result.rows[-1].key if result.rows else "",
+        rejected=dict(Counter(reason for reason, _ in result.rejected)),
+        examples=examples,
+    )
+    note = {"needs_stats": needs_stats, "entry": asdict(entry)}
+    write_table(tar_index_path(folder, tar), [asdict(row) for row in result.rows], ROW_SCHEMA, note)
 
-    rows: list[IndexRow] = field(default_factory=list)
-    rejected: list[tuple[str, str]] = field(default_factory=list)
+
+def _finished_entry(folder: Path, needs_stats: bool, tar: str) -> TarEntry | None:
+    """The entry of a tar that was scanned before and has not changed since."""
+    note = read_note(tar_index_path(folder, tar))
+    if not note or note["needs_stats"] != needs_stats:
+        return None
+    entry = TarEntry(**note["entry"])
+    return entry if entry.tar == tar and entry.digest == tar_digest(folder / tar) else None
 
 
-class _DamagedTarError(Exception):
-    """A tar that cannot be used at all; the message is the reason."""
+def _without_repeats(folder: Path, entries: list[TarEntry]) -> list[TarEntry]:
+    """Mark samples whose (part, key) an earlier tar has; only tars whose ranges of keys overlap are read."""
+    found = []
+    for _, part in groupby(sorted(entries, key=lambda entry: (entry.part, entry.tar)), key=lambda entry: entry.part):
+        members = list(part)
+        overlapping = _overlapping([entry for entry in members if entry.num_kept])
+        seen: set[str] = set()
+        for entry in members:
+            if entry.tar not in overlapping:
+                found.append(entry)
+                continue
+            rows = Index(folder=folder, tars=[]).rows_of(entry)
+            found.append(_drop(entry, rows, seen))
+            seen.update(row.key for row in rows)
+    return sorted(found, key=lambda entry: entry.tar)
 
 
-def _members(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """Key -> suffix -> (offset, size) of a whole tar; raises _DamagedTarError if it was cut off or overwritten."""
-    found: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar, path.open("rb") as file:
-            for member in tar:
-                if member.isfile():
-                    folder, slash, name = member.name.removeprefix("./").rpartition("/")
-                    key, _, suffix = name.partition(".")
-                    found.setdefault(folder + slash + key, {})[suffix] = (member.offset_data, member.size)
-            file.seek(tar.offset)  # tarfile also stops without a word at the first header that is cut off
-            if file.read(len(_END_OF_TAR)) != _END_OF_TAR:
-                raise _DamagedTarError("tar without its end (download was killed)")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise _DamagedTarError("tar that cannot be read") from error
-    stats = path.with_name(f"{path.stem}_stats.json")
-    num_pictures = sum(any(suffix in IMAGE_SUFFIXES for suffix in files) for files in found.values())
-    if stats.is_file() and json.loads(stats.read_text()).get("successes") != num_pictures:
-        raise _DamagedTarError("tar with other samples than its _stats.json says (two downloads in one folder)")
+def _overlapping(entries: list[TarEntry]) -> set[str]:
+    """Tars of a part whose range of keys meets another's."""
+    found: set[str] = set()
+    widest: TarEntry | None = None
+    for entry in sorted(entries, key=lambda entry: entry.first_key):
+        if widest is not None and entry.first_key <= widest.last_key:
+            found |= {entry.tar, widest.tar}
+        if widest is None or entry.last_key > widest.last_key:
+            widest = entry
     return found
 
 
-def _read(file: BinaryIO, place: tuple[int, int] | None) -> bytes:
-    if place is None:
-        return b""
-    file.seek(place[0])
-    return file.read(place[1])
-
-
-def _metadata(content: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(content or b"{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _check_sample(file: BinaryIO, key: str, files: dict[str, tuple[int, int]], tar: str) -> IndexRow | str:
-    """The row of a sample, or the reason why it is rejected."""
-    suffix = next((s for s in IMAGE_SUFFIXES if s in files), None)
-    if suffix is None:
-        return "no picture"
-    metadata = _metadata(_read(file, files.get("json")))
-    text = _read(file, files["txt"]).decode(errors="replace") if "txt" in files else metadata.get("caption")
-    caption = str(text or "").strip()
-    if not caption:
-        return "empty caption"
-    orientation = orientation_of(metadata)
-    try:
-        image = read_rgb(_read(file, files[suffix]), orientation)
-    except UNREADABLE:
-        return "picture that cannot be decoded"
-    if is_constant(image):
-        return "picture of one colour"
-    return IndexRow(
-        part=Path(tar).parent.as_posix(),
-        key=key,
-        tar=tar,
-        offset=files[suffix][0],
-        size=files[suffix][1],
-        caption=caption,
-        orientation=orientation,
-        width=image.width,
-        height=image.height,
-        scene=str(metadata.get("scene") or ""),
+def _drop(entry: TarEntry, rows: list[IndexRow], seen: set[str]) -> TarEntry:
+    repeated = [row.key for row in rows if row.key in seen]
+    if not repeated:
+        return entry
+    kept = [row for row in rows if row.key not in seen]
+    examples = [f"{entry.tar}: {key}" for key in repeated[:_MAX_EXAMPLES]]
+    return replace(
+        entry,
+        num_kept=len(kept),
+        source=source_of(kept),
+        repeated=repeated,
+        rejected={**entry.rejected, _REPEATED: entry.rejected.get(_REPEATED, 0) + len(repeated)},
+        examples={**entry.examples, _REPEATED: entry.examples.get(_REPEATED, examples)},
     )
 
 
-def scan_tar(folder: Path, tar: str) -> ScanResult:
-    """Read one tar (a path relative to `folder`) to its end and decode its pictures."""
-    result = ScanResult()
-    try:
-        members = _members(folder / tar)
-    except _DamagedTarError as damage:
-        return ScanResult(rejected=[(str(damage), tar)])
-    with (folder / tar).open("rb") as file:
-        for key, files in sorted(members.items()):
-            foreign = [suffix for suffix in files if suffix not in (*IMAGE_SUFFIXES, "txt", "json")]
-            result.rejected += [("file that is no picture, txt or json", f"{tar}: {key}.{s}") for s in foreign]
-            if len(foreign) == len(files):
-                continue
-            row = _check_sample(file, key, files, tar)
-            if isinstance(row, str):
-                result.rejected.append((row, f"{tar}: {key}"))
-            else:
-                result.rows.append(row)
-    return result
+def build_index(
+    folder: Path, num_workers: int = 0, *, needs_stats: bool = True, rank: int = 0, world_size: int = 1
+) -> Index | None:
+    """Scan this rank's tars that were not scanned yet; the index once all ranks' are done, else None.
 
-
-def _without_repeats(result: ScanResult) -> ScanResult:
-    """Sort by (part, key); of samples with the same identity the first tar's stays."""
-    kept: dict[tuple[str, str], IndexRow] = {}
-    for row in sorted(result.rows, key=lambda row: (row.part, row.key, row.tar)):
-        if (row.part, row.key) in kept:
-            result.rejected.append(("key seen before in the same folder", f"{row.tar}: {row.key}"))
-        else:
-            kept[row.part, row.key] = row
-    return ScanResult(rows=list(kept.values()), rejected=result.rejected)
-
-
-def tar_sizes(folder: Path) -> dict[str, int]:
-    """Relative path -> bytes of every tar under the folder; ConfigError if there is none."""
-    require(folder.is_dir(), f"data.images={folder} is not a folder: name the one that holds the image shards")
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*.tar"))}
-    require(bool(sizes), f"data.images={folder} holds no .tar: download or draw pictures into it first")
-    return sizes
-
-
-def build_index(folder: Path, num_workers: int = 0) -> ScanResult:
-    """Scan all tars of a folder and write its index, unless nothing is left to keep."""
-    sizes = tar_sizes(folder)
-    result = ScanResult()
+    `needs_stats`: reject tars without img2dataset's _stats.json, which it writes last.
+    """
+    tars = list(tar_sizes(folder))
+    finished = partial(_finished_entry, folder, needs_stats)
+    todo = [tar for tar in tars[rank::world_size] if finished(tar) is None]
     with ExitStack() as stack:
-        scan = partial(scan_tar, folder)
-        found: Iterator[ScanResult] = map(scan, sizes)
+        scan = partial(index_tar, folder, needs_stats)
+        scanned: Iterator[None] = map(scan, todo)
         if num_workers > 0:
-            found = stack.enter_context(ProcessPoolExecutor(num_workers)).map(scan, sizes)
-        for part in tqdm(found, total=len(sizes), desc="index", unit="tar", disable=None):
-            result.rows += part.rows
-            result.rejected += part.rejected
-    result = _without_repeats(result)
-    if result.rows:
-        note = {"format_version": FORMAT_VERSION, "tars": sizes, "rejected": Counter(r for r, _ in result.rejected)}
-        table = pa.Table.from_pylist([asdict(row) for row in result.rows])
-        table = table.replace_schema_metadata({_METADATA_KEY: json.dumps(note, sort_keys=True)})
-        with replacing(folder / INDEX_NAME) as temporary:
-            pq.write_table(table, temporary)
-    return result
+            scanned = stack.enter_context(ProcessPoolExecutor(num_workers)).map(scan, todo)
+        for _ in tqdm(scanned, total=len(todo), desc="index", unit="tar", disable=None):
+            pass
+    entries = [entry for entry in map(finished, tars) if entry is not None]
+    if len(entries) < len(tars):
+        return None
+    entries = _without_repeats(folder, entries)
+    rows = [{"tar": entry.tar, "size": entry.size, "entry": json.dumps(asdict(entry))} for entry in entries]
+    schema = pa.schema([("tar", pa.string()), ("size", pa.int64()), ("entry", pa.string())])
+    write_table(folder / INDEX_NAME, rows, schema, {"num_kept": sum(entry.num_kept for entry in entries)})
+    return Index(folder=folder, tars=entries)
 
 
-def read_index(folder: Path) -> list[IndexRow]:
-    """The rows of a folder's index; ConfigError if it is missing or does not describe the tars that are there."""
-    path = folder / INDEX_NAME
-    remedy = f"run python -m trainer.data.index {folder}"
-    require(path.is_file(), f"data.images={folder} has no {INDEX_NAME}: {remedy}")
-    try:
-        table = pq.read_table(path)
-        note = json.loads((table.schema.metadata or {})[_METADATA_KEY])
-    except (pa.ArrowException, KeyError, ValueError) as error:
-        raise ConfigError(f"{path} is not an index of image shards: {remedy}") from error
-    same = note["format_version"] == FORMAT_VERSION and note["tars"] == tar_sizes(folder)
-    require(same, f"{path} was made from other tars than are there now: {remedy}")
-    return [IndexRow(**row) for row in table.to_pylist()]
-
-
-def summary(result: ScanResult) -> str:
-    """Table of what was kept and, by reason, what was not, each with its first example."""
-    examples: dict[str, str] = {}
-    for reason, where in result.rejected:
-        examples.setdefault(reason, where)
-    counts = Counter(reason for reason, _ in result.rejected)
-    lines = [f"{len(result.rows):>10}  kept, from {len({row.tar for row in result.rows})} tars"]
-    lines += [f"{count:>10}  {reason}, first {examples[reason]}" for reason, count in counts.most_common()]
-    return "\n".join(lines)
+def index_or_open(folder: Path) -> Index:
+    """The index of a folder, built first (and printed) if there is none of this version."""
+    if index_is_current(folder):
+        return open_index(folder)
+    index = build_index(folder)
+    assert index is not None  # there are no other ranks
+    print(index.summary())
+    return index
 
 
 def _main(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="trainer.data.index", description="Check and index image shards.")
     parser.add_argument("images", type=Path, help="folder that holds the tars, also in subfolders")
     parser.add_argument("--num-workers", type=int, default=0, help="processes to read tars with (0: this one)")
+    parser.add_argument(
+        "--without-stats", action="store_true", help="accept tars that have no _stats.json: not img2dataset's"
+    )
     args = parser.parse_args(argv)
     limit = os.cpu_count() or 1
     require(0 <= args.num_workers <= limit, f"--num-workers is {args.num_workers}: use 0 to {limit}")
-    result = build_index(args.images, args.num_workers)
-    print(summary(result))
-    if not result.rows:
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    index = build_index(
+        args.images, args.num_workers, needs_stats=not args.without_stats, rank=rank, world_size=world_size
+    )
+    if index is None:
+        print(f"rank {rank} of {world_size} is done; the index is written by the one that ends last")
+        return
+    print(index.summary())
+    if not index.num_kept:
         raise SystemExit(1)
 
 

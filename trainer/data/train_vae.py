@@ -6,6 +6,7 @@ Shapes: B pictures, 3 x H x W rgb in [-1, 1].
 """
 
 import argparse
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from trainer.config import DataConfig, load_config, require, run_cli
 from trainer.data.encode import read_picture
 from trainer.data.files import replacing
-from trainer.data.index import INDEX_NAME, build_index, read_index, summary
+from trainer.data.index import index_or_open
 from trainer.encoders import VAE_PREFIX
 from trainer.randomness import keyed_generator
 from trainer.vae import FACTOR, SmallVae
@@ -30,9 +31,7 @@ LOG_EVERY = 100
 def load_pictures(data: DataConfig) -> Tensor:
     """The first MAX_PICTURES pictures of the index as uint8 [N, 3, size, size]."""
     folder = Path(data.images)
-    if not (folder / INDEX_NAME).is_file():
-        print(summary(build_index(folder)))
-    rows = read_index(folder)[:MAX_PICTURES]
+    rows = islice(index_or_open(folder).rows(), MAX_PICTURES)
     return torch.stack([read_picture(folder, row, data.image_size) for row in rows]).permute(0, 3, 1, 2)
 
 
