@@ -44,6 +44,7 @@ class DctCodec:
 
     channels = NUM_LUMA + 2 * NUM_CHROMA
     factor = PATCH
+    shift, scale, has_std = 0.0, 1.0, False
 
     def __init__(self) -> None:
         self.kernel = kept_basis().view(self.channels, 3, PATCH, PATCH)
@@ -55,6 +56,10 @@ class DctCodec:
     def encode(self, rgb_BCHW: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, 16, h, w]."""
         return functional.conv2d(rgb_BCHW, self.kernel, stride=PATCH)
+
+    def posterior(self, rgb_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`encode`, without spread."""
+        return self.encode(rgb_BCHW), None
 
     def decode(self, latent_BCHW: Tensor) -> Tensor:
         """The picture with the dropped frequencies at zero: [B, 3, H, W]."""

@@ -3,6 +3,7 @@
 Shapes: B pictures, C x h x w latent, n text tokens of a caption, D text width.
 """
 
+import re
 from pathlib import Path
 from typing import Protocol
 
@@ -10,21 +11,33 @@ from torch import Tensor
 
 from trainer.config import ConfigError
 
-VAE_PREFIX = "vae:"
+VAE_PREFIX, DIFFUSERS_PREFIX, OPEN_CLIP_PREFIX = "vae:", "diffusers:", "open_clip:"
+_T5 = re.compile(r"t5(?:@(\d+))?:(.+)")
 
 
 class ImageCodec(Protocol):
-    """Maps rgb in [-1, 1] to latents (unscaled) and back."""
+    """Maps rgb in [-1, 1] to latents (unscaled) and back.
+
+    `(latent - shift) * scale` is what the codec's authors train on, for `data.normalize=codec`. `has_std`: the
+    latent is a distribution, of which `posterior` gives the standard deviation too.
+    """
 
     channels: int
     factor: int
+    shift: float
+    scale: float
+    has_std: bool
 
     def fingerprint(self) -> str:
         """Changes whenever the latents would."""
         ...
 
     def encode(self, rgb_BCHW: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, C, H / factor, W / factor]."""
+        """The mean latent: [B, 3, H, W] -> [B, C, H / factor, W / factor]."""
+        ...
+
+    def posterior(self, rgb_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and standard deviation of the latent; None for a latent without spread."""
         ...
 
     def decode(self, latent_BCHW: Tensor) -> Tensor:
@@ -52,6 +65,7 @@ class PixelCodec:
 
     channels = 3
     factor = 1
+    shift, scale, has_std = 0.0, 1.0, False
 
     def fingerprint(self) -> str:
         """Constant: nothing is learned."""
@@ -60,6 +74,10 @@ class PixelCodec:
     def encode(self, rgb_BCHW: Tensor) -> Tensor:
         """Identity."""
         return rgb_BCHW
+
+    def posterior(self, rgb_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Identity, without spread."""
+        return rgb_BCHW, None
 
     def decode(self, latent_BCHW: Tensor) -> Tensor:
         """Identity."""
@@ -78,13 +96,36 @@ def build_codec(spec: str) -> ImageCodec:
         from trainer.vae import VaeCodec
 
         return VaeCodec(Path(spec.removeprefix(VAE_PREFIX)))
-    raise ConfigError(f"data.codec={spec} is not known: use pixel, dct or {VAE_PREFIX}FILE")
+    if spec.startswith(DIFFUSERS_PREFIX):
+        from trainer.diffusers_codec import DiffusersCodec
+
+        return DiffusersCodec(Path(spec.removeprefix(DIFFUSERS_PREFIX)))
+    raise ConfigError(
+        f"data.codec={spec} is not known: use pixel, dct, {VAE_PREFIX}FILE or {DIFFUSERS_PREFIX}DIR of a local model"
+    )
 
 
 def build_text_encoder(spec: str) -> TextEncoder:
-    """The text encoder that `data.text_encoder` names."""
+    """The text encoder that `data.text_encoder` names; `A+B` puts the tokens of several behind each other."""
+    names = re.split(r"\+(?=minilm|open_clip:|t5[@:])", spec)
+    if len(names) > 1:
+        from trainer.text_chain import TextChain
+
+        return TextChain([build_text_encoder(name) for name in names])
     if spec == "minilm":
         from trainer.minilm import MiniLm
 
         return MiniLm()
-    raise ConfigError(f"data.text_encoder={spec} is not known: use minilm")
+    if spec.startswith(OPEN_CLIP_PREFIX):
+        from trainer.open_clip_text import OpenClipText
+
+        return OpenClipText(spec.removeprefix(OPEN_CLIP_PREFIX))
+    t5 = _T5.fullmatch(spec)
+    if t5:
+        from trainer.t5_text import DEFAULT_MAX_TOKENS, T5Text
+
+        return T5Text(Path(t5[2]), int(t5[1] or DEFAULT_MAX_TOKENS))
+    raise ConfigError(
+        f"data.text_encoder={spec} is not known: use minilm, open_clip:ARCH:FILE, open_clip:DIR, t5:DIR, "
+        "or several of them joined by +"
+    )

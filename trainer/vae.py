@@ -68,6 +68,7 @@ class VaeCodec:
 
     channels = CHANNELS
     factor = FACTOR
+    shift, scale, has_std = 0.0, 1.0, True
 
     def __init__(self, path: Path) -> None:
         require(
@@ -87,10 +88,15 @@ class VaeCodec:
         """Hash of the weights."""
         return f"vae-{self.sha256[:16]}"
 
-    @torch.no_grad()
     def encode(self, rgb_BCHW: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, 8, H/4, W/4]."""
-        return self.model.to(rgb_BCHW.device).posterior(rgb_BCHW)[0]
+        return self.posterior(rgb_BCHW)[0]
+
+    @torch.no_grad()
+    def posterior(self, rgb_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and standard deviation of the latent."""
+        mean, log_variance = self.model.to(rgb_BCHW.device).posterior(rgb_BCHW)
+        return mean, (0.5 * log_variance).exp()
 
     @torch.no_grad()
     def decode(self, latent_BCHW: Tensor) -> Tensor:

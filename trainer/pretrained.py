@@ -1,0 +1,125 @@
+"""What the encoders of other libraries share: local files only, one sentence when one is missing, digests, device."""
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.config import ConfigError, require
+
+_BLOCK, _NUM_BLOCKS = 1 << 16, 1024  # of files larger than 64 MiB
+
+
+def require_package(setting: str, package: str) -> None:
+    """ConfigError unless an optional package is installed; `setting` is what needs it, as key=value."""
+    require(
+        importlib.util.find_spec(package) is not None,
+        f"{setting} needs the package {package}: run pip install '.[encoders]'",
+    )
+
+
+def require_file(setting: str, path: Path, what: str) -> Path:
+    """The path, or a ConfigError that names setting and file."""
+    require(path.is_file(), f"{setting}: {path} is not there, copy the {what} to it (nothing is downloaded)")
+    return path
+
+
+def read_json(setting: str, path: Path, what: str) -> dict[str, Any]:
+    """A JSON object of a model's folder; ConfigError if it is missing or damaged."""
+    text = require_file(setting, path, what).read_text(errors="replace")
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{setting}: {path} is no JSON file, copy it again") from error
+    require(isinstance(content, dict), f"{setting}: {path} holds no JSON object, copy it again")
+    found: dict[str, Any] = content
+    return found
+
+
+def load_local(setting: str, load: Callable[[], Any]) -> Any:
+    """Run a library's from_pretrained with output_loading_info; ConfigError if it fails or leaves weights random."""
+    try:
+        model, info = load()
+    except Exception as error:  # libraries raise anything, from OSError to RuntimeError
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{setting} cannot be loaded, copy the folder again: {reason}") from error
+    missing = sorted(info["missing_keys"])
+    require(
+        not missing, f"{setting} lacks {len(missing)} weights, first {missing[0] if missing else ''}: copy it again"
+    )
+    return model
+
+
+def weight_files(setting: str, folder: Path) -> list[Path]:
+    """The weights of a model's folder, safetensors before others; ConfigError if there are none."""
+    for pattern in ("*.safetensors", "*.bin"):
+        found = sorted(folder.glob(pattern))
+        if found:
+            return found
+    raise ConfigError(f"{setting}: {folder} holds no .safetensors file, copy the model's weights to it")
+
+
+def config_digest(content: dict[str, Any]) -> str:
+    """Hash of a model's settings without the notes of the library that saved it."""
+    kept = {key: value for key, value in content.items() if not key.startswith("_") or key == "_class_name"}
+    for note in ("transformers_version", "torch_dtype", "dtype"):
+        kept.pop(note, None)
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def files_digest(paths: list[Path]) -> str:
+    """Hash of files of weights: whole up to 64 MiB, else size and 1,024 blocks of 64 KiB evenly spread.
+
+    Every process of a run computes it, so it must not read tens of gigabytes; whatever trains a model changes
+    all blocks. Files are told apart by their order, not by name.
+    """
+    parts = [_file_digest(path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+@cache
+def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
+    del mtime_ns  # key of the cache
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= _BLOCK * _NUM_BLOCKS:
+            digest.update(file.read())
+        else:
+            for number in range(_NUM_BLOCKS):
+                file.seek((size - _BLOCK) * number // (_NUM_BLOCKS - 1))
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def encoder_device() -> torch.device:
+    """Where frozen encoders run: this process's GPU if there is one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def text_dtype() -> torch.dtype:
+    """bf16 on a GPU, as these text encoders are commonly run; fp32 on a CPU."""
+    return torch.bfloat16 if encoder_device().type == "cuda" else torch.float32
+
+
+def encode_by_length(ids: list[list[int]], forward: Callable[[Tensor], Tensor], chunk: int = 64) -> list[Tensor]:
+    """Token features of captions, equal lengths together, so that nothing is padded or masked.
+
+    `forward` maps ids [B, L] (on the encoders' device) to [B, L, D]; the result is fp32 [n, D] on the CPU each.
+    """
+    features: list[Tensor] = [torch.empty(0)] * len(ids)
+    for length in sorted({len(row) for row in ids}):
+        rows = [i for i, row in enumerate(ids) if len(row) == length]
+        for part in (rows[i : i + chunk] for i in range(0, len(rows), chunk)):
+            out_BLD = forward(torch.tensor([ids[i] for i in part], device=encoder_device())).float().cpu()
+            for i, feature in zip(part, out_BLD, strict=True):
+                features[i] = feature.clone()
+    return features
