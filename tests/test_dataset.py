@@ -15,6 +15,8 @@ from trainer.config import ConfigError, DataConfig, TrainConfig, load_config
 from trainer.data import encode, scenes
 from trainer.data.batches import DataState, EpochOrder
 from trainer.data.dataset import Batch, LatentDataset, build_loader, open_dataset
+from trainer.data.format import content_digest
+from trainer.data.shard_file import Sample
 from trainer.encoders import build_text_encoder
 from trainer.randomness import sample_generator
 
@@ -87,7 +89,8 @@ def test_global_batches_follow_the_epoch_order_and_drop_its_tail() -> None:
     whole = join(batches)
     assert whole.index_B.tolist() == list(range(144)) and whole.index_B.dtype == torch.int64
     for row, sample in enumerate(expected[:144]):
-        latent, text = dataset.read(sample)
+        found = dataset.read(sample)
+        latent, text = found.latent, found.text
         assert torch.equal(whole.latent_BCHW[row], latent)
         assert torch.equal(whole.text_BLD[row, : len(text)], text)
         assert whole.text_mask_BL[row].tolist() == [i < len(text) for i in range(dataset.info.max_tokens)]
@@ -153,18 +156,14 @@ class CountingDataset:
     """A data set that counts its reads."""
 
     def __init__(self, inner: LatentDataset) -> None:
-        self.info, self.shard_sizes, self.empty_text, self.inner = (
-            inner.info,
-            inner.shard_sizes,
-            inner.empty_text,
-            inner,
-        )
+        self.info, self.shard_sizes, self.inner = inner.info, inner.shard_sizes, inner
+        self.empty_text, self.online_encoder = inner.empty_text, inner.online_encoder
         self.num_reads = 0
 
     def __len__(self) -> int:
         return len(self.inner)
 
-    def read(self, sample: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, sample: int) -> Sample:
         self.num_reads += 1
         return self.inner.read(sample)
 
@@ -232,7 +231,7 @@ def edit(path: Path, change: str, value: object) -> None:
     for name in parents:
         inner = inner[int(name)] if name.isdigit() else inner[name]
     inner[last] = value
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps({**content, "sha256": content_digest(content)}))
 
 
 def refused(latents: Path, message: str, *overrides: str) -> None:
@@ -244,9 +243,9 @@ def refused(latents: Path, message: str, *overrides: str) -> None:
 def test_incomplete_data_is_refused(broken: Path) -> None:
     whole = (broken / "00002.safetensors").read_bytes()
     (broken / "00002.safetensors").write_bytes(whole[:-1])
-    refused(broken, rf"shard 00002\.safetensors has {len(whole) - 1} bytes instead of {len(whole)}: run ")
+    refused(broken, rf"00002\.safetensors has {len(whole) - 1} bytes instead of {len(whole)}: delete it and ")
     (broken / "00002.safetensors").write_bytes(bytes(len(whole)))
-    refused(broken, r"shard 00002\.safetensors cannot be read")
+    refused(broken, r"00002\.safetensors cannot be read, it is no safetensors file: delete it and run python -m")
     (broken / "00002.safetensors").unlink()
     refused(broken, r"shard 00002\.safetensors is missing: run python -m trainer\.data\.encode again")
     (broken / "dataset.json").unlink()
@@ -256,14 +255,14 @@ def test_incomplete_data_is_refused(broken: Path) -> None:
 
 def test_wrong_counts_are_refused(broken: Path) -> None:
     edit(broken / "dataset.json", "shards.1.num_samples", 6)
-    refused(broken, r"shard 00001\.safetensors holds 7 samples instead of 6")
+    refused(broken, r"00001\.safetensors holds 7 samples instead of 6")
 
 
 def test_a_shard_of_another_data_set_is_refused(broken: Path) -> None:
     path = broken / "00001.safetensors"
     save_file(load_file(path), path, metadata={"fingerprint": "0123456789abcdef"})
     edit(broken / "dataset.json", "shards.1.size", path.stat().st_size)
-    refused(broken, r"shard 00001\.safetensors has fingerprint 0123456789abcdef, the data set ")
+    refused(broken, r"00001\.safetensors has fingerprint 0123456789abcdef, the data set ")
 
 
 def test_stale_data_is_refused(broken: Path) -> None:
@@ -271,11 +270,11 @@ def test_stale_data_is_refused(broken: Path) -> None:
     edit(broken / "dataset.json", "info.fingerprint", "0123456789abcdef")
     refused(broken, r"is stale: its fingerprint is 0123456789abcdef but data\.codec=pixel")
     edit(broken / "dataset.json", "format_version", 0)
-    refused(broken, r"has format 0 where 1 is needed")
+    refused(broken, r"has format 0 where 2 is needed")
 
 
 def test_files_are_closed_again_when_there_are_many(latents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.data.dataset._MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("trainer.data.shard_dataset._MAX_OPEN_FILES", 2)
     config = config_for(latents, 26, 1)
     dataset = open_dataset(config)
     assert len(list(islice(build_loader(dataset, config, rank=0, world_size=1, state=START), 2))) == 2

@@ -1,19 +1,33 @@
 """Encoding: shards hold what the encoders give, reruns change nothing, and only what is missing is done again."""
 
+import hashlib
 import json
+import os
 import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tests_launcher import Launcher
 
-from trainer.config import ConfigError, DataConfig
+from trainer.config import ConfigError, DataConfig, TrainConfig, TrainLoopConfig
 from trainer.data import encode as e
 from trainer.data import scenes
+from trainer.data.batches import EpochOrder
+from trainer.data.dataset import Batch, DataState, build_loader, open_dataset
 from trainer.data.index import build_index
-from trainer.encoders import build_text_encoder
+from trainer.data.loader import RawBatch, encode_captions
+from trainer.data.shard_writer import Encoder
+from trainer.encoders import PixelCodec, build_codec, build_text_encoder
+from trainer.randomness import sample_generator
+from trainer.vae import SmallVae
 
 NUM_IMAGES, SHARD_SIZE, IMAGE_SIZE = 20, 8, 16
 
@@ -28,8 +42,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def encoder_for(images: Path, latents: Path, image_size: int = IMAGE_SIZE) -> e.Encoder:
-    return e.build_encoder(DataConfig(images=str(images), latents=str(latents), image_size=image_size))
+def data_for(images: Path, latents: Path, **settings: Any) -> DataConfig:
+    return DataConfig(
+        **{"source": "shards", "images": str(images), "latents": str(latents), "image_size": IMAGE_SIZE, **settings}
+    )
+
+
+def encoder_for(images: Path, latents: Path, image_size: int = IMAGE_SIZE) -> Encoder:
+    return e.build_encoder(data_for(images, latents, image_size=image_size))
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -88,6 +108,173 @@ def test_rerun_does_nothing_and_a_killed_run_is_completed(images: Path, latents:
         path.unlink()
     assert e.encode(encoder_for(images, copy))
     assert files_in(copy) == before
+
+
+@pytest.mark.slow
+def test_killed_at_any_time_and_rerun_gives_the_same_bytes(tmp_path: Path, launcher: Launcher) -> None:
+    sizes = ["--num-images", "240", "--shard-size", "20", "--image-size", "16"]
+    scenes.main(["--out", str(tmp_path / "images"), *sizes])
+    assert e.encode(encoder_for(tmp_path / "images", tmp_path / "whole"))
+    made = tmp_path / "made"
+    arguments = [f"data.images={tmp_path / 'images'}", f"data.latents={made}", f"data.image_size={IMAGE_SIZE}"]
+    for count, delay in ((2, 0.0), (4, 0.003), (7, 0.01)):
+        process = launcher.start("-m", "trainer.data.encode", "debug", *arguments)
+        wait_for(lambda count=count: len(list(made.glob("*[0-9].json"))) >= count)
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (made / "dataset.json").exists()
+    (made / ".00011.safetensors.1-ab.tmp").write_bytes(b"left by a kill")
+    done = launcher.run("-m", "trainer.data.encode", "debug", *arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert files_in(made) == files_in(tmp_path / "whole")
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def test_large_tars_become_several_shards(
+    images: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.data.shard_writer.MAX_SHARD_BYTES", 3 * (2 * 3 * 16 * 16 + 2 * 384 * 20))
+    assert e.encode(encoder_for(images, tmp_path))
+    names = [path.name for path in sorted(tmp_path.glob("*.safetensors"))][:-1]
+    counts = {"00000": 3, "00001": 3, "00002": 2}  # of 8, 8 and 4 samples at 3 a shard
+    assert names == [f"{tar}-{i:03d}.safetensors" for tar, count in counts.items() for i in range(count)]
+    whole = [open_dataset(TrainConfig(data=data_for(images, folder))) for folder in (latents, tmp_path)]
+    for number in range(NUM_IMAGES):
+        a, b = (dataset.read(number) for dataset in whole)
+        assert torch.equal(a.latent, b.latent)
+        torch.testing.assert_close(a.text, b.text, atol=2e-3, rtol=1e-3)
+    means = [torch.tensor(dataset.info.mean) for dataset in whole]
+    torch.testing.assert_close(*means, atol=1e-6, rtol=0)
+
+
+def test_threads_change_nothing(images: Path, latents: Path, tmp_path: Path) -> None:
+    assert e.encode(e.build_encoder(data_for(images, tmp_path), num_threads=3))
+    assert files_in(tmp_path) == files_in(latents)
+
+
+def small_vae(path: Path) -> str:
+    torch.manual_seed(0)
+    save_file(SmallVae().state_dict(), path)
+    return f"vae:{path}"
+
+
+def test_latents_are_drawn_from_a_stored_posterior(images: Path, tmp_path: Path) -> None:
+    codec = small_vae(tmp_path / "vae.safetensors")
+    data = data_for(images, tmp_path / "latents", codec=codec, latent_std=True, caption_dropout=0.0)
+    assert e.encode(e.build_encoder(data))
+    config = TrainConfig(data=data, seed=3, train=TrainLoopConfig(micro_batch_size=NUM_IMAGES))
+    dataset = open_dataset(config)
+    pictures = np.stack([scenes.render(scenes.training_scene(0, i), IMAGE_SIZE) for i in range(NUM_IMAGES)])
+    rgb_BCHW = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    mean, std = build_codec(codec).posterior(rgb_BCHW)
+    assert std is not None
+    samples = [dataset.read(i) for i in range(NUM_IMAGES)]
+    torch.testing.assert_close(torch.stack([s.latent for s in samples]), mean, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(torch.stack([s.latent_std for s in samples]), std, atol=2e-3, rtol=2e-3)
+    spread = (mean.double().square() + std.double().square()).mean((0, 2, 3)) - mean.double().mean((0, 2, 3)).square()
+    assert dataset.info.std == pytest.approx(spread.sqrt().tolist(), rel=1e-3)
+
+    def batch_at(samples_seen: int) -> Batch:
+        state = DataState(seed=3, epoch=0, consumed=0, samples_seen=samples_seen)
+        return next(build_loader(dataset, config, rank=0, world_size=1, state=state))
+
+    order = EpochOrder(dataset.shard_sizes, seed=3, epoch=0, group_size=config.data.shuffle_group)
+    rows = [order[i] for i in range(NUM_IMAGES)]
+    noise = torch.stack(
+        [torch.randn(mean[0].shape, generator=sample_generator(3, 100 + i, "posterior")) for i in range(NUM_IMAGES)]
+    )
+    drawn = batch_at(100).latent_BCHW * dataset.info.std_C.view(1, -1, 1, 1) + dataset.info.mean_C.view(1, -1, 1, 1)
+    torch.testing.assert_close(drawn, mean[rows] + std[rows] * noise, atol=5e-3, rtol=5e-3)
+    assert torch.equal(batch_at(100).latent_BCHW, batch_at(100).latent_BCHW)
+    assert not torch.equal(batch_at(100).latent_BCHW, batch_at(120).latent_BCHW)
+    with pytest.raises(
+        ConfigError, match=r"data\.latent_std is true, but data\.codec=pixel gives no standard deviation"
+    ):
+        e.build_encoder(data_for(images, tmp_path, latent_std=True))
+    with pytest.raises(ConfigError, match=r"data\.latent_std is False but .* was encoded with True"):
+        open_dataset(TrainConfig(data=replace(data, latent_std=False)))
+
+
+def test_online_text_is_what_cached_text_is(images: Path, latents: Path, tmp_path: Path) -> None:
+    online = data_for(images, tmp_path / "latents", text="online", caption_dropout=0.4)
+    assert e.encode(e.build_encoder(online))
+    assert not (tmp_path / "latents" / "empty.safetensors").exists()
+    configs = [
+        TrainConfig(data=data, train=TrainLoopConfig(micro_batch_size=10), seed=1)
+        for data in (online, replace(online, num_workers=1), data_for(images, latents, caption_dropout=0.4))
+    ]
+    state = DataState(seed=1, epoch=0, consumed=0, samples_seen=0)
+    datasets = [open_dataset(config) for config in configs]
+    loaders = [
+        build_loader(dataset, config, rank=0, world_size=1, state=state)
+        for dataset, config in zip(datasets, configs, strict=True)
+    ]
+    for _ in range(4):
+        batch, in_workers, cached = (next(loader) for loader in loaders)
+        assert all(torch.equal(getattr(batch, name), getattr(in_workers, name)) for name in vars(batch))
+        length = cached.text_BLD.shape[1]
+        assert torch.equal(batch.latent_BCHW, cached.latent_BCHW) and torch.equal(batch.index_B, cached.index_B)
+        assert torch.equal(batch.text_mask_BL[:, :length], cached.text_mask_BL) and batch.text_BLD.shape[1] == 64
+        assert not batch.text_mask_BL[:, length:].any()
+        torch.testing.assert_close(batch.text_BLD[:, :length], cached.text_BLD, atol=2e-3, rtol=1e-3)
+    assert datasets[0].info.fingerprint != datasets[2].info.fingerprint
+    assert (datasets[0].info.text_dim, datasets[0].info.max_tokens) == (384, 64)
+    with pytest.raises(ConfigError, match=r"data\.text is cache but .* was encoded with online"):
+        open_dataset(TrainConfig(data=replace(online, text="cache")))
+
+
+def test_online_captions_are_encoded_once_per_batch() -> None:
+    seen: list[list[str]] = []
+
+    class Spy:
+        dim, max_tokens = 2, 4
+
+        def fingerprint(self) -> str:
+            return "spy"
+
+        def encode(self, captions: list[str]) -> list[torch.Tensor]:
+            seen.append(captions)
+            return [torch.full((len(caption), 2), float(len(caption))) for caption in captions]
+
+    raw = RawBatch(latent_BCHW=torch.zeros(4, 1, 1, 1), texts=["bb", "", "bb", "a"], index_B=torch.arange(4))
+    texts = encode_captions(Spy(), raw).texts
+    assert seen == [["", "a", "bb"]] and [len(text) for text in texts] == [2, 0, 2, 1]
+
+
+def test_codecs_own_normalisation(images: Path, tmp_path: Path) -> None:
+    data = data_for(images, tmp_path, normalize="codec")
+    codec = PixelCodec()
+    codec.shift, codec.scale = 0.25, 4.0
+    assert e.encode(replace(e.build_encoder(data), codec=codec))
+    info = open_dataset(TrainConfig(data=data)).info
+    assert info.mean == [0.25] * 3 and info.std == [0.25] * 3
+    measured = open_dataset(TrainConfig(data=data_for(images, tmp_path))).info
+    assert measured.mean != info.mean and measured.fingerprint != info.fingerprint
+
+
+def test_sidecars_say_what_made_a_shard(latents: Path) -> None:
+    sidecar = json.loads((latents / "00001.json").read_text())
+    assert sidecar["codec_fingerprint"] == "pixel-1" and sidecar["text_fingerprint"].startswith("minilm-")
+    assert (sidecar["image_size"], sidecar["crop"], sidecar["tar"]) == (16, "cover, centre, lanczos", "00001.tar")
+    assert sidecar["code_version"].startswith("0.1.0")
+    (shard,) = sidecar["shards"]
+    content = (latents / "00001.safetensors").read_bytes()
+    assert shard["sha256"] == hashlib.sha256(content).hexdigest() and shard["size"] == len(content)
+    assert (shard["num_samples"], shard["latent_shape"]) == (SHARD_SIZE, [3, 16, 16])
+
+
+def test_tars_that_would_give_the_same_shard_are_refused(tmp_path: Path) -> None:
+    for folder in ("a/b__c", "a__b/c"):
+        scenes.main(["--out", str(tmp_path / folder), "--num-images", "2", "--image-size", "16"])
+    with pytest.raises(ConfigError, match=r"a/b__c/00000\.tar and a__b/c/00000\.tar would both give shard"):
+        e.encode(encoder_for(tmp_path, tmp_path / "latents"))
 
 
 def test_ranks_share_the_shards(images: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

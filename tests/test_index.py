@@ -185,12 +185,12 @@ def test_unusual_pictures_become_rgb() -> None:
 def test_cover_crop_keeps_the_middle(shape: tuple[int, int]) -> None:
     rows, columns = np.mgrid[: shape[0], : shape[1]]
     ramp = np.stack([rows / (shape[0] - 1), columns / (shape[1] - 1), rows * 0.0], -1)
-    picture = images.cover_crop(Image.fromarray((ramp * 255).astype(np.uint8)), 6)
+    picture = images.cover_crop(Image.fromarray((ramp * 255).astype(np.uint8)), 6, 6)
     assert picture.shape == (6, 6, 3)
     assert np.allclose(picture[..., :2].mean((0, 1)), 127.5, atol=17)  # the middle of both ramps, to half a pixel
     if shape == (8, 12):
         whole = Image.fromarray(NOISE).resize((9, 6), Image.Resampling.LANCZOS)
-        assert np.array_equal(images.cover_crop(Image.fromarray(NOISE), 6), np.asarray(whole)[:, 1:7])
+        assert np.array_equal(images.cover_crop(Image.fromarray(NOISE), 6, 6), np.asarray(whole)[:, 1:7])
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,6 +153,10 @@ class DataConfig:
 
     `latents` is a folder that `trainer.data.encode` wrote. `images` is the folder of image shards it
     reads. `source: synthetic` needs neither: seeded random latents, made when the run starts.
+
+    `text: online` stores captions only and encodes them while training, for data sets whose text would be too
+    large. `latent_std` stores the standard deviation of the codec's latent too, to sample from while training.
+    `normalize` sets what latents are shifted and scaled by: measured on the data set, or the codec's own values.
     """
 
     source: Literal["shards", "synthetic"] = "synthetic"
@@ -161,6 +165,9 @@ class DataConfig:
     image_size: int = 32
     codec: str = "pixel"
     text_encoder: str = "minilm"
+    text: Literal["cache", "online"] = "cache"
+    latent_std: bool = False
+    normalize: Literal["measured", "codec"] = "measured"
     caption_dropout: float = 0.1
     shuffle_group: int = 8
     num_workers: int = 0

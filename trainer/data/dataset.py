@@ -1,124 +1,32 @@
-"""Latent shards -> batches of normalised latents and text tokens.
+"""Opens the data of a run: a folder of latent shards, checked against the settings, or synthetic samples."""
 
-Shapes: B samples, C x H x W latent, L text tokens, D text width.
-"""
-
+import hashlib
 import json
-from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from functools import partial
+import re
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+import numpy as np
 
 from trainer.config import ConfigError, DataConfig, TrainConfig, require
-from trainer.data.batches import DataState, MicroBatch, micro_batches
-from trainer.data.format import DATASET_NAME, FORMAT_VERSION, SETTINGS, encoding_fingerprint
-from trainer.encoders import build_codec, build_text_encoder
-from trainer.randomness import sample_generator
+from trainer.data.batches import DataState
+from trainer.data.format import DATASET_NAME, READABLE_VERSIONS, SETTINGS, content_digest, encoding_fingerprint
+from trainer.data.latents import Batch, LatentDataset, LatentInfo
+from trainer.data.loader import build_loader
+from trainer.data.shard_dataset import ShardDataset, read_empty_text
+from trainer.data.shard_file import DamagedShardError, ShardEntry, ShardFile
+from trainer.encoders import TextEncoder, build_codec, build_text_encoder
 
 __all__ = ["Batch", "DataState", "LatentDataset", "LatentInfo", "build_loader", "open_dataset"]
-_MAX_OPEN_FILES = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentInfo:
-    """What a data set says of itself. `fingerprint` covers everything that shaped its values."""
-
-    channels: int
-    height: int
-    width: int
-    text_dim: int
-    max_tokens: int
-    codec: str
-    text_encoder: str
-    fingerprint: str
-    mean: list[float]
-    std: list[float]
-
-    @property
-    def mean_C(self) -> Tensor:  # noqa: N802
-        """Mean of each latent channel over the data set, fp32."""
-        return torch.tensor(self.mean)
-
-    @property
-    def std_C(self) -> Tensor:  # noqa: N802
-        """Standard deviation of each latent channel, fp32."""
-        return torch.tensor(self.std)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Normalised latents fp32, padded text fp32 with its mask (True: a real token), global sample indices."""
-
-    latent_BCHW: Tensor
-    text_BLD: Tensor
-    text_mask_BL: Tensor
-    index_B: Tensor
-
-
-class LatentDataset(Protocol):
-    """Samples by number: unnormalised latent [C, H, W] and unpadded text tokens [n, D], both fp32."""
-
-    info: LatentInfo
-    shard_sizes: list[int]
-    empty_text: Tensor
-
-    def __len__(self) -> int: ...
-
-    def read(self, sample: int) -> tuple[Tensor, Tensor]: ...
-
-
-class ShardDataset:
-    """The safetensors shards of a folder that `trainer.data.encode` wrote; files open on first use."""
-
-    def __init__(self, folder: Path, content: dict[str, Any]) -> None:
-        self.folder = folder
-        self.info = LatentInfo(**{f.name: content["info"][f.name] for f in fields(LatentInfo)})
-        self.shards: list[str] = [shard["file"] for shard in content["shards"]]
-        self.shard_sizes: list[int] = [shard["num_samples"] for shard in content["shards"]]
-        self.first = [0]
-        for size in self.shard_sizes:
-            self.first.append(self.first[-1] + size)
-        with safe_open(folder / content["empty_text"], framework="pt") as file:
-            self.empty_text: Tensor = file.get_tensor("text").float()
-        self.open_files: dict[int, Any] = {}
-
-    def __len__(self) -> int:
-        return self.first[-1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "open_files": {}}  # file handles stay with their process
-
-    def _shard(self, number: int) -> tuple[Any, Tensor, Tensor]:
-        if number not in self.open_files:
-            if len(self.open_files) >= _MAX_OPEN_FILES:
-                self.open_files.pop(next(iter(self.open_files)))
-            file = safe_open(self.folder / self.shards[number], framework="pt")
-            self.open_files[number] = (file, file.get_tensor("caption_id"), file.get_tensor("text_offset"))
-        found: tuple[Any, Tensor, Tensor] = self.open_files[number]
-        return found
-
-    def read(self, sample: int) -> tuple[Tensor, Tensor]:
-        """Latent and text of one sample; only its own bytes are read."""
-        number = bisect_right(self.first, sample) - 1
-        file, caption_id, offset = self._shard(number)
-        row = sample - self.first[number]
-        caption = int(caption_id[row])
-        latent: Tensor = file.get_slice("latent")[row : row + 1][0].float()
-        text: Tensor = file.get_slice("text")[int(offset[caption]) : int(offset[caption + 1])].float()
-        return latent, text
+_MAX_OPENED = 256  # shards opened to be checked before a run; the others when they are first read
+_ENCODE = "python -m trainer.data.encode"
 
 
 def open_dataset(config: TrainConfig) -> LatentDataset:
-    """Open the data of a run; ConfigError when it is missing, incomplete or encoded for other settings.
+    """Open the data of a run; ConfigError when it is missing, incomplete, damaged or encoded for other settings.
 
-    Opens every shard once, for its header only.
+    Every shard must be there; up to 256 of them are opened for their headers, the others when first read.
     """
     data = config.data
     if data.source == "synthetic":
@@ -126,31 +34,55 @@ def open_dataset(config: TrainConfig) -> LatentDataset:
 
         return SyntheticDataset(data.image_size, config.seed)
     folder = Path(data.latents)
+    content = read_dataset_file(folder)
+    text_encoder = build_text_encoder(data.text_encoder)
+    _check_settings(data, content, text_encoder)
+    try:
+        shards = [ShardEntry(**shard) for shard in content["shards"]]
+        info = _describe(data, content["info"], text_encoder)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{folder / DATASET_NAME} lacks {error}: run {_ENCODE} again") from error
+    _check_shards(folder, shards, content["info"]["fingerprint"])
+    online = text_encoder if data.text == "online" else None
+    empty = "" if online else _empty_text(folder, content)
+    return ShardDataset(folder, info, shards, content["info"]["fingerprint"], empty, online)
+
+
+def read_dataset_file(folder: Path) -> dict[str, Any]:
+    """dataset.json of a folder of latents; ConfigError if it is missing, damaged or of another format."""
     path = folder / DATASET_NAME
-    remedy = "run python -m trainer.data.encode with this recipe"
-    require(path.is_file(), f"data.latents={folder} has no {DATASET_NAME}: {remedy}")
-    content = json.loads(path.read_text())
-    version = content.get("format_version")
+    require(path.is_file(), f"data.latents={folder} has no {DATASET_NAME}: run {_ENCODE} with this recipe")
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+        version = content.get("format_version")
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged: run {_ENCODE} again") from error
     require(
-        version == FORMAT_VERSION,
-        f"data.latents={folder} has format {version} where {FORMAT_VERSION} is needed: delete it and {remedy}",
+        version in READABLE_VERSIONS,
+        f"data.latents={folder} has format {version} where {READABLE_VERSIONS[-1]} is needed: run {_ENCODE} again",
     )
-    _check_settings(data, content)
-    for shard in content["shards"]:
-        _check_shard(folder, shard, content["info"]["fingerprint"])
-    return ShardDataset(folder, content)
+    sound = version == 1 or content.get("sha256") == content_digest(content)
+    require(sound, f"{path} is damaged (its hash differs): run {_ENCODE} again")
+    return content
 
 
-def _check_settings(data: DataConfig, content: dict[str, Any]) -> None:
+def _kind(spec: Any) -> Any:
+    """A setting without the paths of an encoder, which may differ between machines."""
+    return re.sub(r":[^+]*", "", spec) if isinstance(spec, str) else spec
+
+
+def _check_settings(data: DataConfig, content: dict[str, Any], text_encoder: TextEncoder) -> None:
     """Refuse latents that the present settings would not give."""
+    online = data.text == "online"
     for setting in SETTINGS:
-        given, stored = getattr(data, setting), content["settings"][setting]
+        given = getattr(data, setting)
+        stored = content["settings"].get(setting, getattr(DataConfig, setting))
         require(
-            given == stored,
+            _kind(given) == _kind(stored) or (online and setting == "text_encoder"),
             f"data.{setting} is {given} but data.latents={data.latents} was encoded with {stored}: "
             "encode into another folder, or restore the setting",
         )
-    fingerprint = encoding_fingerprint(data.image_size, build_codec(data.codec), build_text_encoder(data.text_encoder))
+    fingerprint = encoding_fingerprint(data, build_codec(data.codec), None if online else text_encoder)
     stored = content["info"]["fingerprint"]
     require(
         fingerprint == stored,
@@ -159,95 +91,49 @@ def _check_settings(data: DataConfig, content: dict[str, Any]) -> None:
     )
 
 
-def _check_shard(folder: Path, shard: dict[str, Any], fingerprint: str) -> None:
-    """Refuse a shard that is missing, damaged, or of another data set."""
-    path = folder / shard["file"]
-    what, remedy = f"data.latents={folder}: shard {shard['file']}", "run python -m trainer.data.encode again"
-    require(path.is_file(), f"{what} is missing: {remedy}")
-    size = path.stat().st_size
-    require(size == shard["size"], f"{what} has {size} bytes instead of {shard['size']}: {remedy}")
+def _describe(data: DataConfig, stored: dict[str, Any], text_encoder: TextEncoder) -> LatentInfo:
+    """The description with what is decided when the latents are read: online text, normalisation."""
+    info = LatentInfo(**{f.name: stored[f.name] for f in fields(LatentInfo)})
+    info = replace(info, codec=data.codec, text_encoder=data.text_encoder)
+    decided = {}
+    if data.text == "online":
+        decided["text"] = text_encoder.fingerprint()
+        info = replace(info, text_dim=text_encoder.dim, max_tokens=text_encoder.max_tokens)
+    if data.normalize == "codec":
+        require(
+            "codec_scale" in stored,
+            f"data.normalize=codec needs data.latents={data.latents} in the newest format: run {_ENCODE} again",
+        )
+        shift, scale = stored["codec_shift"], stored["codec_scale"]
+        decided["normalize"] = f"{shift} {scale}"
+        info = replace(info, mean=[shift] * info.channels, std=[1 / scale] * info.channels)
+    if decided:
+        parts = json.dumps([info.fingerprint, decided], sort_keys=True)
+        info = replace(info, fingerprint=hashlib.sha256(parts.encode()).hexdigest()[:16])
+    return info
+
+
+def _check_shards(folder: Path, shards: list[ShardEntry], fingerprint: str) -> None:
+    """Refuse a folder with shards that are missing or, among those opened, damaged or of another data set."""
+    present = {path.name for path in folder.iterdir()}
+    for entry in shards:
+        require(
+            entry.file in present,
+            f"data.latents={folder}: shard {entry.file} is missing: run {_ENCODE} again",
+        )
+    require(
+        len({entry.file for entry in shards}) == len(shards),
+        f"{folder / DATASET_NAME} names a shard twice: run {_ENCODE} again",
+    )
+    for number in np.unique(np.linspace(0, len(shards) - 1, _MAX_OPENED).astype(int)):
+        try:
+            ShardFile(folder / shards[number].file, shards[number], fingerprint).close()
+        except DamagedShardError as error:
+            raise ConfigError(f"data.latents={folder}: shard {error}") from error
+
+
+def _empty_text(folder: Path, content: dict[str, Any]) -> Any:
     try:
-        with safe_open(path, framework="pt") as file:
-            notes = file.metadata() or {}
-            num_samples = file.get_slice("latent").get_shape()[0]
-    except SafetensorError as error:
-        raise ConfigError(f"{what} cannot be read: delete it and {remedy}") from error
-    found = notes.get("fingerprint")
-    require(found == fingerprint, f"{what} has fingerprint {found}, the data set {fingerprint}: delete it and {remedy}")
-    expected = shard["num_samples"]
-    require(
-        num_samples == expected, f"{what} holds {num_samples} samples instead of {expected}: delete it and {remedy}"
-    )
-
-
-def build_loader(
-    dataset: LatentDataset, config: TrainConfig, *, rank: int, world_size: int, state: DataState
-) -> Iterator[Batch]:
-    """This rank's micro-batches for ever, from `state` on; reads nothing that came before it.
-
-    ConfigError if the data set is smaller than one global batch.
-    """
-    global_batch_size = config.global_batch_size(world_size)
-    require(
-        len(dataset) >= global_batch_size,
-        f"the data set has {len(dataset)} samples, less than one global batch of {global_batch_size}: "
-        "lower train.micro_batch_size or train.gradient_accumulation_steps, or encode more data",
-    )
-    positions = micro_batches(
-        dataset.shard_sizes,
-        state,
-        micro_batch_size=config.train.micro_batch_size,
-        num_micro_batches=config.train.gradient_accumulation_steps,
-        rank=rank,
-        world_size=world_size,
-        group_size=config.data.shuffle_group,
-    )
-    collate = partial(collate_batch, dataset, caption_dropout=config.data.caption_dropout, seed=config.seed)
-    if config.data.num_workers == 0:
-        return map(collate, positions)
-    loader = DataLoader(
-        _Reader(collate),
-        sampler=_Positions(positions),
-        batch_size=None,
-        num_workers=config.data.num_workers,
-        generator=torch.Generator(),  # or the loader would draw from the global generator
-    )
-    return iter(loader)
-
-
-class _Reader(Dataset[Batch]):
-    """Lets DataLoader workers make whole micro-batches."""
-
-    def __init__(self, collate: Callable[[MicroBatch], Batch]) -> None:
-        self.collate = collate
-
-    def __getitem__(self, item: MicroBatch) -> Batch:
-        return self.collate(item)
-
-
-class _Positions(Sampler[MicroBatch]):
-    """Micro-batches in order, for ever."""
-
-    def __init__(self, positions: Iterator[MicroBatch]) -> None:
-        self.positions = positions
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        return self.positions
-
-
-def collate_batch(dataset: LatentDataset, micro: MicroBatch, *, caption_dropout: float, seed: int) -> Batch:
-    """Read, normalise and pad one micro-batch; drop captions by (seed, global sample index)."""
-    info = dataset.info
-    latents, texts = [], []
-    for sample, index in zip(micro.samples, micro.indices, strict=True):
-        latent, text = dataset.read(sample)
-        dropped = float(torch.rand((), generator=sample_generator(seed, index, "caption"))) < caption_dropout
-        latents.append(latent)
-        texts.append(dataset.empty_text if dropped else text)
-    text_BLD = torch.zeros(len(texts), info.max_tokens, info.text_dim)
-    mask_BL = torch.zeros(len(texts), info.max_tokens, dtype=torch.bool)
-    for row, text in enumerate(texts):
-        text_BLD[row, : len(text)] = text
-        mask_BL[row, : len(text)] = True
-    latent_BCHW = (torch.stack(latents) - info.mean_C.view(1, -1, 1, 1)) / info.std_C.view(1, -1, 1, 1)
-    return Batch(latent_BCHW=latent_BCHW, text_BLD=text_BLD, text_mask_BL=mask_BL, index_B=torch.tensor(micro.indices))
+        return read_empty_text(folder / content["empty_text"], content["info"]["text_dim"], content.get("empty_sha256"))
+    except DamagedShardError as error:
+        raise ConfigError(f"data.latents={folder}: {error}") from error

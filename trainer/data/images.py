@@ -68,11 +68,11 @@ def is_constant(image: Image.Image) -> bool:
     return max(ImageStat.Stat(image).stddev) < _MIN_STANDARD_DEVIATION
 
 
-def cover_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """Resize until the picture covers a square, keep the middle: [size, size, 3]."""
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+def cover_crop(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
+    """Resize until the picture covers a rectangle, keep the middle: [height, width, 3]."""
+    scale = max(width / image.width, height / image.height)
+    resized = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    if resized != image.size:
+        image = image.resize(resized, Image.Resampling.LANCZOS)
+    left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
+    return np.asarray(image.crop((left, top, left + width, top + height)))

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from trainer.data.dataset import LatentInfo
+from trainer.data.latents import LatentInfo
+from trainer.data.shard_file import Sample
+from trainer.encoders import TextEncoder
 from trainer.randomness import keyed_generator
 
 NUM_SAMPLES, NUM_SHARDS = 64, 4
@@ -13,10 +15,12 @@ TEXT_DIM, MAX_TOKENS = 32, 8
 class SyntheticDataset:
     """64 samples in 4 shards; sample i is a function of (seed, i)."""
 
+    online_encoder: TextEncoder | None = None
+
     def __init__(self, image_size: int, seed: int) -> None:
         self.seed, self.image_size = seed, image_size
         self.shard_sizes = [NUM_SAMPLES // NUM_SHARDS] * NUM_SHARDS
-        self.empty_text = torch.zeros(1, TEXT_DIM)
+        self.empty_text: Tensor | str = torch.zeros(1, TEXT_DIM)
         self.info = LatentInfo(
             channels=3,
             height=image_size,
@@ -33,9 +37,9 @@ class SyntheticDataset:
     def __len__(self) -> int:
         return NUM_SAMPLES
 
-    def read(self, sample: int) -> tuple[Tensor, Tensor]:
+    def read(self, sample: int) -> Sample:
         """Latent [3, size, size] and 2 to 8 text tokens."""
         generator = keyed_generator(self.seed, "synthetic", sample)
         latent = torch.randn(3, self.image_size, self.image_size, generator=generator)
         text = torch.randn(2 + sample % (MAX_TOKENS - 1), TEXT_DIM, generator=generator)
-        return latent, text
+        return Sample(latent=latent, text=text)

@@ -6,7 +6,7 @@ Shapes: B pictures, 3 x H x W rgb in [-1, 1].
 """
 
 import argparse
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import torch
@@ -16,9 +16,9 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from trainer.config import DataConfig, load_config, require, run_cli
-from trainer.data.encode import read_picture
 from trainer.data.files import replacing
 from trainer.data.index import index_or_open
+from trainer.data.shard_writer import picture_batches
 from trainer.encoders import VAE_PREFIX
 from trainer.randomness import keyed_generator
 from trainer.vae import FACTOR, SmallVae
@@ -30,9 +30,14 @@ LOG_EVERY = 100
 
 def load_pictures(data: DataConfig) -> Tensor:
     """The first MAX_PICTURES pictures of the index as uint8 [N, 3, size, size]."""
-    folder = Path(data.images)
+    folder, size = Path(data.images), data.image_size
     rows = islice(index_or_open(folder).rows(), MAX_PICTURES)
-    return torch.stack([read_picture(folder, row, data.image_size) for row in rows]).permute(0, 3, 1, 2)
+    batches = [
+        batch
+        for _, of_tar in groupby(rows, key=lambda row: row.tar)
+        for batch in picture_batches(folder, list(of_tar), size, size, num_threads=1)
+    ]
+    return torch.cat(batches).permute(0, 3, 1, 2)
 
 
 def loss_of(model: SmallVae, rgb_BCHW: Tensor, noise: torch.Generator) -> tuple[Tensor, float]:

@@ -1,0 +1,140 @@
+"""Samples -> this rank's micro-batches for ever: normalised latents, padded text, dropped captions.
+
+Shapes: B samples, C x H x W latent, L text tokens, D text width.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from trainer.config import TrainConfig, require
+from trainer.data.batches import DataState, MicroBatch, micro_batches
+from trainer.data.latents import Batch, LatentDataset
+from trainer.data.shard_file import Sample
+from trainer.encoders import TextEncoder
+from trainer.randomness import sample_generator
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawBatch:
+    """A micro-batch before its text is padded (and, online, encoded)."""
+
+    latent_BCHW: Tensor
+    texts: list[Tensor | str]
+    index_B: Tensor
+
+
+def build_loader(
+    dataset: LatentDataset, config: TrainConfig, *, rank: int, world_size: int, state: DataState
+) -> Iterator[Batch]:
+    """This rank's micro-batches for ever, from `state` on; reads nothing that came before it.
+
+    ConfigError if the data set is smaller than one global batch.
+    """
+    global_batch_size = config.global_batch_size(world_size)
+    require(
+        len(dataset) >= global_batch_size,
+        f"the data set has {len(dataset)} samples, less than one global batch of {global_batch_size}: "
+        "lower train.micro_batch_size or train.gradient_accumulation_steps, or encode more data",
+    )
+    positions = micro_batches(
+        dataset.shard_sizes,
+        state,
+        micro_batch_size=config.train.micro_batch_size,
+        num_micro_batches=config.train.gradient_accumulation_steps,
+        rank=rank,
+        world_size=world_size,
+        group_size=config.data.shuffle_group,
+    )
+    read = partial(read_batch, dataset, caption_dropout=config.data.caption_dropout, seed=config.seed)
+    if dataset.online_encoder is not None:  # in this process, where the GPU is; workers read meanwhile
+        online = partial(encode_captions, dataset.online_encoder)
+        finish = partial(pad_batch, max_tokens=dataset.info.max_tokens, dim=dataset.info.text_dim)
+        return map(finish, map(online, _run(read, positions, config.data.num_workers)))
+    whole = partial(_read_and_pad, read, dataset.info.max_tokens, dataset.info.text_dim)
+    return _run(whole, positions, config.data.num_workers)
+
+
+def _run(make: Callable[[MicroBatch], T], positions: Iterator[MicroBatch], num_workers: int) -> Iterator[T]:
+    """Apply `make` to each micro-batch in order, in worker processes if there are any."""
+    if num_workers == 0:
+        return map(make, positions)
+    loader = DataLoader(
+        _Reader(make),
+        sampler=_Positions(positions),
+        batch_size=None,
+        num_workers=num_workers,
+        generator=torch.Generator(),  # or the loader would draw from the global generator
+    )
+    return iter(loader)
+
+
+class _Reader(Dataset[object]):
+    """Lets DataLoader workers make whole micro-batches."""
+
+    def __init__(self, make: Callable[[MicroBatch], object]) -> None:
+        self.make = make
+
+    def __getitem__(self, item: MicroBatch) -> object:
+        return self.make(item)
+
+
+class _Positions(Sampler[MicroBatch]):
+    """Micro-batches in order, for ever."""
+
+    def __init__(self, positions: Iterator[MicroBatch]) -> None:
+        self.positions = positions
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return self.positions
+
+
+def read_batch(dataset: LatentDataset, micro: MicroBatch, *, caption_dropout: float, seed: int) -> RawBatch:
+    """Read and normalise one micro-batch; draw its latents and drop captions by (seed, global sample index)."""
+    info = dataset.info
+    latents, texts = [], []
+    for number, index in zip(micro.samples, micro.indices, strict=True):
+        sample = dataset.read(number)
+        dropped = float(torch.rand((), generator=sample_generator(seed, index, "caption"))) < caption_dropout
+        latents.append(_drawn(sample, seed, index))
+        texts.append(dataset.empty_text if dropped else sample.text)
+    latent_BCHW = (torch.stack(latents) - info.mean_C.view(1, -1, 1, 1)) / info.std_C.view(1, -1, 1, 1)
+    return RawBatch(latent_BCHW=latent_BCHW, texts=texts, index_B=torch.tensor(micro.indices))
+
+
+def _drawn(sample: Sample, seed: int, index: int) -> Tensor:
+    """The latent, or a draw from its distribution where the standard deviation is stored."""
+    if sample.latent_std is None:
+        return sample.latent
+    noise = torch.randn(sample.latent.shape, generator=sample_generator(seed, index, "posterior"))
+    return sample.latent + sample.latent_std * noise
+
+
+def encode_captions(encoder: TextEncoder, raw: RawBatch) -> RawBatch:
+    """Encode the captions of a micro-batch, each distinct one once."""
+    captions = sorted({str(text) for text in raw.texts})
+    features = dict(zip(captions, encoder.encode(captions), strict=True))
+    texts: list[Tensor | str] = [features[str(text)] for text in raw.texts]
+    return RawBatch(latent_BCHW=raw.latent_BCHW, texts=texts, index_B=raw.index_B)
+
+
+def pad_batch(raw: RawBatch, *, max_tokens: int, dim: int) -> Batch:
+    """Pad encoded text to [B, max_tokens, dim]."""
+    text_BLD = torch.zeros(len(raw.texts), max_tokens, dim)
+    mask_BL = torch.zeros(len(raw.texts), max_tokens, dtype=torch.bool)
+    for row, text in enumerate(raw.texts):
+        assert isinstance(text, Tensor)
+        text_BLD[row, : len(text)] = text
+        mask_BL[row, : len(text)] = True
+    return Batch(latent_BCHW=raw.latent_BCHW, text_BLD=text_BLD, text_mask_BL=mask_BL, index_B=raw.index_B)
+
+
+def _read_and_pad(read: Callable[[MicroBatch], RawBatch], max_tokens: int, dim: int, micro: MicroBatch) -> Batch:
+    return pad_batch(read(micro), max_tokens=max_tokens, dim=dim)

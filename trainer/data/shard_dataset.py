@@ -1,0 +1,71 @@
+"""The samples of a folder of latent shards by number; a few files are open at a time."""
+
+import hashlib
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from trainer.data.latents import LatentInfo
+from trainer.data.shard_file import DamagedShardError, Sample, ShardEntry, ShardFile
+from trainer.encoders import TextEncoder
+
+_MAX_OPEN_FILES = 64
+
+
+class ShardDataset:
+    """The safetensors shards that `trainer.data.encode` wrote; each is verified when it is opened and read."""
+
+    def __init__(
+        self,
+        folder: Path,
+        info: LatentInfo,
+        shards: list[ShardEntry],
+        fingerprint: str,
+        empty_text: Tensor | str,
+        online_encoder: TextEncoder | None = None,
+    ) -> None:
+        self.folder, self.info, self.shards, self.fingerprint = folder, info, shards, fingerprint
+        self.shard_sizes = [shard.num_samples for shard in shards]
+        self.first = [0, *accumulate(self.shard_sizes)]
+        self.empty_text, self.online_encoder = empty_text, online_encoder
+        self.open_files: dict[int, ShardFile] = {}
+
+    def __len__(self) -> int:
+        return self.first[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # File handles stay with their process, and captions are encoded by the main one.
+        return {**vars(self), "open_files": {}, "online_encoder": None}
+
+    def _shard(self, number: int) -> ShardFile:
+        """An open shard; the one that was used longest ago is closed for it."""
+        file = self.open_files.pop(number, None)
+        if file is None:
+            if len(self.open_files) >= _MAX_OPEN_FILES:
+                self.open_files.pop(next(iter(self.open_files))).close()
+            file = ShardFile(self.folder / self.shards[number].file, self.shards[number], self.fingerprint)
+        self.open_files[number] = file
+        return file
+
+    def read(self, sample: int) -> Sample:
+        """One sample; DamagedShardError names file and key."""
+        number = bisect_right(self.first, sample) - 1
+        return self._shard(number).read(sample - self.first[number])
+
+
+def read_empty_text(path: Path, dim: int, sha256: str | None) -> Tensor:
+    """Tokens [n, dim] fp32 of the empty caption; DamagedShardError if the file is not as it was written."""
+    try:
+        content = path.read_bytes()
+        tokens = load(content)["text"].float()
+    except (OSError, SafetensorError, KeyError) as error:
+        raise DamagedShardError(path, "cannot be read") from error
+    same = sha256 is None or hashlib.sha256(content).hexdigest() == sha256
+    if not same or tokens.dim() != 2 or tokens.shape[1] != dim:
+        raise DamagedShardError(path, "is not the empty caption of this data set")
+    return tokens
