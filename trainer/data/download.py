@@ -1,0 +1,233 @@
+"""URL list -> image shards, with img2dataset: `python -m trainer.data.download urls.parquet --out DIR`.
+
+    --parts N --part K    slice K of N of the list, into DIR/part-K; a job array needs nothing else
+    (the same command)    goes on where it stopped: finished tars stay, damaged ones are done again
+
+DIR/part-K holds the tars; DIR/lists the slice and its settings, which must not change; DIR/reports the counts;
+DIR/failed the URLs worth another try, itself a list of URLs; DIR/logs what img2dataset printed.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from trainer.config import ConfigError, require, run_cli
+from trainer.data import img2dataset
+from trainer.data.download_report import PartReport, finished_tars, remove_damaged, summarize, total
+from trainer.data.files import replacing
+from trainer.data.img2dataset import DISTRIBUTORS, DownloadSettings
+from trainer.data.shard_writer import write_json
+from trainer.data.url_list import UrlList, open_url_list, read_slice, split_http, table_digest
+
+# Columns that img2dataset fills itself.
+_RESERVED = (
+    "key", "status", "error_message", "width", "height", "original_width", "original_height", "exif", "sha256", "md5",
+    "sha512", "url", "caption",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The places of slice `number` of `count` under the output folder."""
+
+    out: Path
+    number: int
+    count: int
+
+    @property
+    def name(self) -> str:
+        """Stem of all its files."""
+        return f"part-{self.number:05d}"
+
+    @property
+    def folder(self) -> Path:
+        """Where its tars go; nothing else may be in it: img2dataset takes any .json there for its own."""
+        return self.out / self.name
+
+    @property
+    def record(self) -> Path:
+        """What it was made from."""
+        return self.out / "lists" / f"{self.name}-of-{self.count:05d}.json"
+
+    @property
+    def url_list(self) -> Path:
+        """Its slice of the list."""
+        return self.record.with_suffix(".parquet")
+
+    @property
+    def report(self) -> Path:
+        """Its counts."""
+        return self.out / "reports" / f"{self.name}.json"
+
+
+@contextmanager
+def _locked(part: Part) -> Iterator[int]:
+    """Hold the part alone: two downloads in one folder leave corrupt tars that look finished."""
+    path = part.out / "lists" / f"{part.name}.lock"
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{part.folder} is being downloaded by another process: wait for it, or end it"
+            ) from error
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def prepare(part: Part, urls: UrlList, settings: DownloadSettings) -> dict[str, Any]:
+    """Cut the slice and write it, or check that it and the settings are what the folder was begun with."""
+    others = {path.stem.rpartition("-of-")[2] for path in part.record.parent.glob("part-*-of-*.json")}
+    for other in others - {f"{part.count:05d}"}:
+        raise ConfigError(f"{part.out} was begun with --parts {int(other)}, not {part.count}: name another --out")
+    table, refused = split_http(read_slice(urls, part.number, part.count), urls.url_column)
+    record = {
+        "columns": urls.columns,
+        "settings": settings.of_content(),
+        "num_http": table.num_rows,
+        "num_refused": refused,
+        "list_sha256": table_digest(table),
+    }
+    if part.record.is_file():
+        _check_record(part, json.loads(part.record.read_text()), record)
+        if part.url_list.is_file():
+            return record
+    with replacing(part.url_list) as temporary:
+        pq.write_table(table, temporary)
+    write_json(part.record, record)
+    return record
+
+
+def _check_record(part: Part, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """With another list or other settings img2dataset would skip rows without a word."""
+    remedy = "restore it, or name another --out"
+    for name, value in new["settings"].items():
+        was = old["settings"].get(name)
+        require(was == value, f"--{name.replace('_', '-')} is {value} but {part.folder} was begun with {was}: {remedy}")
+    same = all(old[name] == new[name] for name in ("columns", "num_http", "num_refused", "list_sha256"))
+    require(same, f"the list of URLs is not the one that {part.folder} was begun with: {remedy}")
+
+
+def download_part(part: Part, urls: UrlList, settings: DownloadSettings, python: str) -> PartReport:
+    """Download what is missing of one part and count what is there."""
+    for name in ("lists", "logs", "reports"):
+        (part.out / name).mkdir(parents=True, exist_ok=True)
+    with _locked(part) as lock:
+        record = prepare(part, urls, settings)
+        part.folder.mkdir(exist_ok=True)
+        for reason in remove_damaged(part.folder):
+            print(f"{part.name}: {reason}: again")
+        num_tars = -(-record["num_http"] // settings.samples_per_tar)
+        done = len(finished_tars(part.folder))
+        print(f"{part.name}: {record['num_http']} URLs, {done} of {num_tars} tars finished")
+        if done < num_tars:
+            options = img2dataset.arguments(part.url_list, part.folder, settings, urls.columns)
+            with tqdm(total=num_tars, initial=done, desc=part.name, unit="tar", disable=None) as bar:
+                img2dataset.run(
+                    python, options, part.out / "logs" / f"{part.name}.log", lock,
+                    lambda: _advance(bar, len(finished_tars(part.folder))),
+                )  # fmt: skip
+        report = summarize(
+            part.folder,
+            num_http=record["num_http"],
+            num_refused=record["num_refused"],
+            samples_per_tar=settings.samples_per_tar,
+            columns=urls.columns,
+            failed=part.out / "failed" / f"{part.name}.parquet",
+        )
+        write_json(part.report, asdict(report))
+    return report
+
+
+def _advance(bar: "tqdm[Any]", done: int) -> None:
+    bar.update(done - bar.n)
+
+
+def download(out: Path, urls: UrlList, settings: DownloadSettings, parts: list[int], count: int, python: str) -> bool:
+    """Download parts one after the other and print their counts; returns whether all of them are finished."""
+    whole = True
+    for number in parts:
+        part = Part(out=out, number=number, count=count)
+        report = download_part(part, urls, settings, python)
+        print("\n".join(report.lines()))
+        if report.num_unfinished:
+            whole = False
+            print(f"{part.name} is not finished, see {part.out / 'logs' / part.name}.log: run the same command again")
+    reports = sorted((out / "reports").glob("part-*.json"))
+    if count > 1 and len(reports) == count:
+        print("\n".join(["all parts", *total([PartReport(**json.loads(p.read_text())) for p in reports]).lines()]))
+    if any((out / "failed").glob("*.parquet")):
+        print(f"URLs worth another try: python -m trainer.data.download {out / 'failed'} --out {out}-again")
+    return whole
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trainer.data.download", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "urls", type=Path, help="list of URLs and captions: .parquet, .csv or .tsv, or a folder of them"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of image shards")
+    parser.add_argument("--parts", type=int, default=1, help="slices that the list is cut into")
+    parser.add_argument("--part", type=int, help="slice to download, from 0 (default: all, one after the other)")
+    parser.add_argument("--url-column", default="url")
+    parser.add_argument("--caption-column", default="caption")
+    parser.add_argument("--keep-columns", nargs="*", default=[], help="further columns to keep with each picture")
+    parser.add_argument("--python", default=sys.executable, help="interpreter of an environment with img2dataset")
+    defaults = DownloadSettings()
+    for name, value in asdict(defaults).items():
+        choices = {"encode_format": ("jpg", "png", "webp"), "distributor": DISTRIBUTORS}.get(name)
+        default = None if name == "encode_quality" else value
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=default, choices=choices)
+    return parser
+
+
+def _check(args: argparse.Namespace) -> DownloadSettings:
+    require(args.parts >= 1, f"--parts is {args.parts}: use 1 or more")
+    require(args.part is None or 0 <= args.part < args.parts, f"--part is {args.part}: use 0 to {args.parts - 1}")
+    for name in ("image_size", "samples_per_tar", "processes", "threads", "timeout"):
+        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} is {getattr(args, name)}: use 1 or more")
+    for column in args.keep_columns:
+        require(column not in _RESERVED, f"--keep-columns {column}: img2dataset fills a column of that name itself")
+    if args.encode_quality is None:
+        args.encode_quality = 6 if args.encode_format == "png" else 95  # of png it is the effort of compression
+    highest = 9 if args.encode_format == "png" else 100
+    require(
+        0 <= args.encode_quality <= highest,
+        f"--encode-quality is {args.encode_quality}: use 0 to {highest} with --encode-format {args.encode_format}",
+    )
+    return DownloadSettings(**{name: getattr(args, name) for name in asdict(DownloadSettings())})
+
+
+def _main(argv: list[str] | None) -> None:
+    args = _parser().parse_args(argv)
+    settings = _check(args)
+    urls = open_url_list(args.urls, args.url_column, args.caption_column, tuple(args.keep_columns))
+    img2dataset.check_environment(args.python, settings.distributor)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that img2dataset is ended too
+    parts = list(range(args.parts)) if args.part is None else [args.part]
+    if not download(args.out, urls, settings, parts, args.parts, args.python):
+        raise SystemExit(1)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line; exit code 1 if tars are missing."""
+    run_cli(lambda: _main(argv))
+
+
+if __name__ == "__main__":
+    main()
