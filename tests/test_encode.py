@@ -20,9 +20,9 @@ from tests_launcher import Launcher
 from trainer.config import ConfigError, DataConfig, TrainConfig, TrainLoopConfig
 from trainer.data import encode as e
 from trainer.data import scenes
-from trainer.data.batches import EpochOrder
 from trainer.data.dataset import Batch, DataState, build_loader, open_dataset
 from trainer.data.index import build_index
+from trainer.data.layout import EpochOrder
 from trainer.data.loader import RawBatch, encode_captions
 from trainer.data.shard_writer import Encoder
 from trainer.encoders import PixelCodec, build_codec, build_text_encoder
@@ -262,7 +262,11 @@ def test_codecs_own_normalisation(images: Path, tmp_path: Path) -> None:
 def test_sidecars_say_what_made_a_shard(latents: Path) -> None:
     sidecar = json.loads((latents / "00001.json").read_text())
     assert sidecar["codec_fingerprint"] == "pixel-1" and sidecar["text_fingerprint"].startswith("minilm-")
-    assert (sidecar["image_size"], sidecar["crop"], sidecar["tar"]) == (16, "cover, centre, lanczos", "00001.tar")
+    assert (sidecar["picture_sizes"], sidecar["crop"], sidecar["tar"]) == (
+        [[16, 16]],
+        "cover, centre, lanczos",
+        "00001.tar",
+    )
     assert sidecar["code_version"].startswith("0.1.0")
     (shard,) = sidecar["shards"]
     content = (latents / "00001.safetensors").read_bytes()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from trainer.config import ConfigError, DataConfig, TrainConfig
 from trainer.data import encode, scenes
 from trainer.data.dataset import open_dataset
-from trainer.data.format import content_digest
+from trainer.data.format import signed_json
 from trainer.data.shard_file import DamagedShardError
 
 NUM_IMAGES, SHARD_SIZE = 12, 5
@@ -137,7 +137,8 @@ def fingerprint(latents: Path) -> str:
 
 
 def sign(latents: Path, content: dict[str, object]) -> None:
-    (latents / "dataset.json").write_text(json.dumps({**content, "sha256": content_digest(content)}))
+    content.pop("sha256")
+    (latents / "dataset.json").write_bytes(signed_json(content))
 
 
 def resized(path: Path) -> str:

@@ -16,18 +16,29 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe.config import MoeConfig
+from trainer.data_config import DataConfig
+from trainer.errors import ConfigError, require
 
+__all__ = [
+    "ConfigError",
+    "DataConfig",
+    "DiffusionConfig",
+    "EmaConfig",
+    "ModelConfig",
+    "MoeConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "SampleConfig",
+    "TrainConfig",
+    "TrainLoopConfig",
+    "config_from_dict",
+    "config_to_dict",
+    "load_config",
+    "require",
+    "run_cli",
+    "save_config",
+]
 CONFIG_DIR = Path(__file__).parent / "configs"
-
-
-class ConfigError(ValueError):
-    """A setting the user must change; the message is one sentence for a terminal."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ConfigError(message) unless `condition` holds."""
-    if not condition:
-        raise ConfigError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,43 +156,6 @@ class EmaConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.decay < 1, f"ema.decay is {self.decay}: use 0 to below 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where latent shards come from and how they are read.
-
-    `latents` is a folder that `trainer.data.encode` wrote. `images` is the folder of image shards it
-    reads. `source: synthetic` needs neither: seeded random latents, made when the run starts.
-
-    `text: online` stores captions only and encodes them while training, for data sets whose text would be too
-    large. `latent_std` stores the standard deviation of the codec's latent too, to sample from while training.
-    `normalize` sets what latents are shifted and scaled by: measured on the data set, or the codec's own values.
-    """
-
-    source: Literal["shards", "synthetic"] = "synthetic"
-    images: str = ""
-    latents: str = ""
-    image_size: int = 32
-    codec: str = "pixel"
-    text_encoder: str = "minilm"
-    text: Literal["cache", "online"] = "cache"
-    latent_std: bool = False
-    normalize: Literal["measured", "codec"] = "measured"
-    caption_dropout: float = 0.1
-    shuffle_group: int = 8
-    num_workers: int = 0
-
-    def __post_init__(self) -> None:
-        if self.source == "shards":
-            require(bool(self.latents), "data.latents is empty: name the folder that trainer.data.encode wrote")
-        require(self.image_size >= 1, f"data.image_size is {self.image_size}: use 1 or more")
-        require(
-            0 <= self.caption_dropout < 1,
-            f"data.caption_dropout is {self.caption_dropout}: use 0 to below 1",
-        )
-        require(self.shuffle_group >= 1, f"data.shuffle_group is {self.shuffle_group}: use 1 or more")
-        require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}: use 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

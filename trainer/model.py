@@ -116,10 +116,16 @@ class EcDit(nn.Module):
         self.final_modulation = nn.Linear(D, 2 * D)
         self.final = nn.Linear(D, shape.channels * P * P)
 
-    def positions(self, keep_BS: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Absolute embedding [1, S, D] and RoPE angles [1, S, a] of all tokens; [B, S, .] of the kept ones."""
+    def positions(
+        self, keep_BS: Tensor | None, device: torch.device, size: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Absolute embedding [1, S, D] and RoPE angles [1, S, a] of all tokens; [B, S, .] of the kept ones.
+
+        `size` is the height and width of the latent where it is not the shape's: buckets differ in it.
+        """
         P, config = self.config.patch_size, self.config
-        grid = self.shape.height // P, self.shape.width // P
+        height, width = size or (self.shape.height, self.shape.width)
+        grid = height // P, width // P
         tables = sincos_2d(*grid, config.dim), rope_2d(*grid, config.dim // config.num_heads)
         absolute, angle = (
             table.to(device).unsqueeze(0) if keep_BS is None else table.to(device)[keep_BS] for table in tables
@@ -157,7 +163,8 @@ class EcDit(nn.Module):
         patches = patchify(x_BCHW, self.config.patch_size).float()
         if keep_BS is not None:
             patches = patches.gather(1, keep_BS.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
-        position_BSD, angle_BSa = self.positions(keep_BS, patches.device)
+        H, W = x_BCHW.shape[-2:]
+        position_BSD, angle_BSa = self.positions(keep_BS, patches.device, (H, W))
         x_BSD = self.patch_embedder(patches.to(dtype)) + position_BSD.to(dtype)
         text = self.embed_text(text_BLD)
         time_BD = self._condition(t_B, text, text_mask_BL)
@@ -178,7 +185,7 @@ class EcDit(nn.Module):
         if self.config.prediction == "data":
             out = (patches - out) / t_B.float().clamp_min(MIN_TIME)[:, None, None]
         if keep_BS is None:
-            out = unpatchify(out, self.config.patch_size, self.shape.height, self.shape.width)
+            out = unpatchify(out, self.config.patch_size, H, W)
         return out, all_stats
 
     def _condition(self, t_B: Tensor, text_BLD: Tensor, text_mask_BL: Tensor) -> Tensor:

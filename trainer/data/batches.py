@@ -1,22 +1,22 @@
 """The order in which samples are used, as a function of a small state: exact on any number of processes.
 
-Global batch t is a slice of the epoch's order; ranks, accumulation steps and workers only divide it up. The
-order permutes shards, then samples inside groups of shards, so that reads stay local to a few files.
+Global batch t is a slice of the epoch's order; ranks, accumulation steps and workers only divide it up. What the
+order is, layout.py says.
 """
 
-from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
+from trainer.data.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataState:
     """Position in the data: `consumed` samples of this epoch, `samples_seen` since the run's start.
 
-    No rank, worker or world size is in it. `samples_seen` numbers the samples: it keys their noise.
+    No rank, worker or world size is in it. `samples_seen` numbers the samples: it keys their noise. What each
+    bucket and each data set of a mix has given follows from it.
     """
 
     seed: int
@@ -34,42 +34,20 @@ class DataState:
         return cls(**content)
 
     def start_of_batch(self, dataset_size: int, global_batch_size: int) -> "DataState":
-        """The state at which the next global batch begins: the next epoch if this one's rest is too small."""
-        if self.consumed + global_batch_size <= dataset_size:
-            return self
+        """The state at which the next global batch begins: the next epoch if this one's rest is too small.
+
+        After a change of the global batch size the position is first rounded up to a multiple of it, so that no
+        batch lies across two blocks of buckets: at most one batch is left out of that epoch, none is repeated.
+        """
+        aligned = -(-self.consumed // global_batch_size) * global_batch_size
+        if aligned + global_batch_size <= dataset_size:
+            return replace(self, consumed=aligned)
         return replace(self, epoch=self.epoch + 1, consumed=0)
 
     def advance(self, num_samples: int, dataset_size: int, global_batch_size: int) -> "DataState":
         """The state after an optimizer step that used `num_samples`."""
         start = self.start_of_batch(dataset_size, global_batch_size)
         return replace(start, consumed=start.consumed + num_samples, samples_seen=start.samples_seen + num_samples)
-
-
-class EpochOrder:
-    """Position in an epoch -> sample number, computed group by group; a few groups are kept in memory."""
-
-    def __init__(self, shard_sizes: list[int], *, seed: int, epoch: int, group_size: int) -> None:
-        self.seed, self.epoch = seed, epoch
-        self.first = np.concatenate([[0], np.cumsum(shard_sizes)])
-        order = _generator(seed, epoch, 0).permutation(len(shard_sizes))
-        self.groups = [order[i : i + group_size] for i in range(0, len(order), group_size)]
-        sizes = np.asarray(shard_sizes)
-        self.ends = np.cumsum([sizes[group].sum() for group in self.groups]).tolist()
-        self.cache: dict[int, np.ndarray[Any, Any]] = {}
-
-    def __getitem__(self, position: int) -> int:
-        number = bisect_right(self.ends, position)
-        if number not in self.cache:
-            if len(self.cache) > 2:
-                self.cache.pop(next(iter(self.cache)))
-            members = [np.arange(self.first[s], self.first[s + 1]) for s in self.groups[number]]
-            self.cache[number] = _generator(self.seed, self.epoch, number + 1).permutation(np.concatenate(members))
-        start = self.ends[number - 1] if number else 0
-        return int(self.cache[number][position - start])
-
-
-def _generator(seed: int, epoch: int, group: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, (epoch << 32) + group]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +59,7 @@ class MicroBatch:
 
 
 def micro_batches(
-    shard_sizes: list[int],
+    layout: Layout | Sequence[int],
     state: DataState,
     *,
     micro_batch_size: int,
@@ -90,17 +68,19 @@ def micro_batches(
     world_size: int,
     group_size: int,
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches for ever.
+    """This rank's micro-batches for ever, of a layout or of shards of these sizes.
 
     Sample a * world * micro + rank * micro + j of a global batch is row j of accumulation step a.
     """
-    size, global_batch_size = sum(shard_sizes), micro_batch_size * num_micro_batches * world_size
+    if not isinstance(layout, Layout):
+        layout = Layout.of_shards(layout)
+    size, global_batch_size = layout.size, micro_batch_size * num_micro_batches * world_size
     order, epoch = None, -1
     while True:
         start = state.start_of_batch(size, global_batch_size)
         if order is None or start.epoch != epoch:
             epoch = start.epoch
-            order = EpochOrder(shard_sizes, seed=state.seed, epoch=epoch, group_size=group_size)
+            order = layout.order(state.seed, epoch, group_size)
         for a in range(num_micro_batches):
             offset = (a * world_size + rank) * micro_batch_size
             rows = range(offset, offset + micro_batch_size)

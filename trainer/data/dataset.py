@@ -1,111 +1,108 @@
-"""Opens the data of a run: a folder of latent shards, checked against the settings, or synthetic samples."""
+"""Opens the data of a run: one or more folders of latent shards, checked against the settings, or synthetic samples."""
 
 import hashlib
 import json
-import re
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from trainer.config import ConfigError, DataConfig, TrainConfig, require
+from trainer.config import TrainConfig
 from trainer.data.batches import DataState
-from trainer.data.format import DATASET_NAME, READABLE_VERSIONS, SETTINGS, content_digest, encoding_fingerprint
+from trainer.data.dataset_file import LatentFolder, check_settings, check_shards, read_dataset_file
 from trainer.data.latents import Batch, LatentDataset, LatentInfo
+from trainer.data.layout import build_layout
 from trainer.data.loader import build_loader
-from trainer.data.shard_dataset import ShardDataset, read_empty_text
-from trainer.data.shard_file import DamagedShardError, ShardEntry, ShardFile
+from trainer.data.shard_dataset import ShardDataset
+from trainer.data.staging import build_stage
+from trainer.data_config import DataConfig
 from trainer.encoders import TextEncoder, build_codec, build_text_encoder
+from trainer.errors import ConfigError, require
 
 __all__ = ["Batch", "DataState", "LatentDataset", "LatentInfo", "build_loader", "open_dataset"]
-_MAX_OPENED = 256  # shards opened to be checked before a run; the others when they are first read
-_ENCODE = "python -m trainer.data.encode"
 
 
 def open_dataset(config: TrainConfig) -> LatentDataset:
     """Open the data of a run; ConfigError when it is missing, incomplete, damaged or encoded for other settings.
 
-    Every shard must be there; up to 256 of them are opened for their headers, the others when first read.
+    Every shard must be there; up to 256 of a folder are opened for their headers, the others when first read.
     """
     data = config.data
     if data.source == "synthetic":
         from trainer.data.synthetic import SyntheticDataset
 
         return SyntheticDataset(data.image_size, config.seed)
-    folder = Path(data.latents)
-    content = read_dataset_file(folder)
-    text_encoder = build_text_encoder(data.text_encoder)
-    _check_settings(data, content, text_encoder)
-    try:
-        shards = [ShardEntry(**shard) for shard in content["shards"]]
-        info = _describe(data, content["info"], text_encoder)
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / DATASET_NAME} lacks {error}: run {_ENCODE} again") from error
-    _check_shards(folder, shards, content["info"]["fingerprint"])
+    weights = data.mix or {data.latents: 1.0}
+    codec, text_encoder = build_codec(data.codec), build_text_encoder(data.text_encoder)
+    folders = [read_dataset_file(Path(name)) for name in weights]
+    for folder in folders:
+        check_settings(folder, data, codec, text_encoder)
+        check_shards(folder)
+    for bucket in folders[0].buckets[1:]:
+        _check_bucket(config, *bucket)
+    shards = [(folder.path / shard.file, shard) for folder in folders for shard in folder.shards]
+    layout, _ = build_layout(
+        [shard.num_samples for _, shard in shards],
+        [shard.bucket for _, shard in shards],
+        [number for number, folder in enumerate(folders) for _ in folder.shards],
+        list(weights.values()),
+        data.bucket_block,
+        data.small_buckets == "drop",
+    )
     online = text_encoder if data.text == "online" else None
-    empty = "" if online else _empty_text(folder, content)
-    return ShardDataset(folder, info, shards, content["info"]["fingerprint"], empty, online)
+    return ShardDataset(
+        _describe(data, folders, list(weights.values()), text_encoder),
+        shards,
+        folders[0].fingerprint,
+        layout,
+        empty_text="" if online else folders[0].read_empty(),
+        online_encoder=online,
+        stage=build_stage(data.stage_dir, data.stage_gb, folders[0].fingerprint),
+    )
 
 
-def read_dataset_file(folder: Path) -> dict[str, Any]:
-    """dataset.json of a folder of latents; ConfigError if it is missing, damaged or of another format."""
-    path = folder / DATASET_NAME
-    require(path.is_file(), f"data.latents={folder} has no {DATASET_NAME}: run {_ENCODE} with this recipe")
+def _check_bucket(config: TrainConfig, height: int, width: int) -> None:
+    """Refuse a latent size that the model cannot take."""
+    from trainer.diffusion import num_kept_tokens  # imports this module
+
+    patch = config.model.patch_size
+    require(
+        height % patch == 0 and width % patch == 0,
+        f"model.patch_size={patch} does not divide the latent of {height} x {width} of data.buckets",
+    )
+    num_tokens = (height // patch) * (width // patch)
     try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
-        version = content.get("format_version")
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{path} is damaged: run {_ENCODE} again") from error
-    require(
-        version in READABLE_VERSIONS,
-        f"data.latents={folder} has format {version} where {READABLE_VERSIONS[-1]} is needed: run {_ENCODE} again",
-    )
-    sound = version == 1 or content.get("sha256") == content_digest(content)
-    require(sound, f"{path} is damaged (its hash differs): run {_ENCODE} again")
-    return content
+        for count in {num_tokens, num_kept_tokens(num_tokens, config.diffusion.mask_ratio)} if config.moe.every else ():
+            config.moe.capacity(count)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
-def _kind(spec: Any) -> Any:
-    """A setting without the paths of an encoder, which may differ between machines."""
-    return re.sub(r":[^+]*", "", spec) if isinstance(spec, str) else spec
-
-
-def _check_settings(data: DataConfig, content: dict[str, Any], text_encoder: TextEncoder) -> None:
-    """Refuse latents that the present settings would not give."""
-    online = data.text == "online"
-    for setting in SETTINGS:
-        given = getattr(data, setting)
-        stored = content["settings"].get(setting, getattr(DataConfig, setting))
-        require(
-            _kind(given) == _kind(stored) or (online and setting == "text_encoder"),
-            f"data.{setting} is {given} but data.latents={data.latents} was encoded with {stored}: "
-            "encode into another folder, or restore the setting",
-        )
-    fingerprint = encoding_fingerprint(data, build_codec(data.codec), None if online else text_encoder)
-    stored = content["info"]["fingerprint"]
-    require(
-        fingerprint == stored,
-        f"data.latents={data.latents} is stale: its fingerprint is {stored} but data.codec={data.codec} and "
-        f"data.text_encoder={data.text_encoder} now give {fingerprint}; delete it and encode again",
-    )
-
-
-def _describe(data: DataConfig, stored: dict[str, Any], text_encoder: TextEncoder) -> LatentInfo:
-    """The description with what is decided when the latents are read: online text, normalisation."""
-    info = LatentInfo(**{f.name: stored[f.name] for f in fields(LatentInfo)})
-    info = replace(info, codec=data.codec, text_encoder=data.text_encoder)
-    decided = {}
+def _describe(
+    data: DataConfig, folders: list[LatentFolder], weights: list[float], text_encoder: TextEncoder
+) -> LatentInfo:
+    """The description, with what is decided when latents are read: mix, online text, normalisation."""
+    first = folders[0].info
+    info = LatentInfo(**{f.name: first[f.name] for f in fields(LatentInfo) if f.name in first})
+    info = replace(info, codec=data.codec, text_encoder=data.text_encoder, buckets=list(map(list, folders[0].buckets)))
+    decided: dict[str, Any] = {}
+    if len(folders) > 1:
+        decided["mix"] = [[weight, folder.num_samples] for weight, folder in zip(weights, folders, strict=True)]
+        mean, std = _pooled([(folder.info["mean"], folder.info["std"]) for folder in folders], weights)
+        longest = max(folder.info["max_tokens"] for folder in folders)
+        info = replace(info, mean=mean, std=std, max_tokens=longest)
+    if len(folders) > 1 or len(folders[0].buckets) > 1:
+        decided["order"] = [data.bucket_block, data.small_buckets]
     if data.text == "online":
         decided["text"] = text_encoder.fingerprint()
         info = replace(info, text_dim=text_encoder.dim, max_tokens=text_encoder.max_tokens)
     if data.normalize == "codec":
         require(
-            "codec_scale" in stored,
-            f"data.normalize=codec needs data.latents={data.latents} in the newest format: run {_ENCODE} again",
+            "codec_scale" in first,
+            f"data.normalize=codec needs data.latents={folders[0].path} in the newest format: encode it again",
         )
-        shift, scale = stored["codec_shift"], stored["codec_scale"]
-        decided["normalize"] = f"{shift} {scale}"
+        shift, scale = first["codec_shift"], first["codec_scale"]
+        decided["normalize"] = [shift, scale]
         info = replace(info, mean=[shift] * info.channels, std=[1 / scale] * info.channels)
     if decided:
         parts = json.dumps([info.fingerprint, decided], sort_keys=True)
@@ -113,27 +110,14 @@ def _describe(data: DataConfig, stored: dict[str, Any], text_encoder: TextEncode
     return info
 
 
-def _check_shards(folder: Path, shards: list[ShardEntry], fingerprint: str) -> None:
-    """Refuse a folder with shards that are missing or, among those opened, damaged or of another data set."""
-    present = {path.name for path in folder.iterdir()}
-    for entry in shards:
-        require(
-            entry.file in present,
-            f"data.latents={folder}: shard {entry.file} is missing: run {_ENCODE} again",
-        )
-    require(
-        len({entry.file for entry in shards}) == len(shards),
-        f"{folder / DATASET_NAME} names a shard twice: run {_ENCODE} again",
-    )
-    for number in np.unique(np.linspace(0, len(shards) - 1, _MAX_OPENED).astype(int)):
-        try:
-            ShardFile(folder / shards[number].file, shards[number], fingerprint).close()
-        except DamagedShardError as error:
-            raise ConfigError(f"data.latents={folder}: shard {error}") from error
-
-
-def _empty_text(folder: Path, content: dict[str, Any]) -> Any:
-    try:
-        return read_empty_text(folder / content["empty_text"], content["info"]["text_dim"], content.get("empty_sha256"))
-    except DamagedShardError as error:
-        raise ConfigError(f"data.latents={folder}: {error}") from error
+def _pooled(moments: list[tuple[list[float], list[float]]], weights: list[float]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel of several data sets drawn from by weight."""
+    share = [weight / sum(weights) for weight in weights]
+    means, stds = [], []
+    for channel in range(len(moments[0][0])):
+        pairs = [(mean[channel], std[channel]) for mean, std in moments]
+        mean = sum(w * m for w, (m, _) in zip(share, pairs, strict=True))
+        square = sum(w * (s * s + m * m) for w, (m, s) in zip(share, pairs, strict=True))
+        means.append(mean)
+        stds.append(math.sqrt(max(square - mean * mean, 1e-12)))
+    return means, stds

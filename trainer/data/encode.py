@@ -29,12 +29,14 @@ from trainer.data.format import (
     EMPTY_NAME,
     FORMAT_VERSION,
     SETTINGS,
-    content_digest,
     encoding_fingerprint,
+    signed_json,
 )
+from trainer.data.images import nearest_bucket
 from trainer.data.index import index_or_open
 from trainer.data.index_file import Index, TarEntry, check_unchanged, open_index
 from trainer.data.shard_writer import Encoder, write_json, write_shard
+from trainer.data.tar_scan import IndexRow
 from trainer.distributed import World, detect_world
 from trainer.encoders import TextEncoder, build_codec, build_text_encoder
 
@@ -48,10 +50,13 @@ def build_encoder(data: DataConfig, num_threads: int = 1) -> Encoder:
     require(bool(data.latents), "data.latents is empty: name the folder to write latent shards to")
     codec = build_codec(data.codec)
     text_encoder = build_text_encoder(data.text_encoder) if data.text == "cache" else None
-    require(
-        data.image_size % codec.factor == 0,
-        f"data.image_size is {data.image_size}: use a multiple of {codec.factor}, as data.codec={data.codec} needs",
-    )
+    setting = "data.buckets" if data.buckets else "data.image_size"
+    for height, width in data.picture_sizes():
+        require(
+            height % codec.factor == 0 and width % codec.factor == 0,
+            f"{setting} is {f'{height}x{width}' if data.buckets else height}: use multiples of {codec.factor}, "
+            f"as data.codec={data.codec} needs",
+        )
     require(
         codec.has_std or not data.latent_std,
         f"data.latent_std is true, but data.codec={data.codec} gives no standard deviation: use false",
@@ -112,17 +117,23 @@ def code_version() -> str:
 def encode_tar(encoder: Encoder, index: Index, name: str, entry: TarEntry) -> Sidecar:
     """Write the shards of one tar, and last their sidecar; returns the sidecar."""
     check_unchanged(index, entry)
-    rows, size = index.rows_of(entry), encoder.data.image_size
-    per_shard = encoder.samples_per_shard(size, size)
-    chunks = [rows[start : start + per_shard] for start in range(0, len(rows), per_shard)]
-    names = [name] if len(chunks) == 1 else [f"{name}-{number:03d}" for number in range(len(chunks))]
-    shards = [write_shard(encoder, shard, chunk, size, size) for shard, chunk in zip(names, chunks, strict=True)]
+    sizes = encoder.data.picture_sizes()
+    groups: list[list[IndexRow]] = [[] for _ in sizes]
+    for row in index.rows_of(entry):
+        groups[nearest_bucket(sizes, row.height, row.width)].append(row)
+    shards = []
+    for (height, width), rows in zip(sizes, groups, strict=True):
+        stem = name if len(sizes) == 1 else f"{name}-{height}x{width}"
+        per_shard = encoder.samples_per_shard(height, width)
+        chunks = [rows[start : start + per_shard] for start in range(0, len(rows), per_shard)]
+        names = [stem] if len(chunks) == 1 else [f"{stem}-{number:03d}" for number in range(len(chunks))]
+        shards += [write_shard(encoder, *pair, height, width) for pair in zip(names, chunks, strict=True)]
     sidecar = {
         "format_version": FORMAT_VERSION,
         "fingerprint": encoder.fingerprint,
         "codec_fingerprint": encoder.codec.fingerprint(),
         "text_fingerprint": encoder.text_encoder.fingerprint() if encoder.text_encoder else "online",
-        "image_size": size,
+        "picture_sizes": sizes,
         "crop": CROP,
         "code_version": code_version(),
         "tar": entry.tar,
@@ -159,15 +170,16 @@ def _write_empty_text(folder: Path, text_encoder: TextEncoder) -> tuple[str, int
 def write_dataset(encoder: Encoder, sidecars: list[Sidecar]) -> None:
     """Write the empty caption's text and dataset.json."""
     parts = [shard for sidecar in sidecars for shard in sidecar["shards"]]
-    channels, height, width = parts[0]["latent_shape"]
+    factor = encoder.codec.factor
+    buckets = [[height // factor, width // factor] for height, width in encoder.data.picture_sizes()]
     longest, empty_sha256 = 0, None
     if encoder.text_encoder is not None:
         empty_sha256, length = _write_empty_text(encoder.latents, encoder.text_encoder)
         longest = max(length, *(part["max_tokens"] for part in parts))
     info = {
-        "channels": channels,
-        "height": height,
-        "width": width,
+        "channels": encoder.codec.channels,
+        "height": buckets[0][0],
+        "width": buckets[0][1],
         "text_dim": encoder.text_encoder.dim if encoder.text_encoder else 0,
         "max_tokens": -(-longest // _TOKEN_MULTIPLE) * _TOKEN_MULTIPLE,
         "codec": encoder.data.codec,
@@ -183,9 +195,14 @@ def write_dataset(encoder: Encoder, sidecars: list[Sidecar]) -> None:
         "settings": {name: getattr(encoder.data, name) for name in SETTINGS},
         "empty_text": EMPTY_NAME if encoder.text_encoder else None,
         "empty_sha256": empty_sha256,
-        "shards": [{key: part[key] for key in keys} for part in parts],
+        "codec_fingerprint": encoder.codec.fingerprint(),
+        "buckets": buckets,
+        "shards": [
+            {**{key: part[key] for key in keys}, "bucket": buckets.index(part["latent_shape"][1:])} for part in parts
+        ],
     }
-    write_json(encoder.latents / DATASET_NAME, {**content, "sha256": content_digest(content)})
+    with replacing(encoder.latents / DATASET_NAME) as temporary:
+        temporary.write_bytes(signed_json(content))
 
 
 def encode(encoder: Encoder, *, rank: int = 0, world_size: int = 1) -> bool:

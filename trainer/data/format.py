@@ -1,6 +1,7 @@
 """The format of a folder of latent shards, shared by its writer (encode.py) and its reader (dataset.py).
 
-dataset.json            written last: what the data set is (`LatentInfo`), the list of its shards, a hash of itself
+dataset.json            written last: what the data set is (`LatentInfo`), the list of its shards, a hash of itself;
+                        "buckets" are the latent sizes [h, w], of which each shard has one
 NAME.safetensors        latent [n, C, h, w] fp16, unscaled; with data.latent_std also latent_std of the same shape;
                         caption_id [n] int32; for the shard's distinct captions, unpadded one after the other,
                         text [sum of tokens, D] fp16 (data.text=cache) or caption [sum of bytes] uint8 (online), with
@@ -29,7 +30,7 @@ CROP = "cover, centre, lanczos"
 DATASET_NAME = "dataset.json"
 EMPTY_NAME = "empty.safetensors"
 # Of DataConfig: those that shape the latents. Of encoders the kind is compared; the fingerprint covers the rest.
-SETTINGS = ("image_size", "latent_std", "text", "codec", "text_encoder")
+SETTINGS = ("image_size", "buckets", "latent_std", "text", "codec", "text_encoder")
 INDEX_TENSORS = ("caption_id", "text_offset", "latent_check", "text_check")
 
 
@@ -47,6 +48,8 @@ def encoding_fingerprint(data: "DataConfig", codec: "ImageCodec", text_encoder: 
     }
     if data.latent_std:
         parts["latent_std"] = True
+    if data.buckets:
+        parts["buckets"] = data.buckets
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -66,7 +69,15 @@ def index_digest(header: bytes, tensors: dict[str, bytes]) -> str:
     return digest.hexdigest()
 
 
-def content_digest(content: dict[str, Any]) -> str:
-    """Hash of dataset.json without the hash itself."""
-    kept = {key: value for key, value in content.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+def signed_json(content: dict[str, Any]) -> bytes:
+    """JSON whose second line is the hash of all that follows it."""
+    _, _, body = json.dumps({"sha256": "", **content}, indent=1).encode().split(b"\n", 2)
+    return b'{\n "sha256": "%s",\n%s\n' % (hashlib.sha256(body).hexdigest().encode(), body)
+
+
+def is_signed(text: bytes) -> bool:
+    """Whether `signed_json` wrote this, and nothing changed since."""
+    first, _, rest = text.partition(b"\n")
+    second, _, body = rest.partition(b"\n")
+    digest = hashlib.sha256(body.removesuffix(b"\n")).hexdigest()
+    return first == b"{" and second == b' "sha256": "%s",' % digest.encode()

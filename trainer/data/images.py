@@ -2,7 +2,9 @@
 
 import io
 import json
+import math
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -76,3 +78,9 @@ def cover_crop(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]
         image = image.resize(resized, Image.Resampling.LANCZOS)
     left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
     return np.asarray(image.crop((left, top, left + width, top + height)))
+
+
+def nearest_bucket(sizes: Sequence[tuple[int, int]], height: int, width: int) -> int:
+    """Which of some (height, width) has the aspect ratio nearest to a picture's, by their quotient."""
+    quotients = [abs(math.log(width * h / (height * w))) for h, w in sizes]
+    return quotients.index(min(quotients))

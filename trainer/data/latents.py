@@ -3,19 +3,23 @@
 Shapes: B samples, C x H x W latent, L text tokens, D text width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from trainer.data.layout import Layout
 from trainer.data.shard_file import Sample
 from trainer.encoders import TextEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentInfo:
-    """What a data set says of itself. `fingerprint` covers everything that shaped its values."""
+    """What a data set says of itself. `fingerprint` covers everything that shaped its values.
+
+    `height` and `width` are those of the first bucket; `buckets` lists all of them as [height, width].
+    """
 
     channels: int
     height: int
@@ -27,6 +31,7 @@ class LatentInfo:
     fingerprint: str
     mean: list[float]
     std: list[float]
+    buckets: list[list[int]] = field(default_factory=list)
 
     @property
     def mean_C(self) -> Tensor:  # noqa: N802
@@ -50,10 +55,14 @@ class Batch:
 
 
 class LatentDataset(Protocol):
-    """Samples by number. `online_encoder` is set where captions are stored and encoded while training."""
+    """Samples by number; its length is that of an epoch, which may leave some out.
+
+    `online_encoder` is set where captions are stored and encoded while training.
+    """
 
     info: LatentInfo
     shard_sizes: list[int]
+    layout: Layout
     empty_text: Tensor | str
     online_encoder: TextEncoder | None
 

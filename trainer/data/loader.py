@@ -36,7 +36,7 @@ def build_loader(
 ) -> Iterator[Batch]:
     """This rank's micro-batches for ever, from `state` on; reads nothing that came before it.
 
-    ConfigError if the data set is smaller than one global batch.
+    ConfigError if the data set is smaller than one global batch, or a global batch would lie in two buckets.
     """
     global_batch_size = config.global_batch_size(world_size)
     require(
@@ -44,8 +44,13 @@ def build_loader(
         f"the data set has {len(dataset)} samples, less than one global batch of {global_batch_size}: "
         "lower train.micro_batch_size or train.gradient_accumulation_steps, or encode more data",
     )
+    block = dataset.layout.block
+    require(
+        block % global_batch_size == 0,
+        f"data.bucket_block={block} is not a multiple of the global batch of {global_batch_size}: change one of them",
+    )
     positions = micro_batches(
-        dataset.shard_sizes,
+        dataset.layout,
         state,
         micro_batch_size=config.train.micro_batch_size,
         num_micro_batches=config.train.gradient_accumulation_steps,

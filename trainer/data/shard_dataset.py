@@ -1,4 +1,4 @@
-"""The samples of a folder of latent shards by number; a few files are open at a time."""
+"""The samples of latent shards by number; a few files are open at a time."""
 
 import hashlib
 from bisect import bisect_right
@@ -11,7 +11,9 @@ from safetensors.torch import load
 from torch import Tensor
 
 from trainer.data.latents import LatentInfo
+from trainer.data.layout import Layout
 from trainer.data.shard_file import DamagedShardError, Sample, ShardEntry, ShardFile
+from trainer.data.staging import Stage
 from trainer.encoders import TextEncoder
 
 _MAX_OPEN_FILES = 64
@@ -22,21 +24,23 @@ class ShardDataset:
 
     def __init__(
         self,
-        folder: Path,
         info: LatentInfo,
-        shards: list[ShardEntry],
+        shards: list[tuple[Path, ShardEntry]],
         fingerprint: str,
+        layout: Layout,
+        *,
         empty_text: Tensor | str,
         online_encoder: TextEncoder | None = None,
+        stage: Stage | None = None,
     ) -> None:
-        self.folder, self.info, self.shards, self.fingerprint = folder, info, shards, fingerprint
-        self.shard_sizes = [shard.num_samples for shard in shards]
+        self.info, self.shards, self.fingerprint, self.layout = info, shards, fingerprint, layout
+        self.shard_sizes = [entry.num_samples for _, entry in shards]
         self.first = [0, *accumulate(self.shard_sizes)]
-        self.empty_text, self.online_encoder = empty_text, online_encoder
+        self.empty_text, self.online_encoder, self.stage = empty_text, online_encoder, stage
         self.open_files: dict[int, ShardFile] = {}
 
     def __len__(self) -> int:
-        return self.first[-1]
+        return self.layout.size
 
     def __getstate__(self) -> dict[str, Any]:
         # File handles stay with their process, and captions are encoded by the main one.
@@ -48,7 +52,11 @@ class ShardDataset:
         if file is None:
             if len(self.open_files) >= _MAX_OPEN_FILES:
                 self.open_files.pop(next(iter(self.open_files))).close()
-            file = ShardFile(self.folder / self.shards[number].file, self.shards[number], self.fingerprint)
+            path, entry = self.shards[number]
+            if self.stage is None:
+                file = ShardFile(path, entry, self.fingerprint)
+            else:
+                file = ShardFile(self.stage.fetch(path, entry), entry, self.fingerprint, copy_of=path)
         self.open_files[number] = file
         return file
 

@@ -38,8 +38,9 @@ _NUMPY: dict[str, np.dtype[Any]] = {
 class DamagedShardError(RuntimeError):
     """A file that is not what its data set says; the message names it and, where known, the sample."""
 
-    def __init__(self, path: Path, what: str) -> None:
-        super().__init__(f"{path} {what}: delete it and run python -m trainer.data.encode again")
+    def __init__(self, path: Path, what: str, copy_of: Path | None = None) -> None:
+        remedy = f", it is a copy of {copy_of}" if copy_of else " and run python -m trainer.data.encode again"
+        super().__init__(f"{path} {what}: delete it{remedy}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +54,14 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """What dataset.json says of one shard; `index_sha256` is "" in format 1."""
+    """What dataset.json says of one shard; `index_sha256` is "" in format 1, `bucket` counts picture sizes."""
 
     file: str
     num_samples: int
     size: int
     sha256: str
     index_sha256: str = ""
+    bucket: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +80,12 @@ class _Place:
 class ShardFile:
     """An open shard whose header and offsets are verified; samples are verified as they are read."""
 
-    def __init__(self, path: Path, entry: ShardEntry, fingerprint: str) -> None:
-        self.path, self.entry = path, entry
+    def __init__(self, path: Path, entry: ShardEntry, fingerprint: str, copy_of: Path | None = None) -> None:
+        self.path, self.entry, self.copy_of = path, entry, copy_of
         try:
             self.handle = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise DamagedShardError(path, f"cannot be opened ({error.strerror})") from error
+            raise self._damage(f"cannot be opened ({error.strerror})") from error
         try:
             self._open(fingerprint)
         except BaseException:
@@ -149,7 +151,7 @@ class ShardFile:
             raise self._damage("has captions that do not fit together")
 
     def _damage(self, what: str) -> DamagedShardError:
-        return DamagedShardError(self.path, what)
+        return DamagedShardError(self.path, what, self.copy_of)
 
     def _bytes(self, place: _Place, first: int = 0, count: int | None = None) -> bytes:
         count = place.shape[0] - first if count is None else count
@@ -183,7 +185,7 @@ class ShardFile:
     def key(self, row: int) -> str:
         """The key of a sample if its list can be read, else its row."""
         try:
-            return str(json.loads(self.path.with_suffix(".samples.json").read_text())["keys"][row])
+            return str(json.loads((self.copy_of or self.path).with_suffix(".samples.json").read_text())["keys"][row])
         except (OSError, ValueError, KeyError, IndexError, TypeError):
             return f"in row {row}"
 

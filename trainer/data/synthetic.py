@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.latents import LatentInfo
+from trainer.data.layout import Layout
 from trainer.data.shard_file import Sample
 from trainer.encoders import TextEncoder
 from trainer.randomness import keyed_generator
@@ -20,6 +21,7 @@ class SyntheticDataset:
     def __init__(self, image_size: int, seed: int) -> None:
         self.seed, self.image_size = seed, image_size
         self.shard_sizes = [NUM_SAMPLES // NUM_SHARDS] * NUM_SHARDS
+        self.layout = Layout.of_shards(self.shard_sizes)
         self.empty_text: Tensor | str = torch.zeros(1, TEXT_DIM)
         self.info = LatentInfo(
             channels=3,
