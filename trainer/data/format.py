@@ -17,6 +17,7 @@ when it is opened, dataset.json by its own hash. Shards of format 1 have no chec
 import hashlib
 import json
 import zlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def encoding_fingerprint(data: "DataConfig", codec: "ImageCodec", text_encoder: 
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_of(*parts: bytes | memoryview) -> int:
+def check_of(*parts: bytes | bytearray | memoryview) -> int:
     """CRC-32 of some bytes: finds every flipped bit and every burst of up to 32 bits."""
     value = 0
     for part in parts:
@@ -61,7 +62,7 @@ def check_of(*parts: bytes | memoryview) -> int:
     return value
 
 
-def index_digest(header: bytes, tensors: dict[str, bytes]) -> str:
+def index_digest(header: bytes, tensors: Mapping[str, bytes | bytearray]) -> str:
     """Hash of what describes a shard: its safetensors header and the tensors of INDEX_TENSORS, in that order."""
     digest = hashlib.sha256(header)
     for name in INDEX_TENSORS:

@@ -143,29 +143,48 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.contiguous().numpy().reshape(-1).view(np.uint8).data
 
 
+def pack_shard(
+    latents: Sequence[Tensor], stds: Sequence[Tensor], texts: Sequence[Tensor], caption_id: Sequence[int]
+) -> dict[str, Tensor]:
+    """The tensors of a shard with their checks: batches of fp16 latents, fp16 tokens or uint8 bytes per caption."""
+    tensors = {
+        "latent": torch.cat(list(latents)),
+        "caption_id": torch.tensor(caption_id, dtype=torch.int32),
+        "caption" if texts[0].dtype == torch.uint8 else "text": torch.cat(list(texts)),
+        "text_offset": torch.tensor([0, *(len(text) for text in texts)]).cumsum(0),
+        "text_check": torch.tensor([check_of(_bytes(text)) for text in texts]),
+    }
+    parts = [tensors["latent"]]
+    if stds:
+        tensors["latent_std"] = torch.cat(list(stds))
+        parts.append(tensors["latent_std"])
+    tensors["latent_check"] = torch.tensor([check_of(*map(_bytes, row)) for row in zip(*parts, strict=True)])
+    return tensors
+
+
+def save_shard(path: Path, tensors: dict[str, Tensor], fingerprint: str) -> dict[str, Any]:
+    """Write the tensors of a shard; returns its size and hashes."""
+    remove_leftovers(path)
+    with replacing(path) as temporary:
+        # One note only: safetensors writes several in random order, and a rerun must give the same bytes.
+        save_file(tensors, temporary, metadata={"fingerprint": fingerprint})
+        temporary.chmod(0o644)
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        file.seek(0)
+        whole = hashlib.file_digest(file, "sha256").hexdigest()
+    index = {name: bytes(_bytes(tensors[name])) for name in INDEX_TENSORS}
+    return {"size": path.stat().st_size, "sha256": whole, "index_sha256": index_digest(header, index)}
+
+
 def write_shard(encoder: Encoder, name: str, rows: Sequence[IndexRow], height: int, width: int) -> dict[str, Any]:
     """Write NAME.safetensors and NAME.samples.json; returns what the sidecar says of the shard."""
     captions = sorted({row.caption for row in rows})
     number = {caption: i for i, caption in enumerate(captions)}
     texts, latents = _texts(encoder, captions), _latents(encoder, rows, height, width)
-    tensors = {
-        "latent": torch.cat(latents.mean),
-        "caption_id": torch.tensor([number[row.caption] for row in rows], dtype=torch.int32),
-        "text" if encoder.text_encoder else "caption": torch.cat(texts),
-        "text_offset": torch.tensor([0, *(len(text) for text in texts)]).cumsum(0),
-        "text_check": torch.tensor([check_of(_bytes(text)) for text in texts]),
-    }
-    parts = [tensors["latent"]]
-    if latents.std:
-        tensors["latent_std"] = torch.cat(latents.std)
-        parts.append(tensors["latent_std"])
-    tensors["latent_check"] = torch.tensor([check_of(*map(_bytes, row)) for row in zip(*parts, strict=True)])
+    tensors = pack_shard(latents.mean, latents.std, texts, [number[row.caption] for row in rows])
     path = encoder.latents / f"{name}.safetensors"
-    remove_leftovers(path)
-    with replacing(path) as temporary:
-        # One note only: safetensors writes several in random order, and a rerun must give the same bytes.
-        save_file(tensors, temporary, metadata={"fingerprint": encoder.fingerprint})
-        temporary.chmod(0o644)
+    hashes = save_shard(path, tensors, encoder.fingerprint)
     samples = {
         "keys": [row.key for row in rows],
         "captions": captions,
@@ -181,17 +200,8 @@ def write_shard(encoder: Encoder, name: str, rows: Sequence[IndexRow], height: i
         "latent_shape": list(tensors["latent"].shape[1:]),
         "latent_sum": latents.sums.tolist(),
         "latent_square_sum": latents.square_sums.tolist(),
-        **_hashes(path, tensors),
+        **hashes,
     }
-
-
-def _hashes(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    with path.open("rb") as file:
-        header = file.read(int.from_bytes(file.read(8), "little"))
-        file.seek(0)
-        whole = hashlib.file_digest(file, "sha256").hexdigest()
-    index = {name: bytes(_bytes(tensors[name])) for name in INDEX_TENSORS}
-    return {"size": path.stat().st_size, "sha256": whole, "index_sha256": index_digest(header, index)}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,0 +1,42 @@
+"""The benchmark of the data path runs and measures what it says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.data_loading import CHANNELS, SIDE, TOKENS, WIDTH, open_samples, write_samples
+
+
+def test_both_formats_hold_the_same_samples(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    shards, tars = write_samples(tmp_path, 5)
+    streamed = list(webdataset.WebDataset(tars, shardshuffle=False).decode().to_tuple("latent.npy", "text.npy"))
+    for checked in (True, False):
+        dataset = open_samples(shards, checked=checked)
+        assert len(dataset) == len(streamed) == 5
+        for number, (latent, text) in enumerate(streamed):
+            sample = dataset.read(number)
+            assert sample.latent.shape == (CHANNELS, SIDE, SIDE) and sample.text.shape == (TOKENS, WIDTH)
+            assert torch.equal(sample.latent, torch.from_numpy(latent).float())
+            assert torch.equal(sample.text, torch.from_numpy(text).float())
+
+
+@pytest.mark.slow
+def test_benchmark_prints_and_writes_its_tables(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.data_loading", "--samples", "64", "--pictures", "16", "--rounds", "1"]
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "result.json")], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert set(found["reader"]) == {"shards", "unchecked", "batches", "webdataset", "raw read"}
+    assert found["reader"]["shards"]["cpu"]["median"] == 1.0 and found["encode"]["encode"]["cpu"]["median"] > 0.5
+    scale = found["scale"]
+    assert scale["read dataset.json, CPU s"] < 3 and scale["look-up, 9 bucket(s), CPU us"] < 50
+    assert "| webdataset |" in done.stdout and "10^9 samples" in done.stdout
+    refused = subprocess.run([*command, "--rounds", "0"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and refused.stderr.endswith("--rounds is 0: use 1 or more\n")
