@@ -123,6 +123,42 @@ def test_another_version_or_python_is_refused(tmp_path: Path) -> None:
     refused(found, r"is 3\.13\.1, which img2dataset 1\.47\.0 cannot use \(no module imghdr\)")
 
 
+def fake_python(path: Path, body: str) -> Path:
+    """An interpreter that claims to have img2dataset and does something else in its place."""
+    found = json.dumps({"img2dataset": "1.47.0", "python": "3.11.9", "imghdr": True, "ray": True, "pyspark": True})
+    path.write_text(f"#!/bin/sh\ncase \"$*\" in *img2dataset.main*) {body};; *) echo '{found}';; esac\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_an_exit_code_of_0_is_not_believed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As with ray, or when every shard failed: it ends well and nothing is there."""
+    urls = write_list(tmp_path / "urls.csv", [{"url": f"http://x/{i}", "caption": "y"} for i in range(5)])
+    python = fake_python(tmp_path / "python", 'echo "$*"')
+    command = [str(urls), "--out", str(tmp_path / "out"), "--python", str(python), "--samples-per-tar", "2"]
+    with pytest.raises(SystemExit) as caught:
+        download.main([*command, "--distributor", "ray"])
+    printed = capsys.readouterr().out
+    assert caught.value.code == 1 and "3  tars are not finished" in printed
+    assert "part-00000 is not finished, see" in printed and "run the same command again" in printed
+    log = (tmp_path / "out" / "logs" / "part-00000.log").read_text()
+    assert "--distributor=ray" in log and f"--output_folder={tmp_path / 'out' / 'part-00000'}" in log
+    assert "--resize_mode=keep_ratio" in log and "--resize_only_if_bigger=True" in log
+
+
+def test_a_terminated_download_takes_img2dataset_with_it(tmp_path: Path, launcher: Launcher) -> None:
+    urls = write_list(tmp_path / "urls.csv", [{"url": "http://x", "caption": "y"}])
+    python = fake_python(tmp_path / "python", f"echo $$ > {tmp_path / 'pid'}; sleep 600")
+    process = launcher.start(
+        "-m", "trainer.data.download", str(urls), "--out", str(tmp_path / "out"), "--python", str(python)
+    )
+    wait_for(lambda: (tmp_path / "pid").is_file() and bool((tmp_path / "pid").read_text()))
+    pid = int((tmp_path / "pid").read_text())
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(30) == 143
+    wait_for(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
 def test_reports_add_up() -> None:
     one = PartReport(num_urls=5, num_pictures=3, num_tars=1, num_unfinished=0, reasons={"a": 1, "b": 1}, num_retry=1)
     two = PartReport(num_urls=7, num_pictures=2, num_tars=1, num_unfinished=1, reasons={"b": 30}, num_retry=0)
