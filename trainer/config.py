@@ -37,7 +37,8 @@ class TrainLoopConfig:
     The global batch is `micro_batch_size * gradient_accumulation_steps * world_size`. `stop_at_step`
     ends a run early with a checkpoint, without changing the learning-rate schedule of `max_steps`
     (None: run to `max_steps`). A cadence of 0 switches that action off; a checkpoint is always written
-    at the last step.
+    at the last step. The last `keep_last` checkpoints are kept, and for ever those of each `keep_every`-th
+    step. With `on_save_error: continue` a full disk costs a checkpoint, not the run.
     """
 
     micro_batch_size: int = 8
@@ -46,17 +47,18 @@ class TrainLoopConfig:
     stop_at_step: int | None = None
     log_every: int = 1
     checkpoint_every: int = 10
-    keep_checkpoints: int = 3
+    keep_last: int = 3
+    keep_every: int = 0
+    on_save_error: Literal["abort", "continue"] = "abort"
     sample_every: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch_size", "gradient_accumulation_steps", "max_steps", "log_every"):
+        for name in ("micro_batch_size", "gradient_accumulation_steps", "max_steps", "log_every", "keep_last"):
             require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}: use 1 or more")
-        for name in ("checkpoint_every", "sample_every"):
+        for name in ("checkpoint_every", "sample_every", "keep_every"):
             require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}: use 0 (off) or more")
-        require(self.keep_checkpoints >= 1, f"train.keep_checkpoints is {self.keep_checkpoints}: use 1 or more")
         if self.stop_at_step is not None:
             require(
                 1 <= self.stop_at_step <= self.max_steps,

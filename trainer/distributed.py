@@ -65,12 +65,19 @@ def _free_port() -> str:
         return str(probe.getsockname()[1])
 
 
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum over all processes, in place."""
+    import deepspeed.comm
+
+    deepspeed.comm.all_reduce(values)
+    return values
+
+
 def all_reduce_mean(values: Tensor) -> Tensor:
     """Mean over all processes, in place; the sum is taken in the tensor's dtype."""
     import deepspeed.comm
 
-    deepspeed.comm.all_reduce(values)
-    return values.div_(deepspeed.comm.get_world_size())
+    return all_reduce_sum(values).div_(deepspeed.comm.get_world_size())
 
 
 def barrier() -> None:

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 
 from trainer.checkpoint import (
+    CheckpointError,
     Topology,
     TrainState,
     check_resumable,
-    list_checkpoints,
+    choose_checkpoint,
+    find_candidate,
     load_checkpoint,
-    newest_whole,
     save_checkpoint,
 )
 from trainer.config import ConfigError, TrainConfig, load_config, require, run_cli, save_config
@@ -90,7 +91,7 @@ def plan_run(config: TrainConfig, world: World) -> Plan:
 
 
 def find_resume(config: TrainConfig, topology: Topology, fingerprint: str) -> Path | None:
-    """The checkpoint to continue from; refuses a folder that is not a run's."""
+    """The checkpoint to continue from, unless its checksums prove wrong; refuses a folder that is not a run's."""
     run_dir = Path(config.run_dir)
     if not run_dir.exists() or not any(run_dir.iterdir()):
         return None
@@ -98,7 +99,7 @@ def find_resume(config: TrainConfig, topology: Topology, fingerprint: str) -> Pa
         (run_dir / "config.yaml").is_file(),
         f"run_dir={run_dir} exists and is not the folder of a run (no config.yaml): choose an empty or new folder",
     )
-    checkpoint = newest_whole(list_checkpoints(run_dir / "checkpoints"))
+    checkpoint = find_candidate(run_dir)
     if checkpoint is not None:
         check_resumable(checkpoint, config, topology, fingerprint)
     return checkpoint
@@ -166,8 +167,9 @@ class Trainer:
             step = self.state.step
             if loop.sample_every and (step % loop.sample_every == 0 or step == loop.max_steps):
                 self._draw_grid()
-            if stopping or step == last or (loop.checkpoint_every and step % loop.checkpoint_every == 0):
-                self._save()
+            final = stopping or step == last
+            if final or (loop.checkpoint_every and step % loop.checkpoint_every == 0):
+                self._save(final=final)
         if self.plan.world.is_main:
             reason = "stop signal" if stopping else "last step"
             logger.info("ended after step %d of %d (%s)", self.state.step, loop.max_steps, reason)
@@ -237,14 +239,23 @@ class Trainer:
             self.log.add_image(self.state.step, picture)
         self.interval_start += time.perf_counter() - start
 
-    def _save(self) -> None:
+    def _save(self, *, final: bool) -> None:
         start = time.perf_counter()
-        path = save_checkpoint(
-            self.engine, self.ema, self.state, self.config, self.plan.topology,
-            self.plan.dataset.info, self.plan.world,
-        )  # fmt: skip
-        if self.plan.world.is_main:
-            logger.info("saved %s in %.1f s", path, time.perf_counter() - start)
+        try:
+            path = save_checkpoint(
+                self.engine, self.ema, self.state, self.config, self.plan.topology,
+                self.plan.dataset.info, self.plan.world,
+            )  # fmt: skip
+        except CheckpointError as error:
+            if not error.environment:
+                raise
+            if final or self.config.train.on_save_error == "abort":
+                raise ConfigError(str(error)) from error
+            if self.plan.world.is_main:
+                logger.warning("train.on_save_error=continue: %s", error)
+        else:
+            if self.plan.world.is_main:
+                logger.info("saved %s in %.1f s", path, time.perf_counter() - start)
         self.interval_start += time.perf_counter() - start
 
 
@@ -252,8 +263,12 @@ def train(config: TrainConfig, world: World) -> None:
     """Check, build, loop, close."""
     plan = plan_run(config, world)
     device = init_distributed(world)
+    checkpoint, notes = choose_checkpoint(config, plan.topology, plan.dataset.info.fingerprint, world)
+    plan = replace(plan, checkpoint=checkpoint)
     if world.is_main:
         prepare_run_folder(plan)
+        for note in notes:
+            logger.info(note)
         ep_size = plan.topology.ep_size
         logger.info(
             "run %s: %d processes, ep_size %d, ZeRO stage %d, %s",

@@ -55,7 +55,9 @@ def write_pieces(path: Path, pieces: Iterable[Piece], extra: dict[str, Tensor] |
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Place:
+class FilePlace:
+    """Where `length` elements from element `start` on of a flattened logical tensor are."""
+
     start: int
     length: int
     path: Path
@@ -72,7 +74,7 @@ class CheckpointReader:
         self.folder = folder
         self._open: OrderedDict[Path, TensorFile] = OrderedDict()
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._places: dict[str, dict[str, list[_Place]]] = {kind: {} for kind in KINDS}
+        self._places: dict[str, dict[str, list[FilePlace]]] = {kind: {} for kind in KINDS}
         paths = sorted(folder.glob("rank_*.safetensors"))
         if not paths:
             raise ConfigError(f"{folder} holds no rank_*.safetensors file: is it a checkpoint?")
@@ -95,9 +97,9 @@ class CheckpointReader:
             offset, shape = places[name]
             if self._shapes.setdefault(name, tuple(shape)) != tuple(shape):
                 raise ConfigError(f"{path}: {name} has shape {tuple(shape)}, elsewhere {self._shapes[name]}")
-            self._places[kind].setdefault(name, []).append(_Place(start=offset, length=length, path=path))
+            self._places[kind].setdefault(name, []).append(FilePlace(start=offset, length=length, path=path))
 
-    def _check_cover(self, kind: str, name: str, places: list[_Place]) -> None:
+    def _check_cover(self, kind: str, name: str, places: list[FilePlace]) -> None:
         end = 0
         for place in places:
             if place.start != end:
@@ -123,6 +125,10 @@ class CheckpointReader:
     def names(self, kind: str) -> list[str]:
         """Names of the tensors of a kind, sorted; empty for moments that the optimizer does not have."""
         return sorted(self._places[kind])
+
+    def places(self, kind: str) -> list[tuple[str, list[FilePlace]]]:
+        """(name, its pieces in order) of the tensors of a kind."""
+        return sorted(self._places[kind].items())
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Full shape of a logical tensor, all experts included."""
