@@ -114,7 +114,9 @@ def check_places(path: Path, topology: Topology) -> None:
     """The pieces are where the pure function says that ZeRO puts them."""
     reader = CheckpointReader(path)
     written = {
-        (place.path.name, name, place.start, place.length) for name, places in reader.places("weight") for place in places
+        (place.path.name, name, place.start, place.length)
+        for name, places in reader.places("weight")
+        for place in places
     }
     expected = {
         (f"rank_{rank:05d}.safetensors", place.name, place.offset, place.length)

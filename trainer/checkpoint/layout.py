@@ -26,9 +26,10 @@ class Place:
 def layout_places(parameters: list[dict[str, Any]], topology: Topology) -> list[list[Place]]:
     """The places of each rank, in the order of `parameters` (the list in `state.json`).
 
-    With `ep_size` 1 experts are like any other parameter. Else ranks of an expert group, which are consecutive, hold equal shares of the experts; ranks that hold the same
-    experts partition them among themselves. Stage 3 cuts each parameter into equal parts, the last ones
-    shorter. Stages 1 and 2 cut the concatenation of each parameter group (by weight decay and kind).
+    With `ep_size` 1 experts are like any other parameter. Else the ranks of an expert group, which are consecutive,
+    hold equal shares of the experts, and ranks that hold the same experts partition them among themselves.
+    Stage 3 cuts each parameter into equal parts, the last ones shorter. Stages 1 and 2 cut the concatenation
+    of each parameter group (by weight decay and kind).
     """
     ranks: list[list[Place]] = [[] for _ in range(topology.world_size)]
     order = {entry["name"]: number for number, entry in enumerate(parameters)}
