@@ -1,10 +1,11 @@
 """Trajectories that go on over a checkpoint; `tests/test_checkpoint_topology.py` starts them with torchrun.
 
 torchrun --nproc-per-node 4 tests/checkpoint_checks.py FOLDER save NAME EP STAGE [key=value ...]
-                                                       load ORIGIN EP STAGE [key=value ...] ...
+                                                     + load ORIGIN EP STAGE [key=value ...] ...
 
-Several commands in one start, separated by "+". `save` trains an unbroken run of 15 steps and keeps its
-checkpoint of step 5. `load` goes on from that on this topology and asserts what must hold.
+Several commands in one start: building the processes takes longer than the runs. `save` trains an unbroken run
+of 15 steps and keeps its checkpoint of step 5. `load` goes on from that on this topology and asserts what must
+hold.
 """
 
 import json
@@ -26,7 +27,12 @@ from trainer.shards import flat_masters
 from trainer.train import Trainer, plan_run, prepare_run_folder
 
 SAVED, LAST, GLOBAL_BATCH = 5, 15, 8
-STAGES = {"2": "ds_configs/zero2.json", "3": "ds_configs/zero3.json", "offload": "ds_configs/zero3_offload.json"}
+STAGES = {
+    "1": "ds_configs/zero1.json",
+    "2": "ds_configs/zero2.json",
+    "3": "ds_configs/zero3.json",
+    "offload": "ds_configs/zero3_offload.json",
+}
 
 
 def start(world: World, run_dir: Path, ep_size: str, stage: str, overrides: list[str]) -> Trainer:
@@ -36,7 +42,7 @@ def start(world: World, run_dir: Path, ep_size: str, stage: str, overrides: list
         [
             f"run_dir={run_dir}", f"parallel.ep_size={ep_size}", f"parallel.deepspeed_config={STAGES[stage]}",
             f"train.micro_batch_size={GLOBAL_BATCH // world.size}", f"train.checkpoint_every={SAVED}",
-            "train.keep_last=9", f"train.stop_at_step={LAST}", *overrides,
+            "train.keep_last=9", "model.num_layers=2", f"train.stop_at_step={LAST}", *overrides,
         ],
     )  # fmt: skip
     plan = plan_run(config, world)

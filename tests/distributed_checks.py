@@ -3,8 +3,13 @@
 torchrun --nproc-per-node 2 tests/distributed_checks.py all_to_all_count
 """
 
+import resource
+import shutil
 import sys
+import tempfile
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import deepspeed
 import deepspeed.comm
@@ -12,9 +17,12 @@ import torch
 
 from benchmarks.parity import SHAPE, parity_config, random_value
 from moe.layer import ExpertChoiceMoe
+from trainer.checkpoint import CheckpointError, Topology, TrainState, fault, list_checkpoints, save_checkpoint
 from trainer.config import EmaConfig, TrainConfig
+from trainer.data.batches import DataState
+from trainer.data.dataset import open_dataset
 from trainer.deepspeed_config import load_deepspeed_config
-from trainer.distributed import World, detect_world, init_distributed
+from trainer.distributed import World, barrier, detect_world, init_distributed
 from trainer.ema import Ema
 from trainer.engine import build_engine, build_model
 from trainer.model import EcDit
@@ -116,6 +124,42 @@ def topology_does_not_change_the_start(world: World) -> None:
         engine.destroy()  # type: ignore[attr-defined]
     for other in traces[1:]:
         assert all(torch.equal(traces[0][name], other[name]) for name in traces[0])
+
+
+def one_rank_cannot_write(world: World) -> None:
+    """All ranks raise the same error, what was begun is gone, and the run can save again."""
+    config = parity_config("adamw", 2, world.size)
+    engine: Any = engine_of(config, 3, world)
+    ema = Ema(engine, EmaConfig())
+    folder = [tempfile.mkdtemp() if world.is_main else ""]
+    torch.distributed.broadcast_object_list(folder)
+    config = replace(config, run_dir=folder[0])
+    topology = Topology(world_size=world.size, ep_size=2, zero_stage=3)
+    info = open_dataset(config).info
+
+    def save(step: int) -> Path:
+        state = TrainState(step=step, data=DataState(seed=0, epoch=0, consumed=0, samples_seen=0))
+        return save_checkpoint(engine, ema, state, config, topology, info, world)
+
+    first = save(1)
+    if world.rank == 1:
+        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, unlimited[1]))
+    try:
+        save(2)
+    except CheckpointError as error:
+        assert "step 2 could not be saved" in str(error) and "process 1: File too large" in str(error), error
+        assert error.environment
+    else:
+        raise AssertionError("the save was not refused")
+    barrier()
+    assert list_checkpoints(first.parent) == [first] and not list(first.parent.glob("*.tmp")) and not fault(first)
+    if world.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert not fault(save(2))
+    barrier()
+    if world.is_main:
+        shutil.rmtree(folder[0])
 
 
 if __name__ == "__main__":

@@ -126,7 +126,6 @@ def test_changed_runs_are_refused(launcher: Any, single: Path, tmp_path: Path) -
         "seed=1": "seed is 1 but",
         "optim.name=sgd": "optim.name is sgd but",
         "data.image_size=16": "is not the data set that",
-        "parallel.deepspeed_config=ds_configs/zero2.json": "was written with zero_stage 3, this run has zero_stage 2",
     }
     from trainer.train import main
 
@@ -173,7 +172,7 @@ def test_broken_checkpoints_are_seen_and_passed_over(
     folder = run_dir / "checkpoints"
     newest = list_checkpoints(folder)[-1]
     assert fault(newest) == ""
-    shard = next(newest.glob("*optim_states.pt"))
+    shard = newest / "rank_00000.safetensors"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)

@@ -67,7 +67,20 @@ def load_deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any
         f"{path}: zero_optimization.stage is {stage}: use 1, 2 or 3 (at stage 0 DeepSpeed clips expert-parallel "
         "gradients by a wrong global norm)",
     )
+    _check_offload(path, content)
     return content
+
+
+def _check_offload(path: str, content: dict[str, Any]) -> None:
+    """The average and checkpoints read the optimizer's state where it is: all of it in memory, in one optimizer."""
+    offload = content["zero_optimization"].get("offload_optimizer", {})
+    for leaf, allowed, default in (("device", ("none", "cpu"), "none"), ("ratio", (1, 1.0), 1.0)):
+        value = offload.get(leaf, default)
+        require(
+            value in allowed,
+            f"{path}: zero_optimization.offload_optimizer.{leaf} is {value!r}, which keeps optimizer state where the "
+            f"EMA and checkpoints cannot read it: use {allowed[-1]!r}",
+        )
 
 
 def _auto_keys(content: Any, path: str) -> Any:

@@ -147,8 +147,8 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
-def publish(temporary: Path, final: Path) -> None:
-    """Make a complete temporary folder the checkpoint `final`, and point `latest` at it.
+def publish(temporary: Path, final: Path, *, latest: bool = True) -> None:
+    """Make a complete temporary folder the checkpoint `final`, and point `latest` at it unless told otherwise.
 
     A crash at any point leaves the new checkpoint or the old state; `clean` puts back an older version of the
     same step whose replacement did not happen.
@@ -162,7 +162,8 @@ def publish(temporary: Path, final: Path) -> None:
         os.replace(final, replaced)
     os.replace(temporary, final)
     flush(final.parent)
-    point_latest(final)
+    if latest:
+        point_latest(final)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

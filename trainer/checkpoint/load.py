@@ -34,8 +34,8 @@ def load_checkpoint(checkpoint: Path, engine: Any, ema: Ema, world: World) -> Tr
         raise ConfigError(f"{checkpoint} cannot be loaded: {error}") from error
     publish_master(engine)
     restore_counters(engine, saved)
-    if saved["topology"]["world_size"] == world.size:
-        restore_rng(_rng_tensors(checkpoint / rank_file(world.rank)))
+    if saved["topology"]["world_size"] == world.size and (rng := _rng_tensors(checkpoint / rank_file(world.rank))):
+        restore_rng(rng)
     return TrainState(step=saved["step"], data=DataState.from_dict(saved["data"]), interval_loss=saved["interval_loss"])
 
 

@@ -8,7 +8,7 @@ parameter's leading axis is the expert, so the experts of a rank are one contigu
 import json
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from trainer.checkpoint.tensorfile import CHUNK_BYTES, TensorFile, Written, write_tensors
+from trainer.checkpoint.tensorfile import CHUNK_BYTES, TensorFile, Written, tensor_source, write_tensors
 from trainer.config import ConfigError
 
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
@@ -43,15 +43,17 @@ def rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-def write_pieces(path: Path, pieces: Iterable[Piece], extra: dict[str, Tensor] | None = None) -> Written:
+def write_pieces(path: Path, pieces: Iterable[Piece], extra: Mapping[str, Tensor]) -> Written:
     """Write one rank's file, flushed to disk. `extra` are uint8 tensors that belong to the rank alone."""
-    tensors: dict[str, Tensor] = {}
-    places: dict[str, tuple[int, tuple[int, ...]]] = {}
-    for piece in pieces:
-        tensors[f"{piece.kind}/{piece.name}"] = piece.values
-        places[piece.name] = (piece.offset, piece.shape)
-    metadata = {"format": "ec_dit.pieces", "places": json.dumps(places, separators=(",", ":"))}
-    return write_tensors(path, tensors | (extra or {}), metadata)
+    pieces = list(pieces)
+    sources = {f"{piece.kind}/{piece.name}": tensor_source(piece.values) for piece in pieces}
+    sources |= {name: tensor_source(tensor) for name, tensor in extra.items()}
+    return write_tensors(path, sources, piece_metadata({piece.name: (piece.offset, piece.shape) for piece in pieces}))
+
+
+def piece_metadata(places: Mapping[str, tuple[int, tuple[int, ...]]]) -> dict[str, str]:
+    """What a rank's file says about itself: {name: (where its piece begins, full shape)}."""
+    return {"format": "ec_dit.pieces", "places": json.dumps(places, separators=(",", ":"))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,11 +161,12 @@ class CheckpointReader:
             self._file(place.path).read_into(f"{kind}/{name}", position - place.start, part)
             position, number = stop, number + 1
 
-    def chunks(self, kind: str, name: str) -> Iterator[Tensor]:
-        """The flattened logical tensor in order, in parts of at most 64 MiB."""
+    def chunks(self, kind: str, name: str, start: int = 0, end: int | None = None) -> Iterator[Tensor]:
+        """Elements `start` to `end` of the flattened logical tensor in order, in parts of at most 64 MiB."""
+        stop = self._count(name) if end is None else end
         step = CHUNK_BYTES // 4
-        for start in range(0, self._count(name), step):
-            yield self.read_range(kind, name, start, min(start + step, self._count(name)))
+        for first in range(start, stop, step):
+            yield self.read_range(kind, name, first, min(first + step, stop))
 
     def close(self) -> None:
         """Close all files; the reader opens them again when asked."""

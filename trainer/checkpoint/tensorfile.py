@@ -8,7 +8,7 @@ ordinary safetensors files; the format is 8 bytes of header length, a JSON heade
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -33,22 +33,38 @@ class Written:
     checksum: str
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Written:
-    """Write flat fp32 or uint8 tensors of any device, one chunk in host memory at a time, and flush to disk.
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """`length` elements that are to be written: `chunks` yields them in order as flat tensors of any device."""
+
+    dtype: torch.dtype
+    length: int
+    chunks: Callable[[], Iterable[Tensor]]
+
+
+def tensor_source(tensor: Tensor) -> Source:
+    """The elements of a tensor, fetched to the host chunk by chunk."""
+    flat = tensor.detach().contiguous().view(-1)
+    step = CHUNK_BYTES // flat.element_size()
+    return Source(dtype=flat.dtype, length=flat.numel(), chunks=lambda: flat.split(step))
+
+
+def write_tensors(path: Path, sources: Mapping[str, Source], metadata: Mapping[str, str]) -> Written:
+    """Write flat fp32 or uint8 tensors, one chunk in host memory at a time, and flush to disk.
 
     Raises OSError as the file system does; the file is then incomplete.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": [tensor.numel()], "data_offsets": [start, end]}
+    for name, source in sources.items():
+        start, end = end, end + source.length * source.dtype.itemsize
+        header[name] = {"dtype": _DTYPES[source.dtype], "shape": [source.length], "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     hasher = xxhash.xxh3_128()
     size = 0
     with path.open("wb", buffering=0) as file:
-        for view in chain([memoryview(struct.pack("<Q", len(text)) + text)], _chunks(tensors.values())):
+        for view in chain([memoryview(struct.pack("<Q", len(text)) + text)], _blocks(sources.values())):
             hasher.update(view)
             size += len(view)
             while view:
@@ -57,11 +73,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     return Written(size=size, checksum=hasher.hexdigest())
 
 
-def _chunks(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
-    for tensor in tensors:
-        flat = tensor.detach().contiguous().view(-1)
-        for part in flat.split(CHUNK_BYTES // flat.element_size()):
-            yield part.cpu().numpy().data.cast("B")
+def _blocks(sources: Iterable[Source]) -> Iterator[memoryview]:
+    for source in sources:
+        for chunk in source.chunks():
+            yield chunk.cpu().numpy().data.cast("B")
 
 
 class TensorFile:
