@@ -5,7 +5,7 @@ torchrun --nproc-per-node 4 tests/checkpoint_checks.py FOLDER save NAME EP STAGE
 
 Several commands in one start: building the processes takes longer than the runs. `save` trains an unbroken run
 of 15 steps and keeps its checkpoint of step 5. `load` goes on from that on this topology and asserts what must
-hold.
+hold. `same NAME OTHER` compares all checkpoints of two runs.
 """
 
 import json
@@ -103,6 +103,14 @@ def load(world: World, folder: Path, origin: str, ep_size: str, stage: str, *ove
     print(f"{run_dir.name}: same topology {same}, losses differ by {difference:.1e}", flush=True)
 
 
+def same(world: World, folder: Path, name: str, other: str) -> None:
+    """Both runs saved the same at every step."""
+    if world.is_main:
+        for step in range(SAVED, LAST + 1, SAVED):
+            path = f"checkpoints/step_{step:08d}"
+            assert tensor_hashes(folder / name / path) == tensor_hashes(folder / other / path), step
+
+
 def check_optimizer(trainer: Trainer, saved: dict) -> None:  # type: ignore[type-arg]
     """Step counters of their own for each flat tensor, and the hyper-parameters of each group, right after loading."""
     states = trainer.engine.optimizer.optimizer.state
@@ -139,4 +147,4 @@ if __name__ == "__main__":
     commands = " ".join(sys.argv[2:]).split(" + ")
     for command in commands:
         action, *arguments = command.split()
-        {"save": save, "load": load}[action](this, Path(sys.argv[1]), *arguments)
+        {"save": save, "load": load, "same": same}[action](this, Path(sys.argv[1]), *arguments)

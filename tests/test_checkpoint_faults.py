@@ -15,7 +15,7 @@ from checkpoint_samples import TOPOLOGY, sample_config, sample_pieces, sample_st
 from trainer.checkpoint import CheckpointError, fault, list_checkpoints, newest_whole, tensor_hashes
 from trainer.checkpoint.folder import clean, prune
 from trainer.checkpoint.reshape import reshape
-from trainer.checkpoint.save import write_checkpoint
+from trainer.checkpoint.save import Snapshot, write_checkpoint
 from trainer.checkpoint.state import Topology
 from trainer.distributed import World
 
@@ -25,7 +25,8 @@ ALONE, WORLD = Topology(world_size=1, ep_size=1, zero_stage=3), World(rank=0, lo
 def save(run_dir: Path, step: int, **train: Any) -> Path:
     """Save made-up tensors as one process; needs a process group."""
     config = sample_config(run_dir, **train)
-    return write_checkpoint(sample_pieces(ALONE, 0, step), {}, sample_state(ALONE, step, config), config, WORLD)
+    content = sample_state(ALONE, step, config)
+    return write_checkpoint(Snapshot(pieces=sample_pieces(ALONE, 0, step), rng={}, content=content), config, WORLD)
 
 
 @pytest.fixture
@@ -233,9 +234,9 @@ def test_a_run_meets_a_full_disk(launcher: Any, small_disk: Path) -> None:
 @pytest.mark.usefixtures("process_group")
 def test_an_error_of_the_program_is_not_taken_for_one_of_the_disk(tmp_path: Path) -> None:
     config = sample_config(tmp_path)
-    state = sample_state(ALONE, 10, config) | {"config": object()}
+    content = sample_state(ALONE, 10, config) | {"config": object()}
     with pytest.raises(CheckpointError, match="TypeError") as error:
-        write_checkpoint(sample_pieces(ALONE, 0, 10), {}, state, config, WORLD)
+        write_checkpoint(Snapshot(pieces=sample_pieces(ALONE, 0, 10), rng={}, content=content), config, WORLD)
     assert not error.value.environment
     assert not list((tmp_path / "checkpoints").iterdir())
 

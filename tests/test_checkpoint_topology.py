@@ -47,7 +47,12 @@ def test_one_process_goes_on(folder: Path) -> None:
     check(1, folder, "load four3 1 3", "load four2 1 2")
 
 
-def test_bf16_resumes_bitwise(tmp_path: Path) -> None:
+def test_bf16_resumes_bitwise_and_background_saves_are_the_same(tmp_path: Path) -> None:
     precision = "train.precision=bf16"
-    (line,) = check(2, tmp_path, f"save bf 2 3 {precision}", f"load bf 2 3 {precision}")
+    (line,) = check(
+        2, tmp_path, f"save bf 2 3 {precision}", f"load bf 2 3 {precision}",
+        f"save background 2 3 {precision} train.async_save=true", "same bf background",
+    )  # fmt: skip
     assert "same topology True" in line
+    log = (tmp_path / "background" / "train.log").read_text()
+    assert log.count("copied step") == log.count("saved ") == 3

@@ -38,7 +38,8 @@ class TrainLoopConfig:
     ends a run early with a checkpoint, without changing the learning-rate schedule of `max_steps`
     (None: run to `max_steps`). A cadence of 0 switches that action off; a checkpoint is always written
     at the last step. The last `keep_last` checkpoints are kept, and for ever those of each `keep_every`-th
-    step. With `on_save_error: continue` a full disk costs a checkpoint, not the run.
+    step. With `on_save_error: continue` a full disk costs a checkpoint, not the run; the last one must succeed.
+    `async_save` writes while training goes on, and needs host memory for a copy of each rank's state.
     """
 
     micro_batch_size: int = 8
@@ -50,6 +51,7 @@ class TrainLoopConfig:
     keep_last: int = 3
     keep_every: int = 0
     on_save_error: Literal["abort", "continue"] = "abort"
+    async_save: bool = False
     sample_every: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False

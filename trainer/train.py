@@ -20,14 +20,13 @@ from typing import Any
 import torch
 
 from trainer.checkpoint import (
-    CheckpointError,
+    Saver,
     Topology,
     TrainState,
     check_resumable,
     choose_checkpoint,
     find_candidate,
     load_checkpoint,
-    save_checkpoint,
 )
 from trainer.config import ConfigError, TrainConfig, load_config, require, run_cli, save_config
 from trainer.data.dataset import Batch, DataState, LatentDataset, build_loader, open_dataset
@@ -139,6 +138,7 @@ class Trainer:
         self.state = TrainState(step=0, data=DataState(seed=plan.config.seed, epoch=0, consumed=0, samples_seen=0))
         if plan.checkpoint is not None:
             self.state = load_checkpoint(plan.checkpoint, self.engine, self.ema, plan.world)
+        self.saver = Saver(plan.config, plan.topology, info, plan.world)
         self.grid = GridSampler(plan.config, plan.dataset.info, shape, plan.world, device)
         moe_layers = [i for i in range(plan.config.model.num_layers) if plan.config.moe.has_moe(i)]
         self.router_names = router_names(moe_layers)
@@ -241,21 +241,7 @@ class Trainer:
 
     def _save(self, *, final: bool) -> None:
         start = time.perf_counter()
-        try:
-            path = save_checkpoint(
-                self.engine, self.ema, self.state, self.config, self.plan.topology,
-                self.plan.dataset.info, self.plan.world,
-            )  # fmt: skip
-        except CheckpointError as error:
-            if not error.environment:
-                raise
-            if final or self.config.train.on_save_error == "abort":
-                raise ConfigError(str(error)) from error
-            if self.plan.world.is_main:
-                logger.warning("train.on_save_error=continue: %s", error)
-        else:
-            if self.plan.world.is_main:
-                logger.info("saved %s in %.1f s", path, time.perf_counter() - start)
+        self.saver.save(self.engine, self.ema, self.state, required=final)
         self.interval_start += time.perf_counter() - start
 
 

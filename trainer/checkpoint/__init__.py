@@ -15,11 +15,13 @@ from trainer.checkpoint.load import load_checkpoint
 from trainer.checkpoint.reader import CheckpointReader, read_ema, tensor_hashes
 from trainer.checkpoint.resume import check_resumable, choose_checkpoint, find_candidate
 from trainer.checkpoint.save import save_checkpoint
+from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state import Topology, TrainState, git_commit, read_state
 
 __all__ = [
     "CheckpointError",
     "CheckpointReader",
+    "Saver",
     "Topology",
     "TrainState",
     "check_resumable",

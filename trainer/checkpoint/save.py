@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,25 @@ def check_complete(pieces: list[Piece], parameters: list[dict[str, Any]], device
             assert total == expected, f"{kind} {entry['name']}: the ranks hold {total} of {expected} elements"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What one rank writes: its pieces, its random generators, and the content of `state.json`."""
+
+    pieces: list[Piece]
+    rng: dict[str, Tensor]
+    content: dict[str, Any]
+
+
+def take_snapshot(
+    engine: Any, ema: Ema, state: TrainState, config: TrainConfig, topology: Topology, info: LatentInfo
+) -> Snapshot:
+    """The state of the engine as live views; valid until the next step. Collective over all ranks."""
+    pieces = list(engine_pieces(engine, ema))
+    content = describe(engine, state, config, topology, info)
+    check_complete(pieces, content["parameters"], engine.device)
+    return Snapshot(pieces=pieces, rng=rng_tensors(), content=content)
+
+
 def save_checkpoint(
     engine: Any, ema: Ema, state: TrainState, config: TrainConfig, topology: Topology, info: LatentInfo, world: World
 ) -> Path:
@@ -66,21 +85,12 @@ def save_checkpoint(
 
     Raises CheckpointError, the same on all ranks, when one of them cannot write; nothing of it is left then.
     """
-    pieces = list(engine_pieces(engine, ema))
-    content = describe(engine, state, config, topology, info)
-    check_complete(pieces, content["parameters"], engine.device)
-    return write_checkpoint(pieces, rng_tensors(), content, config, world)
+    return write_checkpoint(take_snapshot(engine, ema, state, config, topology, info), config, world)
 
 
-def write_checkpoint(
-    pieces: list[Piece],
-    rng: dict[str, Tensor],
-    content: dict[str, Any],
-    config: TrainConfig,
-    world: World,
-    group: Any = None,
-) -> Path:
-    """Write pieces and state to disk and publish them. Collective over `group`, which must span all ranks."""
+def write_checkpoint(snapshot: Snapshot, config: TrainConfig, world: World, group: Any = None) -> Path:
+    """Write a snapshot to disk, publish it and prune. Collective over `group`, which must span all ranks."""
+    content = snapshot.content
     final = checkpoint_dir(config.run_dir, content["step"])
     temporary = temporary_dir(final)
 
@@ -91,7 +101,7 @@ def write_checkpoint(
             temporary.mkdir()
 
     def write() -> Written:
-        return write_pieces(temporary / rank_file(world.rank), pieces, rng)
+        return write_pieces(temporary / rank_file(world.rank), snapshot.pieces, snapshot.rng)
 
     def finish() -> None:
         if world.is_main:
