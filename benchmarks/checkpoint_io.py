@@ -18,14 +18,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.interleaved import markdown_table, ratio, time_interleaved
-from trainer.checkpoint import Topology, TrainState, fault, load_checkpoint, save_checkpoint
+from trainer.checkpoint import Saver, Topology, TrainState, fault, load_checkpoint, save_checkpoint
 from trainer.checkpoint.reader import rank_file
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig, TrainLoopConfig
 from trainer.data.batches import DataState
@@ -38,6 +38,7 @@ from trainer.engine import build_engine
 from trainer.model import ModelShape
 
 BLOCK = 1 << 26
+STATE = TrainState(step=1, data=DataState(seed=0, epoch=0, consumed=0, samples_seen=0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +51,14 @@ class Bench:
     world: World
     folder: Path
 
+    @property
+    def topology(self) -> Topology:
+        return Topology(world_size=self.world.size, ep_size=self.config.parallel.ep_size, zero_stage=3)
+
     def save(self) -> Path:
-        topology = Topology(world_size=self.world.size, ep_size=self.config.parallel.ep_size, zero_stage=3)
-        state = TrainState(step=1, data=DataState(seed=0, epoch=0, consumed=0, samples_seen=0))
+        """A save for which training waits."""
         info = open_dataset(self.config).info
-        return save_checkpoint(self.engine, self.ema, state, self.config, topology, info, self.world)
+        return save_checkpoint(self.engine, self.ema, STATE, self.config, self.topology, info, self.world)
 
 
 def build(dim: int, folder: Path, world: World) -> Bench:
@@ -102,8 +106,11 @@ def forget(path: Path) -> None:
     os.close(handle)
 
 
-def alternatives(bench: Bench) -> tuple[dict[str, Callable[[], None]], int]:
-    """What is timed, by name, and this rank's bytes. All ranks do the same at the same time."""
+def alternatives(bench: Bench, stalls: list[float]) -> tuple[dict[str, Callable[[], None]], int]:
+    """What is timed, by name, and this rank's bytes. All ranks do the same at the same time.
+
+    `stalls` gets the seconds for which training waits at each save in the background.
+    """
     rank, size = bench.world.rank, bench.world.size
     checkpoint = bench.save()
     mine, plain = checkpoint / rank_file(rank), bench.folder / f"plain_{rank}"
@@ -117,6 +124,17 @@ def alternatives(bench: Bench) -> tuple[dict[str, Callable[[], None]], int]:
     def load() -> None:
         load_checkpoint(checkpoint, bench.engine, bench.ema, bench.world)
 
+    saver = Saver(
+        replace(bench.config, train=replace(bench.config.train, async_save=True)),
+        bench.topology, open_dataset(bench.config).info, bench.world,
+    )  # fmt: skip
+
+    def background() -> None:
+        start = time.perf_counter()
+        saver.save(bench.engine, bench.ema, STATE, required=False)
+        stalls.append(time.perf_counter() - start)
+        saver.finish()
+
     def cold(path: Path, *actions: Callable[[], None]) -> None:
         forget(path)
         barrier()
@@ -127,6 +145,7 @@ def alternatives(bench: Bench) -> tuple[dict[str, Callable[[], None]], int]:
     work: dict[str, Callable[[], Any]] = {
         "plain write": lambda: plain_write(plain, count, block),
         "save": bench.save,
+        "background": background,
         "plain read": lambda: cold(plain, lambda: plain_read(plain, block)),
         "verify": lambda: cold(mine, verify),
         "load": lambda: cold(mine, load),
@@ -155,7 +174,8 @@ def compare(dim: int, rounds: int, parent: str | None) -> None:
     torch.distributed.broadcast_object_list(box)
     folder = Path(box[0])
     bench = build(dim, folder, world)
-    work, count = alternatives(bench)
+    stalls: list[float] = []
+    work, count = alternatives(bench, stalls)
     times = time_interleaved(work, rounds=rounds, warmups=2)
     barrier()
     if not world.is_main:
@@ -165,19 +185,23 @@ def compare(dim: int, rounds: int, parent: str | None) -> None:
                        ("verify and load", "plain read")):  # fmt: skip
         found = ratio(times[base].wall, times[name].wall)
         rows.append([name, base, f"{found.median:.2f}", f"{found.low:.2f} - {found.high:.2f}"])
+    found = ratio(stalls[-rounds:], times["save"].wall)
     print(f"{world.size} processes, {count * world.size / 1e6:.0f} MB, median of {rounds} rounds")
     print(markdown_table(["action", "against", "ratio of speeds", "quartiles"], rows))
+    print(f"a save in the background holds training for {found.median:.2f} of the time of a save")
     shutil.rmtree(folder)
 
 
 STEP = re.compile(r"step (\d+)/")
 
 
-def time_to_first_step() -> None:
-    """Seconds from starting `trainer.train` on a run folder with a checkpoint to its first step, and parts of a run."""
+def time_to_first_step(recipe: str, overrides: list[str]) -> None:
+    """Seconds from starting `trainer.train` on a run folder with a checkpoint to its first step; share of saving."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-u", "-m", "trainer.train", "debug", f"run_dir={folder}/run"]
+        command = [sys.executable, "-u", "-m", "trainer.train", recipe, f"run_dir={folder}/run", *overrides]
+        start = time.perf_counter()
         log = subprocess.run([*command, "train.stop_at_step=10"], capture_output=True, text=True, check=True).stdout
+        run = time.perf_counter() - start
         saving = sum(float(found) for found in re.findall(r"saved .* in ([\d.]+) s", log))
         start = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -185,7 +209,7 @@ def time_to_first_step() -> None:
             next(line for line in process.stdout if STEP.search(line))
             seconds = time.perf_counter() - start
             process.stdout.read()
-    print(f"start to first resumed step: {seconds:.1f} s; saving in the 10 steps before: {saving:.1f} s")
+    print(f"start to first resumed step: {seconds:.1f} s; saving: {saving:.1f} s of a run of {run:.1f} s with 10 steps")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -195,9 +219,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", help="a folder on the disk to measure; default: the system's temporary one")
     parser.add_argument("--resume", action="store_true", help="time the start of a resumed run instead")
+    parser.add_argument("--recipe", default="debug", help="recipe of --resume")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of --resume")
     arguments = parser.parse_args(argv)
     if arguments.resume:
-        time_to_first_step()
+        time_to_first_step(arguments.recipe, arguments.overrides)
     else:
         compare(arguments.dim, arguments.rounds, arguments.folder)
 
