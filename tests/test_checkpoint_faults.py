@@ -12,11 +12,20 @@ import pytest
 import torch
 from checkpoint_samples import TOPOLOGY, sample_config, sample_pieces, sample_state, write_sample
 
-from trainer.checkpoint import CheckpointError, fault, list_checkpoints, newest_whole, tensor_hashes
+from trainer.checkpoint import (
+    CheckpointError,
+    choose_checkpoint,
+    fault,
+    find_candidate,
+    list_checkpoints,
+    newest_whole,
+    tensor_hashes,
+)
 from trainer.checkpoint.folder import clean, prune
 from trainer.checkpoint.reshape import reshape
 from trainer.checkpoint.save import Snapshot, write_checkpoint
 from trainer.checkpoint.state import Topology
+from trainer.config import ConfigError
 from trainer.distributed import World
 
 ALONE, WORLD = Topology(world_size=1, ep_size=1, zero_stage=3), World(rank=0, local_rank=0, size=1)
@@ -70,6 +79,24 @@ def test_damaged_files_are_named_and_the_checkpoint_is_passed_over(
         assert sum(map(bool, parts)) == 1, "one of the parties that share the work finds it"
     assert newest_whole(list_checkpoints(tmp_path / "checkpoints")) == good
     assert "passed over checkpoint" in caplog.text
+
+
+@pytest.mark.usefixtures("process_group")
+def test_resume_takes_the_newest_whole_one_and_cleans_up(tmp_path: Path) -> None:
+    good, bad, stale = (write_sample(tmp_path, step) for step in (10, 20, 30))
+    stale = stale.rename(stale.with_name("step_00000030.tmp"))
+    flip(bad / "rank_00003.safetensors")
+    config = sample_config(tmp_path)
+    assert find_candidate(tmp_path) == bad, "sizes are right"
+    found, notes = choose_checkpoint(config, TOPOLOGY, "same", WORLD)
+    assert found == good and notes == [f"passed over checkpoint {bad}: rank_00003.safetensors has a wrong checksum"]
+    assert not stale.exists()
+    (good / "state.json").unlink()
+    assert find_candidate(tmp_path) == bad
+    with pytest.raises(ConfigError, match=r"has checkpoints and none is whole \(.*state.json is missing.*\): restore"):
+        choose_checkpoint(config, TOPOLOGY, "same", WORLD)
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert choose_checkpoint(config, TOPOLOGY, "same", WORLD) == (None, [])
 
 
 def test_retention_keeps_the_last_and_each_nth(tmp_path: Path) -> None:

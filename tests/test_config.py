@@ -70,6 +70,8 @@ def test_auto_values_are_filled(tmp_path: Path) -> None:
         ({"optimizer": {"type": "Adam"}}, "optimizer belongs in the YAML"),
         ({"comms": {"x": "auto"}}, 'comms.x is "auto"'),
         ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0: use 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "device is 'nvme'"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio is 0.5"),
     ],
 )
 def test_contradictions_and_leftovers_are_refused(tmp_path: Path, changes: dict[str, object], words: str) -> None:
