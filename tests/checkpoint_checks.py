@@ -148,3 +148,5 @@ if __name__ == "__main__":
     for command in commands:
         action, *arguments = command.split()
         {"save": save, "load": load, "same": same}[action](this, Path(sys.argv[1]), *arguments)
+    barrier()
+    torch.distributed.destroy_process_group()

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 def check(processes: int, folder: Path, *commands: str) -> list[str]:
     program = ["tests/checkpoint_checks.py", str(folder), *" + ".join(commands).split()]
     done = Launcher().run(*program, processes=processes, timeout=400)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-9000:]
     lines = [line for line in done.stdout.splitlines() if "same topology" in line]
     assert len(lines) == sum(command.startswith("load") for command in commands), done.stdout
     return lines

@@ -144,6 +144,12 @@ def moment_shards(engine: Any) -> Iterator[tuple[str, str, Shard]]:
                 yield kind, name, replace(shard, values=moment)
 
 
+def moment_kinds(engine: Any) -> list[str]:
+    """The moments that the optimizer has; none for SGD and before the first step."""
+    states = engine.optimizer.optimizer.state
+    return [kind for kind in MOMENTS if any(kind in states.get(flat, {}) for flat in flat_masters(engine))]
+
+
 def optimizer_step(engine: Any) -> float:
     """The optimizer's own step counter, 0 if it keeps none; the same for all its flat tensors."""
     states = engine.optimizer.optimizer.state

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -92,11 +92,14 @@ def checksum_of(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def fault(checkpoint: Path, *, part: int = 0, num_parts: int = 1, checksums: bool = True) -> str:
+def fault(
+    checkpoint: Path, *, part: int = 0, num_parts: int = 1, checksums: bool = True, only: Collection[str] = ()
+) -> str:
     """What is wrong with a checkpoint, in a few words; empty if it is whole.
 
     Of `num_parts` parties each checks every `num_parts`-th file, so that together they read each file once.
-    Without `checksums` only names and sizes are compared, and the content of `state.json`.
+    Without `checksums` only names and sizes are compared, and the content of `state.json`. With `only` no other
+    files are looked at.
     """
     try:
         manifest = read_manifest(checkpoint)
@@ -104,7 +107,7 @@ def fault(checkpoint: Path, *, part: int = 0, num_parts: int = 1, checksums: boo
         return str(error)
     if STATE not in manifest:
         return f"{STATE} is missing"
-    names = sorted(manifest, key=lambda name: (name == STATE, name))[part::num_parts]  # rank r checks its own file
+    names = sorted(only or manifest, key=lambda name: (name == STATE, name))[part::num_parts]  # rank r: its own file
 
     def problem(name: str) -> str:
         path, expected = checkpoint / name, manifest[name]

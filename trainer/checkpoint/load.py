@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.agree import CheckpointError, agree
-from trainer.checkpoint.reader import CheckpointReader, rank_file
+from trainer.checkpoint.reader import CheckpointReader, Piece, rank_file
 from trainer.checkpoint.rng import restore_rng
 from trainer.checkpoint.save import engine_pieces
-from trainer.checkpoint.state import TrainState, read_state, restore_counters
+from trainer.checkpoint.state import TrainState, describe_parameters, read_state, restore_counters
 from trainer.checkpoint.tensorfile import CHUNK_BYTES, TensorFile
 from trainer.config import ConfigError, require
 from trainer.data.dataset import DataState
 from trainer.distributed import World
 from trainer.ema import Ema
-from trainer.shards import MOMENTS, prepare_moments, publish_master
+from trainer.shards import prepare_moments, publish_master
 
 
 def load_checkpoint(checkpoint: Path, engine: Any, ema: Ema, world: World) -> TrainState:
@@ -27,7 +27,7 @@ def load_checkpoint(checkpoint: Path, engine: Any, ema: Ema, world: World) -> Tr
     """
     saved = read_state(checkpoint)
     try:
-        agree(lambda: _fill(checkpoint, engine, ema, saved))
+        agree(lambda: _fill(checkpoint, engine, ema, saved, world))
     except CheckpointError as error:
         if not error.environment:
             raise
@@ -40,17 +40,18 @@ def load_checkpoint(checkpoint: Path, engine: Any, ema: Ema, world: World) -> Tr
 
 
 @torch.no_grad()
-def _fill(checkpoint: Path, engine: Any, ema: Ema, saved: dict[str, Any]) -> None:
-    reader = CheckpointReader(checkpoint)
-    expected = sorted(name for name, _ in engine.module.named_parameters())
-    require(reader.names("weight") == expected, f"{checkpoint} holds the parameters of another model")
-    prepare_moments(engine, [kind for kind in MOMENTS if reader.names(kind)], saved["optimizer"]["step"])
+def _fill(checkpoint: Path, engine: Any, ema: Ema, saved: dict[str, Any], world: World) -> None:
+    shapes = [
+        {entry["name"]: entry["shape"] for entry in each} for each in (saved["parameters"], describe_parameters(engine))
+    ]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        old, new = (each.get(name, "absent") for each in shapes)
+        require(old == new, f"{checkpoint} is of another model: {name} is {old} there and {new} here")
+    prepare_moments(engine, saved["optimizer"]["moments"], saved["optimizer"]["step"])
+    pieces = list(engine_pieces(engine, ema))
+    reader = _reader(checkpoint, pieces, world)
     buffer: Tensor | None = None
-    for piece in engine_pieces(engine, ema):
-        require(
-            reader.shape(piece.name) == piece.shape,
-            f"{checkpoint}: {piece.name} has shape {reader.shape(piece.name)}, the model's is {piece.shape}",
-        )
+    for piece in pieces:
         if piece.values.device.type == "cpu":
             reader.read_into(piece.kind, piece.name, piece.offset, piece.values)
             continue
@@ -61,6 +62,17 @@ def _fill(checkpoint: Path, engine: Any, ema: Ema, saved: dict[str, Any]) -> Non
             reader.read_into(piece.kind, piece.name, piece.offset + start, buffer[: part.numel()])
             part.copy_(buffer[: part.numel()])
     reader.close()
+
+
+def _reader(checkpoint: Path, pieces: list[Piece], world: World) -> CheckpointReader:
+    """On the topology that saved, a reader of this rank's file alone; else of all files."""
+    own = checkpoint / rank_file(world.rank)
+    if own.exists():
+        reader = CheckpointReader(checkpoint, [own])
+        if all(reader.holds(piece) for piece in pieces):
+            return reader
+        reader.close()
+    return CheckpointReader(checkpoint)
 
 
 def _rng_tensors(path: Path) -> dict[str, Tensor]:

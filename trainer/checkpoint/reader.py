@@ -8,7 +8,7 @@ parameter's leading axis is the expert, so the experts of a rank are one contigu
 import json
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -68,16 +68,16 @@ class FilePlace:
 class CheckpointReader:
     """The logical tensors of one checkpoint folder, fp32 on the host, read in full or by flat range.
 
-    Construction reads the headers of all files. Raises ConfigError naming the file that is damaged, or the
-    tensor whose pieces do not cover it exactly once.
+    Construction reads the headers of all files, or of `files` alone: then only what they hold can be read.
+    Raises ConfigError naming the file that is damaged, or the tensor whose pieces do not cover it exactly once.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
         self.folder = folder
         self._open: OrderedDict[Path, TensorFile] = OrderedDict()
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, dict[str, list[FilePlace]]] = {kind: {} for kind in KINDS}
-        paths = sorted(folder.glob("rank_*.safetensors"))
+        paths = sorted(folder.glob("rank_*.safetensors")) if files is None else files
         if not paths:
             raise ConfigError(f"{folder} holds no rank_*.safetensors file: is it a checkpoint?")
         for path in paths:
@@ -85,7 +85,8 @@ class CheckpointReader:
         for kind, tensors in self._places.items():
             for name, places in tensors.items():
                 places.sort(key=lambda place: place.start)
-                self._check_cover(kind, name, places)
+                if files is None:
+                    self._check_cover(kind, name, places)
 
     def _index(self, path: Path) -> None:
         file = self._file(path)
@@ -136,6 +137,11 @@ class CheckpointReader:
         """Full shape of a logical tensor, all experts included."""
         return self._shapes[name]
 
+    def holds(self, piece: Piece) -> bool:
+        """Whether one of the files has exactly this piece."""
+        places = self._places[piece.kind].get(piece.name, [])
+        return any(place.start == piece.offset and place.length == piece.values.numel() for place in places)
+
     def read(self, kind: str, name: str) -> Tensor:
         """The full logical tensor, fp32."""
         return self.read_range(kind, name, 0, self._count(name)).view(self._shapes[name])
@@ -156,6 +162,7 @@ class CheckpointReader:
         position = start
         while position < end:
             place = places[number]
+            assert place.start <= position < place.start + place.length, f"{kind} {name} is not in these files"
             stop = min(end, place.start + place.length)
             part = out[position - start : stop - start]
             self._file(place.path).read_into(f"{kind}/{name}", position - place.start, part)

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.checkpoint.agree import agree
 from trainer.checkpoint.folder import clean, fault, list_checkpoints
-from trainer.checkpoint.state import Topology, read_state, topology_of
+from trainer.checkpoint.state import STATE, Topology, read_state, topology_of
 from trainer.config import ConfigError, TrainConfig, config_to_dict, require
 from trainer.distributed import World
 
@@ -33,9 +33,12 @@ RULES: dict[str, tuple[bool, str]] = {
 
 
 def find_candidate(run_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole as far as names, sizes and its state tell; needs no process group."""
+    """The newest checkpoint whose state can be read, to check a configuration before anything starts.
+
+    Every process may call this: the large files are not looked at.
+    """
     paths = list_checkpoints(run_dir / "checkpoints")
-    return next((path for path in reversed(paths) if not fault(path, checksums=False)), None)
+    return next((path for path in reversed(paths) if not fault(path, only=[STATE])), None)
 
 
 def choose_checkpoint(

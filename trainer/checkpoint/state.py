@@ -13,7 +13,7 @@ from moe.experts import Experts
 from trainer.config import ConfigError, TrainConfig, config_to_dict
 from trainer.data.dataset import DataState, LatentInfo
 from trainer.optim import decays
-from trainer.shards import expert_range, full_shape, optimizer_step
+from trainer.shards import expert_range, full_shape, moment_kinds, optimizer_step
 
 STATE = "state.json"
 FORMAT = 2
@@ -60,7 +60,11 @@ def describe(
         "topology": asdict(topology),
         "global_batch_size": config.global_batch_size(topology.world_size),
         "engine": {name: getattr(engine, name) for name in _COUNTERS},
-        "optimizer": {"step": optimizer_step(engine), "groups": group_settings(engine)},
+        "optimizer": {
+            "step": optimizer_step(engine),
+            "moments": moment_kinds(engine),
+            "groups": group_settings(engine),
+        },
         "parameters": describe_parameters(engine),
         "config": config_to_dict(config),
         "git_commit": git_commit(),
