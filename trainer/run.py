@@ -1,0 +1,64 @@
+"""A run from its checks to its end: plan, lock, folder, loop, close."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from trainer.checkpoint import list_checkpoints
+from trainer.config import TrainConfig, save_config
+from trainer.distributed import World, barrier, from_main, init_distributed
+from trainer.loop import Trainer
+from trainer.metrics import logger, setup_logging
+from trainer.run_lock import RunLock
+from trainer.run_plan import Plan, find_resume, plan_run, rounded_capacities
+from trainer.signals import StopSignal
+
+
+def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
+    """Train from the start or from the newest checkpoint. Collective over all ranks.
+
+    Raises ConfigError for what the user can mend, before anything is written.
+    """
+    plan = plan_run(config, world)
+    device = init_distributed(world)
+    lock = RunLock(Path(config.run_dir))
+    from_main(world, lambda: lock.acquire())
+    try:
+        plan = replace(plan, checkpoint=from_main(world, lambda: _checkpoint_under_lock(plan)))
+        from_main(world, lambda: prepare_run_folder(plan))
+        trainer = Trainer(plan, device, stop, lock)
+        try:
+            trainer.run()
+        finally:
+            trainer.close()
+        barrier()
+    finally:
+        lock.release()
+    torch.distributed.destroy_process_group()
+
+
+def _checkpoint_under_lock(plan: Plan) -> Path | None:
+    """The plan's checkpoint, chosen anew if another job wrote some since."""
+    if list_checkpoints(Path(plan.config.run_dir) / "checkpoints") == plan.known:
+        return plan.checkpoint
+    return find_resume(plan.config, plan.topology, plan.dataset.info.fingerprint)
+
+
+def prepare_run_folder(plan: Plan) -> None:
+    """Write the resolved configurations and say what starts; main process only."""
+    config, run_dir = plan.config, Path(plan.config.run_dir)
+    save_config(config, run_dir / "config.yaml.tmp")
+    os.replace(run_dir / "config.yaml.tmp", run_dir / "config.yaml")
+    (run_dir / "ds_config.json.tmp").write_text(json.dumps(plan.deepspeed_config, indent=2) + "\n")
+    os.replace(run_dir / "ds_config.json.tmp", run_dir / "ds_config.json")
+    setup_logging(run_dir / "train.log")
+    logger.info(
+        "run %s: %d processes, ep_size %d, ZeRO stage %d, %s",
+        config.run_dir, plan.world.size, plan.topology.ep_size, plan.topology.zero_stage, config.train.precision,
+    )  # fmt: skip
+    for sentence in rounded_capacities(config, plan.dataset.info):
+        logger.info(sentence)
+    logger.info("resuming from %s" if plan.checkpoint else "starting fresh%s", plan.checkpoint or "")
