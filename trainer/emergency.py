@@ -52,16 +52,16 @@ class HeldErrors:
         raise PeerError("; ".join(part for part in parts if part))
 
 
-def build_arrival_group() -> Any:
-    """A process group that carries nothing but `all_ranks_arrive`. Collective."""
-    return torch.distributed.new_group(backend="gloo")
+def build_arrival_group(seconds: float = ARRIVAL_SECONDS) -> Any:
+    """A process group that carries nothing but `all_ranks_arrive`, which waits `seconds`. Collective."""
+    return torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(seconds=seconds))
 
 
-def all_ranks_arrive(group: Any, seconds: float) -> bool:
-    """Whether every rank calls this within `seconds`; returns on each of them by then."""
+def all_ranks_arrive(group: Any) -> bool:
+    """Whether every rank calls this within the group's time; returns on each of them by then."""
     try:
-        torch.distributed.monitored_barrier(group, timeout=datetime.timedelta(seconds=seconds))
-    except RuntimeError as error:
+        torch.distributed.barrier(group)
+    except RuntimeError as error:  # a time-out, or a connection that a dying rank closed
         logger.error("not all ranks can be reached: %s", error)
         return False
     return True

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from trainer.checkpoint import TrainState, list_checkpoints, load_checkpoint, newest_whole, save_checkpoint
 from trainer.data.dataset import DataState, build_loader
@@ -52,10 +53,9 @@ class Trainer:
         self.engine = build_engine(plan.config, plan.deepspeed_config, shape, device)
         self.ema = Ema(self.engine, plan.config.ema)
         self.state = TrainState(step=0, data=DataState(seed=plan.config.seed, epoch=0, consumed=0, samples_seen=0))
-        self.saved_step: int | None = None
         if plan.checkpoint is not None:
             self.state = load_checkpoint(plan.checkpoint, self.engine, self.ema, plan.world)
-            self.saved_step = self.state.step
+        self.saved_step = self.state.step
         self.skips = SkipPolicy(plan, self.state)
         self.state = replace(self.state, data=self.skips.start)
         self.grid = GridSampler(plan.config, info, shape, plan.world, device)
@@ -186,24 +186,38 @@ class Trainer:
             self.reporter.rewind(loaded.step)
 
     def _draw_grid(self) -> None:
-        start = time.perf_counter()
-        with self.ema.swapped(self.engine):
-            try:
-                picture = self.grid.draw(self.engine)
-            except Exception as error:
-                self.sound = all_ranks_arrive(self.arrivals, ARRIVAL_SECONDS)
-                if not self.sound:  # swapping back is collective and may wait for a rank that is still drawing
-                    logger.error("rank %d failed in its sample grid", self.plan.world.rank, exc_info=error)
-                    end_within(ARRIVAL_SECONDS)
-                raise
+        """Draw with the average in place of the weights. If they cannot be brought back, nothing is saved."""
+        start, self.sound = time.perf_counter(), False
+        picture: Tensor | None = None
+        failure: Exception | None = None
+        try:
+            with self.ema.swapped(self.engine):
+                try:
+                    picture = self.grid.draw(self.engine)
+                except Exception as error:
+                    failure = error
+                    self._regroup(error)
+            self.sound = True
+        finally:
+            if failure is not None:
+                raise failure
+        assert picture is not None
         with self.held.held():
             if self.plan.world.is_main:
                 self.grid.save(picture, Path(self.config.run_dir), self.state.step)
                 self.reporter.add_image(self.state.step, picture)
         self.reporter.pause(time.perf_counter() - start)
 
+    def _regroup(self, error: Exception) -> None:
+        """After an error in collective work: make the engine usable again if all ranks have left that work."""
+        if all_ranks_arrive(self.arrivals):
+            self.engine.empty_partition_cache()  # a forward pass that was left leaves ZeRO-3's parameters gathered
+            return
+        logger.error("rank %d failed while others went on", self.plan.world.rank, exc_info=error)
+        end_within(ARRIVAL_SECONDS)  # what follows is collective, and may wait for those others
+
     def _save(self) -> None:
-        """Write a checkpoint, unless this step has one (data skipped since then is skipped again after it)."""
+        """Write a checkpoint, unless this step has one; bad samples since then are met and skipped again."""
         if self.state.step == self.saved_step:
             return
         start, self.sound = time.perf_counter(), False
@@ -222,7 +236,7 @@ class Trainer:
         if not self.sound or isinstance(error, DivergedError) or step == self.saved_step:
             return
         with time_limit(limit):
-            if not self.agreed and not all_ranks_arrive(self.arrivals, min(ARRIVAL_SECONDS, limit)):
+            if not self.agreed and not all_ranks_arrive(self.arrivals):
                 return
             try:
                 self._save()

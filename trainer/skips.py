@@ -60,7 +60,7 @@ class SkipPolicy:
         sample_of = dict(zip(batch.indices, batch.samples, strict=True))
         if self.plan.world.is_main:
             logger.warning(
-                "skipped step %d: its %s is not finite; samples %d to %d since the start, position %d of epoch %d, %s",
+                "skipped step %d: its %s is not finite; samples %d to %d since the start, from %d in epoch %d (see %s)",
                 state.step + 1, cause, batch.indices[0], batch.indices[-1],
                 data.consumed - len(batch.indices), data.epoch, FILE_NAME,
             )  # fmt: skip
@@ -86,22 +86,24 @@ class SkipPolicy:
 
     def check_can_roll_back(self, checkpoint: Path | None) -> None:
         """Raise DivergedError when there is nothing to go back to, or going back is switched off."""
-        streak = f"{self.bad.streak} steps in a row had a loss or gradient norm that is not finite"
-        remedy = f"see {self.path}; lower optim.learning_rate, or remove the samples"
         if self.config.max_rollbacks == 0:
-            raise DivergedError(f"{streak}, and train.max_rollbacks is 0: {remedy}")
+            raise self._diverged("train.max_rollbacks is 0")
         if checkpoint is None:
-            raise DivergedError(f"{streak}, and there is no checkpoint yet to go back to: {remedy}")
+            raise self._diverged("there is no checkpoint yet to go back to")
 
     def check_rollbacks(self, step: int) -> None:
         """Raise DivergedError when the run has gone back to the checkpoint of `step` often enough."""
-        done = count_rollbacks(self.bad.events, step)
-        if done >= self.config.max_rollbacks:
-            raise DivergedError(
-                f"{self.bad.streak} steps in a row had a loss or gradient norm that is not finite, after the run had "
-                f"gone back to its checkpoint of step {step} {done} times (train.max_rollbacks): see {self.path}; "
-                "lower optim.learning_rate, or remove the samples"
+        if count_rollbacks(self.bad.events, step) >= self.config.max_rollbacks:
+            raise self._diverged(
+                f"the run has gone back to its checkpoint of step {step} as often as "
+                f"train.max_rollbacks={self.config.max_rollbacks} allows"
             )
+
+    def _diverged(self, reason: str) -> DivergedError:
+        return DivergedError(
+            f"no finite loss and gradient norm in {self.bad.streak} tries in a row, and {reason}: see {self.path} for "
+            "the samples; remove them, or lower optim.learning_rate"
+        )
 
     def record_rollback(self, state: TrainState, checkpoint: Path) -> None:
         """Write down that `state` has the weights of `checkpoint` and goes on at its own data position."""
