@@ -25,19 +25,29 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
     plan = plan_run(config, world)
     device = init_distributed(world)
     lock = RunLock(Path(config.run_dir))
-    from_main(world, lambda: lock.acquire())
+    from_main(world, lock.acquire)
     try:
         plan = replace(plan, checkpoint=from_main(world, lambda: _checkpoint_under_lock(plan)))
         from_main(world, lambda: prepare_run_folder(plan))
         trainer = Trainer(plan, device, stop, lock)
         try:
             trainer.run()
-        finally:
-            trainer.close()
+        except Exception as error:
+            _close_after(trainer, error)
+            raise
+        trainer.close()
         barrier()
     finally:
         lock.release()
     torch.distributed.destroy_process_group()
+
+
+def _close_after(trainer: Trainer, error: Exception) -> None:
+    """Close the log files without hiding why the run failed (a full disk may be the reason)."""
+    try:
+        trainer.close()
+    except OSError as second:
+        error.add_note(f"The log files could not be closed either: {second!r}")
 
 
 def _checkpoint_under_lock(plan: Plan) -> Path | None:
