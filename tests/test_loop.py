@@ -64,9 +64,10 @@ def test_a_second_job_is_refused_and_ctrl_c_saves(launcher: Launcher, tmp_path: 
     process = launcher.start(*arguments)
     wait_for(lambda: metrics(run_dir))
     log = (run_dir / "train.log").read_text()
-    second = launcher.run(*arguments)
-    assert second.returncode == 2
-    (sentence,) = second.stderr.strip().splitlines()
+    second = launcher.start_ranks(2, *arguments, log=tmp_path / "second.log")
+    assert [rank.wait(120) for rank in second] == [2, 2]
+    said = [line for line in (tmp_path / "second.log").read_text().splitlines() if line.startswith("error: ")]
+    (sentence,) = said
     assert f"run_dir={run_dir} is in use by process {process.pid} on" in sentence and " since 20" in sentence
     assert (run_dir / "train.log").read_text().startswith(log)
     assert "resuming" not in (run_dir / "train.log").read_text()
