@@ -23,8 +23,12 @@ from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.state import group_settings
 from trainer.config import load_config
 from trainer.distributed import World, barrier, detect_world, init_distributed
+from trainer.loop import Trainer
+from trainer.run import prepare_run_folder
+from trainer.run_lock import RunLock
+from trainer.run_plan import plan_run
 from trainer.shards import flat_masters
-from trainer.train import Trainer, plan_run, prepare_run_folder
+from trainer.signals import StopSignal
 
 SAVED, LAST, GLOBAL_BATCH = 5, 15, 8
 STAGES = {
@@ -50,13 +54,12 @@ def start(world: World, run_dir: Path, ep_size: str, stage: str, overrides: list
     if world.is_main:
         prepare_run_folder(plan)
     barrier()
-    return Trainer(replace(plan, checkpoint=checkpoint), torch.device("cpu"))
+    return Trainer(replace(plan, checkpoint=checkpoint), torch.device("cpu"), StopSignal(), RunLock(run_dir))
 
 
 def finish(trainer: Trainer) -> None:
     trainer.run()
-    if trainer.log:
-        trainer.log.close()
+    trainer.close()
     trainer.engine.destroy()
     barrier()
 

@@ -59,6 +59,7 @@ def load_deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any
         owner[leaf] = value
     for name in ("optimizer", "scheduler"):
         require(name not in content, f"{path}: {name} belongs in the YAML (optim.*): remove it")
+    _check_guard(path, content)
     leftovers = list(_auto_keys(content, ""))
     require(not leftovers, f'{path}: {", ".join(leftovers)} is "auto", but nothing here fills it: write a value')
     stage = content.get("zero_optimization", {}).get("stage", 0)
@@ -81,6 +82,20 @@ def _check_offload(path: str, content: dict[str, Any]) -> None:
             f"{path}: zero_optimization.offload_optimizer.{leaf} is {value!r}, which keeps optimizer state where the "
             f"EMA and checkpoints cannot read it: use {allowed[-1]!r}",
         )
+
+
+def _check_guard(path: str, content: dict[str, Any]) -> None:
+    """Refuse what would blind the guard against non-finite steps (trainer/step.py), or skip steps by itself."""
+    switches = (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm"))
+    for section, leaf in switches:
+        require(
+            content.get(section, {}).get(leaf, True) is True,
+            f"{path}: {section}.{leaf} is off, but non-finite steps are skipped by what it computes: remove it",
+        )
+    require(
+        not content.get("fp16", {}).get("enabled", False),
+        f"{path}: fp16 is on, whose loss scaling skips steps of its own: use train.precision=bf16",
+    )
 
 
 def _auto_keys(content: Any, path: str) -> Any:
