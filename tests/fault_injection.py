@@ -67,9 +67,14 @@ def draw_blow(rng: random.Random) -> Blow:
 class Run:
     """One run folder and what its files say."""
 
-    def __init__(self, folder: Path, stage: int) -> None:
+    def __init__(self, folder: Path, stage: int, overrides: list[str]) -> None:
         self.folder, self.checkpoints, self.output = folder, folder / "checkpoints", folder.with_suffix(".out")
-        self.arguments = (*SETTINGS, f"run_dir={folder}", f"parallel.deepspeed_config=ds_configs/zero{stage}.json")
+        self.arguments = (
+            *SETTINGS,
+            f"run_dir={folder}",
+            f"parallel.deepspeed_config=ds_configs/zero{stage}.json",
+            *overrides,
+        )
         self.ranks: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
@@ -200,26 +205,28 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", type=int, nargs="+", default=[3], choices=(1, 2, 3), help="ZeRO stages, in turn")
     parser.add_argument("--folder", type=Path, help="where runs are kept (default: a temporary folder)")
-    arguments = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="further settings of the runs")
+    arguments = parser.parse_intermixed_args()
     rng, start, moments = random.Random(arguments.seed), time.monotonic(), Counter[str]()
     with tempfile.TemporaryDirectory() as temporary:
         for number, stage in enumerate(arguments.stages):
             trials = len(range(number, arguments.trials, len(arguments.stages)))
-            moments += inject((arguments.folder or Path(temporary)) / f"zero{stage}", trials, rng, stage)
+            folder = (arguments.folder or Path(temporary)) / f"zero{stage}"
+            moments += inject(folder, trials, rng, stage, arguments.overrides)
     told = ", ".join(f"{count} {moment}" for moment, count in sorted(moments.items()))
     print(f"nothing lost in {moments.total()} blows ({told}), {time.monotonic() - start:.0f} s")
 
 
-def inject(folder: Path, trials: int, rng: random.Random, stage: int) -> Counter[str]:
+def inject(folder: Path, trials: int, rng: random.Random, stage: int, overrides: list[str]) -> Counter[str]:
     """Trials at one ZeRO stage, over as many run folders as it takes; returns how often each moment was met."""
     moments = Counter[str]()
     folder.mkdir(parents=True)
-    unbroken = Run(folder / "unbroken", stage)
+    unbroken = Run(folder / "unbroken", stage, overrides)
     unbroken.start()
     assert unbroken.finish() == [0] * RANKS, f"see {unbroken.output}"
     expected = stable(unbroken)
     assert [line[0] for line in expected] == list(range(1, MAX_STEPS + 1))
-    run = Run(folder / "run_0", stage)
+    run = Run(folder / "run_0", stage, overrides)
     for trial in range(trials):
         blow = draw_blow(rng)
         happened = strike(run, blow)
@@ -227,7 +234,7 @@ def inject(folder: Path, trials: int, rng: random.Random, stage: int) -> Counter
         print(f"zero{stage} {trial + 1:3}  {happened}", flush=True)
         if happened == "ended first":
             check_end(run, expected)
-            run = Run(folder / f"run_{trial + 1}", stage)
+            run = Run(folder / f"run_{trial + 1}", stage, overrides)
     check_end(run, expected)
     return moments
 

@@ -10,7 +10,7 @@ weight moves. It costs nothing that a step does not do anyway, no collective and
   moments are not touched, its micro-step counter goes on, and `engine.was_step_applied()` is False.
 
 In bf16 at stages 1 and 2 the question needs `bf16.check_grad_overflow` (on by default); trainer/deepspeed_config.py
-refuses settings that switch it off. `tests/test_bad_steps.py` shows that a run with skips equals one without those
+refuses settings that switch it off. `tests/loop_checks.py` shows that a run with skips equals one without those
 samples bitwise.
 """
 
