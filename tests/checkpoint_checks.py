@@ -52,6 +52,7 @@ def start(world: World, run_dir: Path, ep_size: str, stage: str, overrides: list
     plan = plan_run(config, world)
     checkpoint, _ = choose_checkpoint(config, plan.topology, plan.dataset.info.fingerprint, world)
     if world.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)  # the lock does it in the command line
         prepare_run_folder(plan)
     barrier()
     return Trainer(replace(plan, checkpoint=checkpoint), torch.device("cpu"), StopSignal(), RunLock(run_dir))
