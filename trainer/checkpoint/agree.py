@@ -1,7 +1,8 @@
 """Steps that all ranks take together: they all succeed, or all raise the same error."""
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed
@@ -20,6 +21,17 @@ class CheckpointError(RuntimeError):
     def __init__(self, message: str, *, environment: bool) -> None:
         super().__init__(message)
         self.environment = environment
+
+
+@contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Turn a CheckpointError of the environment into a ConfigError that begins with `what`."""
+    try:
+        yield
+    except CheckpointError as error:
+        if not error.environment:
+            raise
+        raise ConfigError(f"{what}: {error}") from error
 
 
 def agree(action: Callable[[], T], group: Any = None) -> list[T]:

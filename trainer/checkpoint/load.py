@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.agree import CheckpointError, agree
+from trainer.checkpoint.agree import agree, refused
 from trainer.checkpoint.reader import CheckpointReader, Piece, rank_file
 from trainer.checkpoint.rng import restore_rng
 from trainer.checkpoint.save import engine_pieces
 from trainer.checkpoint.state import TrainState, describe_parameters, read_state, restore_counters
 from trainer.checkpoint.tensorfile import CHUNK_BYTES, TensorFile
-from trainer.config import ConfigError, require
+from trainer.config import require
 from trainer.data.dataset import DataState
 from trainer.distributed import World
 from trainer.ema import Ema
@@ -26,12 +26,8 @@ def load_checkpoint(checkpoint: Path, engine: Any, ema: Ema, world: World) -> Tr
     one of them cannot read it, or when it is of another model.
     """
     saved = read_state(checkpoint)
-    try:
+    with refused(f"{checkpoint} cannot be loaded"):
         agree(lambda: _fill(checkpoint, engine, ema, saved, world))
-    except CheckpointError as error:
-        if not error.environment:
-            raise
-        raise ConfigError(f"{checkpoint} cannot be loaded: {error}") from error
     publish_master(engine)
     restore_counters(engine, saved)
     if saved["topology"]["world_size"] == world.size and (rng := _rng_tensors(checkpoint / rank_file(world.rank))):

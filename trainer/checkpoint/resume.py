@@ -6,7 +6,7 @@ The topology may differ: every rank reads the ranges it needs. What may not diff
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.agree import agree
+from trainer.checkpoint.agree import agree, refused
 from trainer.checkpoint.folder import clean, fault, list_checkpoints
 from trainer.checkpoint.state import STATE, Topology, read_state, topology_of
 from trainer.config import ConfigError, TrainConfig, config_to_dict, require
@@ -58,7 +58,8 @@ def choose_checkpoint(
         clean(folder)
         return list_checkpoints(folder)
 
-    paths: list[Path] = agree(tidy)[0]  # one listing for all: a network file system may show each rank another
+    with refused(f"{folder} cannot be prepared"):
+        paths: list[Path] = agree(tidy)[0]  # one listing for all: a network file system may show each rank another
     notes: list[str] = []
     for path in reversed(paths):
         problems = agree(lambda path=path: fault(path, part=world.rank, num_parts=world.size))  # type: ignore[misc]
