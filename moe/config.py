@@ -40,8 +40,7 @@ class MoeConfig:
 
         Raises ValueError when that is below 1, since such an expert would never see a token.
         """
-        # Fraction of the decimal text, so that 0.7 * 10 is 7 and not 6.999...
-        capacity = int(Fraction(str(self.capacity_factor)) * num_tokens / self.num_experts)
+        capacity = int(self.exact_capacity(num_tokens))
         if capacity < 1:
             raise ValueError(
                 f"moe.capacity_factor={self.capacity_factor} and moe.num_experts={self.num_experts} give a "
@@ -51,7 +50,7 @@ class MoeConfig:
             )
         return capacity
 
-    def is_rounded(self, num_tokens: int) -> bool:
-        """Whether `capacity` had to round S * f_c / E down."""
-        exact = Fraction(str(self.capacity_factor)) * num_tokens / self.num_experts
-        return exact.denominator != 1
+    def exact_capacity(self, num_tokens: int) -> Fraction:
+        """S * f_c / E, which `capacity` rounds down when it is not whole."""
+        # Fraction of the decimal text, so that 0.7 * 10 is 7 and not 6.999...
+        return Fraction(str(self.capacity_factor)) * num_tokens / self.num_experts

@@ -9,18 +9,16 @@ recognises one by `isinstance(module, AutoEPMoELayer)` and by attributes of the 
 | `p.allreduce = False`, `p.group_name`         | gradient averaging of stages 1-2, initial broadcast        |
 | `p.ds_zero_placement_family`, `..._group_name`| stage 3: divisor of the gradient, norm over expert groups  |
 | `p.ds_zero_partition_process_group`           | `zero.Init`: partitions the parameter over its data group  |
-| `p.DS_AUTOEP_UC_META`, the layer's ep_* names | checkpoint save, load and conversion                       |
 
-A missing attribute is not an error upstream but a wrong gradient, hence the check at import. Expert
+A missing attribute is not an error upstream but a wrong gradient, hence the check at import. What DeepSpeed's own
+checkpoints read besides is left out: its checkpoints are not used, and saving one raises without it. Expert
 groups are consecutive ranks; ranks that hold the same experts are `ep_size` apart.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import deepspeed
 import deepspeed.comm
-from deepspeed.checkpoint import autoep_affine, constants
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import Tensor, nn
@@ -31,14 +29,8 @@ from moe.layer import ExpertChoiceMoe
 
 _REQUIRED: tuple[tuple[object, Sequence[str]], ...] = (
     (groups, ("_create_expert_and_data_parallel", "_get_expert_parallel_group", "_get_expert_data_parallel_group")),
-    (autoep_affine, ("autoep_placement_to_affine_map", "legacy_uniform_autoep_placement_descriptor")),
-    (
-        constants,
-        ("DS_AUTOEP_UC_META", "AUTOEP_EXPERT_PLACEMENT", "AFFINE_MAP", "AUTOEP_PARAM_LOGICAL_SHAPE",
-         "AUTOEP_PARAM_EP_RANK", "AUTOEP_PARAM_LOCAL_EXPERTS"),
-    ),
-    (AutoEPMoELayer, ("set_deepspeed_parallelism", "_is_autoep_layer")),
-)  # fmt: skip
+    (AutoEPMoELayer, ("set_deepspeed_parallelism",)),
+)
 
 
 def check_protocol() -> None:
@@ -72,11 +64,6 @@ def build_expert_group(ep_size: int) -> ExpertGroup | None:
     return ExpertGroup(size=ep_size, rank=deepspeed.comm.get_rank(group=process_group), exchange=exchange)
 
 
-def expert_process_group(ep_size: int) -> object:
-    """The process group whose ranks together hold all experts; `build_expert_group` must have run."""
-    return groups._get_expert_parallel_group(_group_name(ep_size))
-
-
 def _group_name(ep_size: int) -> str:
     return f"ep_size_{ep_size}"
 
@@ -88,44 +75,25 @@ class ExpertParallelMoe(ExpertChoiceMoe, AutoEPMoELayer):  # type: ignore[misc]
     """
 
     def __init__(self, config: MoeConfig, *, dim: int, hidden_dim: int, group: ExpertGroup) -> None:
-        tag = _expert_tagger(config.num_experts, group)
+        tag = _expert_tagger(group.size)
         ExpertChoiceMoe.__init__(self, config, dim=dim, hidden_dim=hidden_dim, group=group, tag=tag)
-        self.ep_group_name = self.expert_group_name = _group_name(group.size)
-        self.ep_rank = group.rank
-        self.ep_group = expert_process_group(group.size)
-        self.expert_placement_descriptor = _placement(self.num_experts, group)
 
     def set_deepspeed_parallelism(self, *args: object, **kwargs: object) -> None:
         """Called by the engine to bind groups; ours are bound at construction."""
 
 
-def _placement(num_experts: int, group: ExpertGroup) -> Any:
-    return autoep_affine.legacy_uniform_autoep_placement_descriptor(num_experts, num_experts // group.size, group.size)
-
-
-def _expert_tagger(num_experts: int, group: ExpertGroup) -> Callable[[nn.Parameter], None]:
+def _expert_tagger(ep_size: int) -> Callable[[nn.Parameter], None]:
     """A function that attaches what DeepSpeed reads from an expert parameter (see the table above)."""
-    name = _group_name(group.size)
-    num_local = num_experts // group.size
-    placement = _placement(num_experts, group)
+    name = _group_name(ep_size)
+    attributes = {
+        "allreduce": False,
+        "group_name": name,
+        "ds_zero_placement_family": "autoep_expert",
+        "ds_zero_partition_group_name": name,
+        "ds_zero_partition_process_group": groups._get_expert_data_parallel_group(name),
+    }
 
     def tag(parameter: nn.Parameter) -> None:
-        full_shape = [num_experts, *parameter.shape[1:]]
-        meta = {
-            constants.AUTOEP_EXPERT_PLACEMENT: placement,
-            constants.AFFINE_MAP: autoep_affine.autoep_placement_to_affine_map(placement, full_shape).to_dict(),
-            constants.AUTOEP_PARAM_LOGICAL_SHAPE: full_shape,
-            constants.AUTOEP_PARAM_EP_RANK: group.rank,
-            constants.AUTOEP_PARAM_LOCAL_EXPERTS: list(range(group.rank * num_local, (group.rank + 1) * num_local)),
-        }
-        attributes = {
-            "allreduce": False,
-            "group_name": name,
-            "ds_zero_placement_family": "autoep_expert",
-            "ds_zero_partition_group_name": name,
-            "ds_zero_partition_process_group": groups._get_expert_data_parallel_group(name),
-            constants.DS_AUTOEP_UC_META: meta,
-        }
         for attribute, value in attributes.items():
             setattr(parameter, attribute, value)
 

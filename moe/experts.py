@@ -1,8 +1,7 @@
 """The local experts' MLPs as batched matmuls: y = GELU(x W1 + b1) W2 + b2 for each expert.
 
 Shapes: e local experts, M rows of an expert, D width, F hidden width.
-The names `w1`, `w2`, `w3` and the packing of both biases in `w3` are what DeepSpeed's checkpoint code
-expects of an expert-parallel layer.
+Both biases of an expert are packed in `w3`, so that ZeRO-3 gathers three tensors and not four.
 """
 
 from collections.abc import Callable

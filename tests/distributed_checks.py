@@ -3,8 +3,16 @@
 torchrun --nproc-per-node 2 tests/distributed_checks.py all_to_all_count
 """
 
+import resource
+import shutil
 import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import deepspeed
 import deepspeed.comm
@@ -12,13 +20,28 @@ import torch
 
 from benchmarks.parity import SHAPE, parity_config, random_value
 from moe.layer import ExpertChoiceMoe
+from trainer.checkpoint import (
+    CheckpointError,
+    Topology,
+    TrainState,
+    checkpoint_dir,
+    fault,
+    list_checkpoints,
+    save_checkpoint,
+    tensor_hashes,
+)
+from trainer.checkpoint import saver as saver_module
 from trainer.config import EmaConfig, TrainConfig
+from trainer.data.batches import DataState
+from trainer.data.dataset import open_dataset
 from trainer.deepspeed_config import load_deepspeed_config
-from trainer.distributed import World, detect_world, init_distributed
+from trainer.distributed import World, barrier, detect_world, init_distributed
 from trainer.ema import Ema
 from trainer.engine import build_engine, build_model
 from trainer.model import EcDit
 from trainer.shards import gather_master
+
+START = TrainState(step=0, data=DataState(seed=0, epoch=0, consumed=0, samples_seen=0))
 
 
 def engine_of(config: TrainConfig, stage: int, world: World) -> object:
@@ -116,6 +139,88 @@ def topology_does_not_change_the_start(world: World) -> None:
         engine.destroy()  # type: ignore[attr-defined]
     for other in traces[1:]:
         assert all(torch.equal(traces[0][name], other[name]) for name in traces[0])
+
+
+@contextmanager
+def shared_folder(world: World) -> Iterator[Path]:
+    """A temporary folder, the same on all ranks."""
+    box = [tempfile.mkdtemp() if world.is_main else ""]
+    torch.distributed.broadcast_object_list(box)
+    yield Path(box[0])
+    barrier()
+    if world.is_main:
+        shutil.rmtree(box[0])
+
+
+def one_rank_cannot_write(world: World) -> None:
+    """All ranks raise the same error, what was begun is gone, and the run can save again."""
+    config = parity_config("adamw", 2, world.size)
+    engine: Any = engine_of(config, 3, world)
+    ema = Ema(engine, EmaConfig())
+    topology = Topology(world_size=world.size, ep_size=2, zero_stage=3)
+    info = open_dataset(config).info
+    with shared_folder(world) as folder:
+
+        def save(step: int) -> Path:
+            settings = replace(config, run_dir=str(folder))
+            return save_checkpoint(engine, ema, replace(START, step=step), settings, topology, info, world)
+
+        first = save(1)
+        if world.rank == 1:
+            unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, unlimited[1]))
+        try:
+            save(2)
+        except CheckpointError as error:
+            assert "step 2 could not be saved" in str(error) and "process 1: File too large" in str(error), error
+            assert error.environment
+        else:
+            raise AssertionError("the save was not refused")
+        barrier()
+        assert list_checkpoints(first.parent) == [first] and not list(first.parent.glob("*.tmp")) and not fault(first)
+        if world.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        assert not fault(save(2))
+
+
+def background_save_keeps_its_step(world: World) -> None:
+    """What a background save writes is the state at the call, however far training has gone meanwhile."""
+    config = parity_config("adamw", 2, world.size)
+    engine: Any = engine_of(config, 3, world)
+    ema = Ema(engine, EmaConfig())
+    topology = Topology(world_size=world.size, ep_size=2, zero_stage=3)
+    info = open_dataset(config).info
+
+    def train(steps: int) -> None:
+        for step in range(1, steps + 1):
+            for _ in range(2):
+                prediction, _ = engine(*inputs(4))
+                engine.backward(prediction.square().mean())
+                engine.step()
+            ema.update(engine, step)
+
+    held, original = threading.Event(), saver_module.write_checkpoint
+
+    def late(*arguments: Any) -> Path:
+        held.wait()
+        return original(*arguments)
+
+    with shared_folder(world) as folder:
+        config = replace(config, run_dir=str(folder / "background"), train=replace(config.train, async_save=True))
+        saver_module.write_checkpoint = late
+        saver = saver_module.Saver(config, topology, info, world)
+        for step in (1, 2):  # the second save uses the first one's buffers again
+            train(1)
+            now = save_checkpoint(
+                engine, ema, replace(START, step=step), replace(config, run_dir=str(folder)), topology, info, world
+            )
+            held.clear()
+            assert saver.save(engine, ema, replace(START, step=step), required=False)
+            train(2)
+            held.set()
+            assert saver.finish()
+            later = checkpoint_dir(config.run_dir, step)
+            assert tensor_hashes(later) == tensor_hashes(now)
 
 
 if __name__ == "__main__":

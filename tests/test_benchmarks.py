@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,3 +82,12 @@ def test_ratio_is_taken_within_rounds() -> None:
 
 def test_markdown_table() -> None:
     assert markdown_table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+@pytest.mark.slow
+def test_checkpoint_benchmark_runs(launcher: Any, tmp_path: Path) -> None:
+    small = ["--dim", "64", "--rounds", "1", "--folder", str(tmp_path)]
+    done = launcher.run("-m", "benchmarks.checkpoint_io", *small, processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "| save | plain write |" in done.stdout and "in the background" in done.stdout
+    assert not list(tmp_path.iterdir())

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from trainer.config import ConfigError, config_from_dict, config_to_dict, load_config, save_config
+from trainer.data.dataset import open_dataset
 from trainer.deepspeed_config import load_deepspeed_config
+from trainer.distributed import World
+from trainer.run_plan import plan_run, rounded_capacities
 from trainer.train import main
 
 
@@ -23,6 +26,9 @@ from trainer.train import main
         ("model.num_heads=5", "model.num_heads=5 does not divide model.dim=64"),
         ("nonsense", "is not of the form key=value"),
         ("moe.pool=batch", "moe.pool"),
+        ("train.max_bad_steps=0", "train.max_bad_steps is 0: use 1 or more"),
+        ("train.max_rollbacks=-1", "train.max_rollbacks is -1: use 0 (never) or more"),
+        ("train.emergency_save_seconds=0", "train.emergency_save_seconds is 0"),
     ],
 )
 def test_bad_overrides_name_setting_value_and_remedy(override: str, words: str) -> None:
@@ -70,6 +76,11 @@ def test_auto_values_are_filled(tmp_path: Path) -> None:
         ({"optimizer": {"type": "Adam"}}, "optimizer belongs in the YAML"),
         ({"comms": {"x": "auto"}}, 'comms.x is "auto"'),
         ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0: use 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "device is 'nvme'"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio is 0.5"),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "compute_grad_norm is off"),
+        ({"bf16": {"enabled": "auto", "check_grad_overflow": False}}, "bf16.check_grad_overflow is off"),
+        ({"fp16": {"enabled": True}}, "fp16 is on"),
     ],
 )
 def test_contradictions_and_leftovers_are_refused(tmp_path: Path, changes: dict[str, object], words: str) -> None:
@@ -112,6 +123,26 @@ def test_user_errors_exit_2_before_anything_is_written(
     assert error.value.code == 2
     assert words in message and message.startswith("error: ") and message.count("\n") == 1
     assert not run_dir.exists()
+
+
+def test_rounded_capacities_are_told() -> None:
+    overrides = ["moe.num_experts=48", "diffusion.mask_ratio=0.5"]
+    config = load_config("debug", overrides)
+    info = open_dataset(config).info
+    assert list(rounded_capacities(config, info)) == [
+        "expert capacity on 256 tokens is rounded down: 2.0 * 256 / 48 = 10.667, used 10",
+        "expert capacity on 128 tokens is rounded down: 2.0 * 128 / 48 = 5.333, used 5",
+    ]
+    assert not list(rounded_capacities(load_config("debug"), info))
+    assert not list(rounded_capacities(load_config("debug", [*overrides, "moe.every=0"]), info))
+
+
+def test_a_folder_that_a_dead_job_left_before_its_first_write_is_new(tmp_path: Path) -> None:
+    for name in ("run.lock", "run.lock.json", "config.yaml.tmp"):
+        (tmp_path / name).write_text("")
+    assert (
+        plan_run(load_config("debug", [f"run_dir={tmp_path}"]), World(rank=0, local_rank=0, size=1)).checkpoint is None
+    )
 
 
 def test_foreign_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

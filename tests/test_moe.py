@@ -1,6 +1,7 @@
 """The MoE layer against its plain-loop oracle, and the seams of it one by one."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -159,7 +160,7 @@ def test_bad_settings_are_named(values: dict[str, float], words: str) -> None:
 def test_capacity_is_exact_and_never_below_one() -> None:
     assert MoeConfig(num_experts=64, capacity_factor=2.0).capacity(128) == 4
     assert MoeConfig(num_experts=7, capacity_factor=0.7).capacity(10) == 1
-    assert MoeConfig(num_experts=3, capacity_factor=2.0).is_rounded(16)
+    assert MoeConfig(num_experts=3, capacity_factor=2.0).exact_capacity(16) == Fraction(32, 3)
     with pytest.raises(ValueError, match="capacity below 1"):
         MoeConfig(num_experts=64, capacity_factor=0.5).capacity(64)
 

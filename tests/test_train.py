@@ -1,7 +1,6 @@
 """The real command line: resume, parity over processes, launchers, refusals of a changed run."""
 
 import json
-import os
 import shutil
 import signal
 import time
@@ -76,32 +75,13 @@ def test_any_number_of_processes_prints_the_same_losses(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_killed_and_resumed_run_equals_the_unbroken_one_bitwise(launcher: Any, tmp_path: Path, stage: int) -> None:
-    overrides = [
-        "parallel.ep_size=2",
-        "train.micro_batch_size=4",
-        f"parallel.deepspeed_config=ds_configs/zero{stage}.json",
-    ]
-    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    assert launcher.run(*MODULE, f"run_dir={unbroken}", *overrides, processes=2).returncode == 0
-    process = launcher.start(*MODULE, f"run_dir={broken}", *overrides, processes=2)
-    deadline = time.monotonic() + 120
-    pointer = broken / "checkpoints" / "latest"
-    while not pointer.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    for worker in Path("/proc").glob("[0-9]*"):  # torchrun puts its workers into sessions of their own
-        try:
-            if f"run_dir={broken}".encode() in (worker / "cmdline").read_bytes():
-                os.kill(int(worker.name), signal.SIGKILL)
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    process.wait()
-    assert pointer.read_text().strip() == "step_00000010"
-    assert launcher.run(*MODULE, f"run_dir={broken}", *overrides, processes=2).returncode == 0
-    assert "resuming from" in (broken / "train.log").read_text()
-    assert stable(broken) == stable(unbroken)
+def test_killed_runs_resume_and_equal_the_unbroken_ones_bitwise(launcher: Any) -> None:
+    done = launcher.run(
+        "tests/fault_injection.py", "--trials", "12", "--seed", "1", "--stages", "1", "2", "3", timeout=900
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "nothing lost in 12 blows" in done.stdout
 
 
 @pytest.mark.slow
@@ -126,7 +106,6 @@ def test_changed_runs_are_refused(launcher: Any, single: Path, tmp_path: Path) -
         "seed=1": "seed is 1 but",
         "optim.name=sgd": "optim.name is sgd but",
         "data.image_size=16": "is not the data set that",
-        "parallel.deepspeed_config=ds_configs/zero2.json": "was written with zero_stage 3, this run has zero_stage 2",
     }
     from trainer.train import main
 
@@ -173,7 +152,7 @@ def test_broken_checkpoints_are_seen_and_passed_over(
     folder = run_dir / "checkpoints"
     newest = list_checkpoints(folder)[-1]
     assert fault(newest) == ""
-    shard = next(newest.glob("*optim_states.pt"))
+    shard = newest / "rank_00000.safetensors"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)

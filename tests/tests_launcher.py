@@ -1,6 +1,7 @@
 """Starts real commands of the repository, on one or more processes."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -38,3 +39,18 @@ class Launcher:
             self.command(*arguments, processes=processes), cwd=ROOT, env=self.environment(),
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
+
+    def start_ranks(self, size: int, *arguments: str, log: Path | None = None) -> "list[subprocess.Popen[bytes]]":
+        """The processes of a run as srun starts them: without a parent that ends the others when one dies."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        shared = self.environment() | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        output = log.open("ab") if log else subprocess.DEVNULL
+        return [
+            subprocess.Popen(
+                [sys.executable, *arguments], cwd=ROOT, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=output, stderr=output, start_new_session=True,
+            )
+            for rank in range(size)
+        ]  # fmt: skip

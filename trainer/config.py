@@ -48,7 +48,13 @@ class TrainLoopConfig:
     The global batch is `micro_batch_size * gradient_accumulation_steps * world_size`. `stop_at_step`
     ends a run early with a checkpoint, without changing the learning-rate schedule of `max_steps`
     (None: run to `max_steps`). A cadence of 0 switches that action off; a checkpoint is always written
-    at the last step.
+    at the last step. The last `keep_last` checkpoints are kept, and for ever those of each `keep_every`-th
+    step. With `on_save_error: continue` a full disk costs a checkpoint, not the run; the last one must succeed.
+    `async_save` writes while training goes on, and needs host memory for a copy of each rank's state.
+
+    A step whose loss or gradient norm is not finite is skipped; after `max_bad_steps` in a row the run goes back
+    to its newest checkpoint and on past those samples, at most `max_rollbacks` times to the same checkpoint.
+    `emergency_save_seconds` bounds the attempt to save when something else fails between two steps.
     """
 
     micro_batch_size: int = 8
@@ -57,17 +63,29 @@ class TrainLoopConfig:
     stop_at_step: int | None = None
     log_every: int = 1
     checkpoint_every: int = 10
-    keep_checkpoints: int = 3
+    keep_last: int = 3
+    keep_every: int = 0
+    on_save_error: Literal["abort", "continue"] = "abort"
+    async_save: bool = False
     sample_every: int = 0
+    max_bad_steps: int = 3
+    max_rollbacks: int = 2
+    emergency_save_seconds: float = 600.0
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch_size", "gradient_accumulation_steps", "max_steps", "log_every"):
+        for name in (
+            "micro_batch_size", "gradient_accumulation_steps", "max_steps", "log_every", "keep_last", "max_bad_steps",
+        ):  # fmt: skip
             require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}: use 1 or more")
-        for name in ("checkpoint_every", "sample_every"):
+        for name in ("checkpoint_every", "sample_every", "keep_every"):
             require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}: use 0 (off) or more")
-        require(self.keep_checkpoints >= 1, f"train.keep_checkpoints is {self.keep_checkpoints}: use 1 or more")
+        require(self.max_rollbacks >= 0, f"train.max_rollbacks is {self.max_rollbacks}: use 0 (never) or more")
+        require(
+            self.emergency_save_seconds > 0,
+            f"train.emergency_save_seconds is {self.emergency_save_seconds}: use more than 0",
+        )
         if self.stop_at_step is not None:
             require(
                 1 <= self.stop_at_step <= self.max_steps,

@@ -59,6 +59,7 @@ def load_deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any
         owner[leaf] = value
     for name in ("optimizer", "scheduler"):
         require(name not in content, f"{path}: {name} belongs in the YAML (optim.*): remove it")
+    _check_guard(path, content)
     leftovers = list(_auto_keys(content, ""))
     require(not leftovers, f'{path}: {", ".join(leftovers)} is "auto", but nothing here fills it: write a value')
     stage = content.get("zero_optimization", {}).get("stage", 0)
@@ -67,7 +68,34 @@ def load_deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any
         f"{path}: zero_optimization.stage is {stage}: use 1, 2 or 3 (at stage 0 DeepSpeed clips expert-parallel "
         "gradients by a wrong global norm)",
     )
+    _check_offload(path, content)
     return content
+
+
+def _check_offload(path: str, content: dict[str, Any]) -> None:
+    """The average and checkpoints read the optimizer's state where it is: all of it in memory, in one optimizer."""
+    offload = content["zero_optimization"].get("offload_optimizer", {})
+    for leaf, allowed, default in (("device", ("none", "cpu"), "none"), ("ratio", (1, 1.0), 1.0)):
+        value = offload.get(leaf, default)
+        require(
+            value in allowed,
+            f"{path}: zero_optimization.offload_optimizer.{leaf} is {value!r}, which keeps optimizer state where the "
+            f"EMA and checkpoints cannot read it: use {allowed[-1]!r}",
+        )
+
+
+def _check_guard(path: str, content: dict[str, Any]) -> None:
+    """Refuse what would blind the guard against non-finite steps (trainer/step.py), or skip steps by itself."""
+    switches = (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm"))
+    for section, leaf in switches:
+        require(
+            content.get(section, {}).get(leaf, True) is True,
+            f"{path}: {section}.{leaf} is off, but non-finite steps are skipped by what it computes: remove it",
+        )
+    require(
+        not content.get("fp16", {}).get("enabled", False),
+        f"{path}: fp16 is on, whose loss scaling skips steps of its own: use train.precision=bf16",
+    )
 
 
 def _auto_keys(content: Any, path: str) -> Any:

@@ -8,10 +8,16 @@ a world of one. Nothing here allocates before `init_distributed`.
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from trainer.config import ConfigError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +71,19 @@ def _free_port() -> str:
         return str(probe.getsockname()[1])
 
 
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum over all processes, in place."""
+    import deepspeed.comm
+
+    deepspeed.comm.all_reduce(values)
+    return values
+
+
 def all_reduce_mean(values: Tensor) -> Tensor:
     """Mean over all processes, in place; the sum is taken in the tensor's dtype."""
     import deepspeed.comm
 
-    deepspeed.comm.all_reduce(values)
-    return values.div_(deepspeed.comm.get_world_size())
+    return all_reduce_sum(values).div_(deepspeed.comm.get_world_size())
 
 
 def barrier() -> None:
@@ -78,3 +91,24 @@ def barrier() -> None:
     import deepspeed.comm
 
     deepspeed.comm.barrier()
+
+
+def from_main(world: World, action: Callable[[], Result]) -> Result:
+    """Run `action` on the main process only and give its result to all. Collective.
+
+    If it raises, all ranks raise: ConfigError everywhere as ConfigError, anything else as itself on the main process.
+    """
+    box: list[Any] = [None, None, None]
+    failure: Exception | None = None
+    if world.is_main:
+        try:
+            box[0] = action()
+        except Exception as error:
+            failure, box[1], box[2] = error, isinstance(error, ConfigError), str(error) or repr(error)
+    torch.distributed.broadcast_object_list(box, src=0)
+    if failure is not None:
+        raise failure
+    if box[1] is not None:
+        raise ConfigError(box[2]) if box[1] else RuntimeError(f"the main process failed: {box[2]}")
+    result: Result = box[0]
+    return result

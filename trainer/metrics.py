@@ -66,10 +66,21 @@ class MetricsLog:
     """Writers of the main process; every write reaches the file before the call returns."""
 
     def __init__(self, run_dir: Path, *, start_step: int, max_steps: int) -> None:
-        truncate_metrics(run_dir / "metrics.jsonl", start_step)
-        self.file = (run_dir / "metrics.jsonl").open("a", buffering=1)
-        self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self.run_dir = run_dir
         self.bar = tqdm(total=max_steps, initial=start_step, disable=not sys.stderr.isatty(), unit="step")
+        self._open(start_step)
+
+    def _open(self, start_step: int) -> None:
+        truncate_metrics(self.run_dir / "metrics.jsonl", start_step)
+        self.file = (self.run_dir / "metrics.jsonl").open("a", buffering=1)
+        self.tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=start_step + 1)
+
+    def rewind(self, step: int) -> None:
+        """Go on as if nothing had been logged after `step`."""
+        self._close_files()
+        self._open(step)
+        self.bar.n = step
+        self.bar.refresh()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Record one logged step; the log line shows loss, norm, rate and speed."""
@@ -93,5 +104,8 @@ class MetricsLog:
     def close(self) -> None:
         """Flush and close all writers."""
         self.bar.close()
+        self._close_files()
+
+    def _close_files(self) -> None:
         self.tensorboard.close()
         self.file.close()

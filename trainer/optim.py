@@ -25,7 +25,11 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
         members.setdefault((decays(name, parameter), expert_group), []).append(parameter)
     groups: list[dict[str, Any]] = []
     for (decay, expert_group), parameters in sorted(members.items(), key=lambda item: item[0]):
-        group: dict[str, Any] = {"params": parameters, "weight_decay": weight_decay if decay else 0.0}
+        group: dict[str, Any] = {
+            "params": parameters,
+            "weight_decay": weight_decay if decay else 0.0,
+            "role": "decay" if decay else "no_decay",  # the same on any topology
+        }
         if expert_group:
             group |= {"moe": True, "name": expert_group}
         groups.append(group)

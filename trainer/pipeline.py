@@ -8,10 +8,9 @@ from torch import Tensor
 
 from moe.layer import ExpertChoiceMoe
 from moe.routing import RoutingStats
-from trainer.checkpoint import find_checkpoint, read_state
+from trainer.checkpoint import find_checkpoint, read_ema, read_state
 from trainer.config import TrainConfig, config_from_dict
 from trainer.data.dataset import LatentInfo
-from trainer.ema import read_ema
 from trainer.encoders import build_codec, build_text_encoder
 from trainer.model import EcDit, ModelShape, init_weights
 from trainer.sampling import Observer, draw, text_batch, to_pictures

@@ -1,11 +1,13 @@
-"""The fp32 master weights as ZeRO left them: one flat shard per parameter on each rank.
+"""The fp32 state that ZeRO left on this rank: flat shards of master weights and optimizer moments.
 
-One view for stages 1, 2 and 3, on which initialisation, EMA, its export and the tests' gather stand.
-A shard says where in its parameter it belongs, so that files of all ranks can be put together by anyone.
+One view for stages 1, 2 and 3, with the optimizer on the GPU or offloaded to the host, on which initialisation,
+EMA, checkpoints and the tests' gather stand. A shard says where in its parameter it belongs, so that the shards of
+all ranks can be put together by anyone.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import deepspeed.comm
@@ -14,14 +16,16 @@ from torch import Tensor, nn
 
 from moe.deepspeed_expert import is_expert_parameter
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
     """A contiguous piece of one parameter, flattened.
 
-    `values` is a live view of this rank's master weights. It holds elements `start` to
-    `start + len(values)` of a local parameter of shape `shape`; for an expert parameter that is experts
-    `first_expert` to `first_expert + shape[0]` of `num_experts`, else `num_experts` is 0.
+    `values` is a live view of this rank's state. It holds elements `start` to `start + len(values)` of a local
+    parameter of shape `shape`; for an expert parameter that is experts `first_expert` to
+    `first_expert + shape[0]` of `num_experts`, else `num_experts` is 0.
     """
 
     values: Tensor
@@ -29,6 +33,16 @@ class Shard:
     shape: tuple[int, ...]
     first_expert: int
     num_experts: int
+
+    @property
+    def logical_shape(self) -> tuple[int, ...]:
+        """Shape of the whole parameter, all experts included."""
+        return (self.num_experts, *self.shape[1:]) if self.num_experts else self.shape
+
+    @property
+    def offset(self) -> int:
+        """Where the piece begins in the flattened whole parameter: experts are its leading axis."""
+        return self.first_expert * prod(self.shape[1:]) + self.start
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -61,32 +75,106 @@ def write_initial(parameter: nn.Parameter, value: Tensor) -> None:
         shard.view(-1)[: piece.numel()].copy_(piece)
 
 
-def master_shards(engine: Any) -> Iterator[tuple[str, Shard]]:
-    """(name, shard) of every parameter of which this rank holds a piece of the fp32 master weights."""
-    for name, parameter in engine.module.named_parameters():
-        first_expert, num_experts = expert_range(parameter)
-        piece = _stage3_piece(parameter) if hasattr(parameter, "ds_tensor") else _stage12_piece(parameter)
-        if piece is None:
-            continue
-        start, values = piece
-        shape = full_shape(parameter)
-        yield name, Shard(values=values, start=start, shape=shape, first_expert=first_expert, num_experts=num_experts)
+@dataclass(frozen=True, kw_only=True)
+class _Slot:
+    """Elements `position` to `position + length` of `flat` are elements `start` and on of a parameter."""
+
+    flat: Tensor
+    position: int
+    start: int
+    length: int
 
 
-def _stage3_piece(parameter: nn.Parameter) -> tuple[int, Tensor] | None:
-    """Elements of a ZeRO-3 parameter on this rank, without the padding that equalises the ranks."""
-    values = deepspeed.utils.safe_get_local_fp32_param(parameter).view(-1)
-    rank = deepspeed.comm.get_rank(group=parameter.ds_process_group)  # type: ignore[attr-defined]
-    start = rank * values.numel()
-    length = min(values.numel(), parameter.ds_numel - start)  # type: ignore[attr-defined]
-    return (start, values[:length]) if length > 0 else None
+def flat_masters(engine: Any) -> list[Tensor]:
+    """The flat fp32 tensors that the optimizer steps on: one per parameter group, or sub-group of stage 3."""
+    optimizer = engine.optimizer
+    stage3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
+    return list(optimizer.fp32_partitioned_groups_flat if stage3 else optimizer.single_partition_of_fp32_groups)
 
 
-def _stage12_piece(parameter: nn.Parameter) -> tuple[int, Tensor] | None:
+def _slot(flats: list[Tensor], optimizer: Any, parameter: nn.Parameter) -> _Slot | None:
+    """Where this rank's elements of a parameter are, without ZeRO's padding; None if it has none."""
+    if hasattr(parameter, "ds_tensor"):
+        # Not safe_get_local_fp32_param, which copies an offloaded shard to the GPU.
+        number, position, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = deepspeed.comm.get_rank(group=parameter.ds_process_group) * size  # type: ignore[attr-defined]
+        length = min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]
+        return _Slot(flat=flats[number], position=position, start=start, length=length) if length > 0 else None
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]
     if mapping is None:
         return None
-    return mapping.lp_fragment_address.start, mapping.hp_fragment.view(-1)
+    return _Slot(
+        flat=flats[mapping.param_group_index],
+        position=mapping.hp_fragment_address.start,
+        start=mapping.lp_fragment_address.start,
+        length=mapping.lp_fragment_address.numel,
+    )
+
+
+def _slots(engine: Any) -> Iterator[tuple[str, _Slot, Shard]]:
+    """(name, slot, shard of the master weights) of every parameter of which this rank holds a piece."""
+    flats = flat_masters(engine)
+    for name, parameter in engine.module.named_parameters():
+        slot = _slot(flats, engine.optimizer, parameter)
+        if slot is None:
+            continue
+        first_expert, num_experts = expert_range(parameter)
+        values = slot.flat.detach()[slot.position : slot.position + slot.length]
+        shape = full_shape(parameter)
+        yield (
+            name,
+            slot,
+            Shard(values=values, start=slot.start, shape=shape, first_expert=first_expert, num_experts=num_experts),
+        )
+
+
+def master_shards(engine: Any) -> Iterator[tuple[str, Shard]]:
+    """(name, shard) of every parameter of which this rank holds a piece of the fp32 master weights."""
+    for name, _, shard in _slots(engine):
+        yield name, shard
+
+
+def moment_shards(engine: Any) -> Iterator[tuple[str, str, Shard]]:
+    """(kind, name, shard) of the optimizer's moments; nothing for SGD and before the first step."""
+    states = engine.optimizer.optimizer.state
+    for name, slot, shard in _slots(engine):
+        for kind in MOMENTS:
+            if kind in states.get(slot.flat, {}):
+                moment = states[slot.flat][kind][slot.position : slot.position + slot.length]
+                yield kind, name, replace(shard, values=moment)
+
+
+def moment_kinds(engine: Any) -> list[str]:
+    """The moments that the optimizer has; none for SGD and before the first step."""
+    states = engine.optimizer.optimizer.state
+    return [kind for kind in MOMENTS if any(kind in states.get(flat, {}) for flat in flat_masters(engine))]
+
+
+def optimizer_step(engine: Any) -> float:
+    """The optimizer's own step counter, 0 if it keeps none; the same for all its flat tensors."""
+    states = engine.optimizer.optimizer.state
+    steps = {float(states[flat]["step"]) for flat in flat_masters(engine) if "step" in states.get(flat, {})}
+    assert len(steps) <= 1, f"the optimizer's step counters differ: {steps}"
+    return steps.pop() if steps else 0.0
+
+
+def prepare_moments(engine: Any, kinds: Iterable[str], step: float) -> None:
+    """Give the optimizer the moments of these kinds, to be filled, and its step counter.
+
+    torch's AdamW creates its state at the first step, with these entries; each flat tensor gets a counter of its
+    own, as there. Without kinds the state is dropped, as before the first step.
+    """
+    kinds = list(kinds)
+    states = engine.optimizer.optimizer.state
+    for flat in flat_masters(engine):
+        state = states[flat]
+        if not kinds:
+            state.clear()
+            continue
+        for kind in kinds:
+            if kind not in state:
+                state[kind] = torch.zeros_like(flat.detach())
+        state["step"] = torch.tensor(float(step))
 
 
 def assemble(pieces: Iterable[tuple[str, Shard]]) -> dict[str, Tensor]:
@@ -98,12 +186,9 @@ def assemble(pieces: Iterable[tuple[str, Shard]]) -> dict[str, Tensor]:
     missing: dict[str, int] = {}
     for name, shard in pieces:
         if name not in full:
-            shape = [shard.num_experts, *shard.shape[1:]] if shard.num_experts else shard.shape
-            full[name] = torch.empty(shape, dtype=torch.float32)
+            full[name] = torch.empty(shard.logical_shape, dtype=torch.float32)
             missing[name] = full[name].numel()
-        per_expert = full[name][0].numel() if shard.num_experts else 0
-        offset = shard.first_expert * per_expert + shard.start
-        full[name].view(-1)[offset : offset + shard.values.numel()] = shard.values
+        full[name].view(-1)[shard.offset : shard.offset + shard.values.numel()] = shard.values
         missing[name] -= shard.values.numel()
     gaps = [name for name, count in missing.items() if count != 0]
     if gaps or not full:

@@ -1,0 +1,156 @@
+"""Trajectories that go on over a checkpoint; `tests/test_checkpoint_topology.py` starts them with torchrun.
+
+torchrun --nproc-per-node 4 tests/checkpoint_checks.py FOLDER save NAME EP STAGE [key=value ...]
+                                                     + load ORIGIN EP STAGE [key=value ...] ...
+
+Several commands in one start: building the processes takes longer than the runs. `save` trains an unbroken run
+of 15 steps and keeps its checkpoint of step 5. `load` goes on from that on this topology and asserts what must
+hold. `same NAME OTHER` compares all checkpoints of two runs.
+"""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import deepspeed
+import torch
+
+from trainer.checkpoint import Topology, choose_checkpoint, read_state, save_checkpoint, tensor_hashes
+from trainer.checkpoint.layout import layout_places
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.state import group_settings
+from trainer.config import load_config
+from trainer.distributed import World, barrier, detect_world, init_distributed
+from trainer.loop import Trainer
+from trainer.run import prepare_run_folder
+from trainer.run_lock import RunLock
+from trainer.run_plan import plan_run
+from trainer.shards import flat_masters
+from trainer.signals import StopSignal
+
+SAVED, LAST, GLOBAL_BATCH = 5, 15, 8
+STAGES = {
+    "1": "ds_configs/zero1.json",
+    "2": "ds_configs/zero2.json",
+    "3": "ds_configs/zero3.json",
+    "offload": "ds_configs/zero3_offload.json",
+}
+
+
+def start(world: World, run_dir: Path, ep_size: str, stage: str, overrides: list[str]) -> Trainer:
+    """What the command line does up to the loop."""
+    config = load_config(
+        "debug",
+        [
+            f"run_dir={run_dir}", f"parallel.ep_size={ep_size}", f"parallel.deepspeed_config={STAGES[stage]}",
+            f"train.micro_batch_size={GLOBAL_BATCH // world.size}", f"train.checkpoint_every={SAVED}",
+            "train.keep_last=9", "model.num_layers=2", f"train.stop_at_step={LAST}", *overrides,
+        ],
+    )  # fmt: skip
+    plan = plan_run(config, world)
+    checkpoint, _ = choose_checkpoint(config, plan.topology, plan.dataset.info.fingerprint, world)
+    if world.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)  # the lock does it in the command line
+        prepare_run_folder(plan)
+    barrier()
+    return Trainer(replace(plan, checkpoint=checkpoint), torch.device("cpu"), StopSignal(), RunLock(run_dir))
+
+
+def finish(trainer: Trainer) -> None:
+    trainer.run()
+    trainer.close()
+    trainer.engine.destroy()
+    barrier()
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if SAVED < line["step"] <= LAST]
+
+
+def save(world: World, folder: Path, name: str, ep_size: str, stage: str, *overrides: str) -> None:
+    finish(start(world, folder / name, ep_size, stage, list(overrides)))
+
+
+def load(world: World, folder: Path, origin: str, ep_size: str, stage: str, *overrides: str) -> None:
+    run_dir = folder / f"{origin}-on-{world.size}-{ep_size}-{stage}"
+    step = f"checkpoints/step_{SAVED:08d}"
+    if world.is_main:
+        shutil.copytree(folder / origin / step, run_dir / step)
+        shutil.copy(folder / origin / "config.yaml", run_dir)
+    barrier()
+    trainer = start(world, run_dir, ep_size, stage, list(overrides))
+    assert trainer.state.step == SAVED
+    saved = read_state(folder / origin / step)
+    check_optimizer(trainer, saved)
+    again = replace(trainer.config, run_dir=str(run_dir / "again"))
+    plan = trainer.plan
+    path = save_checkpoint(
+        trainer.engine, trainer.ema, trainer.state, again, plan.topology, plan.dataset.info, plan.world
+    )
+    if world.is_main:
+        assert tensor_hashes(path) == tensor_hashes(folder / origin / step)
+        check_places(path, plan.topology)
+    finish(trainer)
+    if not world.is_main:
+        return
+    unbroken, resumed = losses(folder / origin), losses(run_dir)
+    same = saved["topology"] == read_state(path)["topology"]
+    if same and stage != "offload":
+        assert resumed == unbroken, (resumed, unbroken)
+        last = f"checkpoints/step_{LAST:08d}"
+        assert tensor_hashes(run_dir / last) == tensor_hashes(folder / origin / last)
+    difference = max(abs(a - b) / abs(b) for a, b in zip(resumed, unbroken, strict=True))
+    assert difference <= 1e-5, difference
+    print(f"{run_dir.name}: same topology {same}, losses differ by {difference:.1e}", flush=True)
+
+
+def same(world: World, folder: Path, name: str, other: str) -> None:
+    """Both runs saved the same at every step."""
+    if world.is_main:
+        for step in range(SAVED, LAST + 1, SAVED):
+            path = f"checkpoints/step_{step:08d}"
+            assert tensor_hashes(folder / name / path) == tensor_hashes(folder / other / path), step
+
+
+def check_optimizer(trainer: Trainer, saved: dict) -> None:  # type: ignore[type-arg]
+    """Step counters of their own for each flat tensor, and the hyper-parameters of each group, right after loading."""
+    states = trainer.engine.optimizer.optimizer.state
+    counters = [states[flat]["step"] for flat in flat_masters(trainer.engine)]
+    assert all(float(counter) == SAVED for counter in counters)
+    assert len({id(counter) for counter in counters}) == len(counters)
+    expected = {group["role"]: group for group in saved["optimizer"]["groups"]}
+    assert expected["decay"]["weight_decay"] > 0 == expected["no_decay"]["weight_decay"]
+    for group in json.loads(json.dumps(group_settings(trainer.engine))):
+        assert group == expected[group["role"]], (group, expected)
+    assert trainer.engine.global_steps == SAVED and trainer.engine.skipped_steps == 0
+
+
+def check_places(path: Path, topology: Topology) -> None:
+    """The pieces are where the pure function says that ZeRO puts them."""
+    reader = CheckpointReader(path)
+    written = {
+        (place.path.name, name, place.start, place.length)
+        for name, places in reader.places("weight")
+        for place in places
+    }
+    expected = {
+        (f"rank_{rank:05d}.safetensors", place.name, place.offset, place.length)
+        for rank, places in enumerate(layout_places(read_state(path)["parameters"], topology))
+        for place in places
+    }
+    assert written == expected, sorted(written ^ expected)[:5]
+
+
+if __name__ == "__main__":
+    this = detect_world()
+    deepspeed.utils.logger.setLevel("ERROR")
+    init_distributed(this)
+    commands = " ".join(sys.argv[2:]).split(" + ")
+    for command in commands:
+        action, *arguments = command.split()
+        {"save": save, "load": load, "same": same}[action](this, Path(sys.argv[1]), *arguments)
+    barrier()
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,77 @@
+"""Small checkpoints without a training run: made-up tensors in ZeRO's real pieces, written by the real code."""
+
+import json
+import zlib
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.folder import checkpoint_dir, publish, temporary_dir, write_durable, write_manifest
+from trainer.checkpoint.layout import layout_places
+from trainer.checkpoint.reader import KINDS, Piece, rank_file, write_pieces
+from trainer.checkpoint.state import FORMAT, Topology
+from trainer.config import TrainConfig, TrainLoopConfig, config_to_dict
+
+TOPOLOGY = Topology(world_size=4, ep_size=2, zero_stage=3)
+PARAMETERS: list[dict[str, Any]] = [
+    {"name": "embed.weight", "shape": [6, 5], "decays": True, "expert": False},
+    {"name": "embed.bias", "shape": [5], "decays": False, "expert": False},
+    {"name": "mlp.experts.w1", "shape": [8, 3, 7], "decays": True, "expert": True},
+    {"name": "mlp.experts.w3", "shape": [8, 1, 3], "decays": False, "expert": True},
+    {"name": "scale", "shape": [1], "decays": False, "expert": False},
+    {"name": "out.weight", "shape": [3, 11], "decays": True, "expert": False},
+]
+
+
+def sample_config(run_dir: Path, **train: Any) -> TrainConfig:
+    return replace(TrainConfig(), run_dir=str(run_dir), train=TrainLoopConfig(**train))
+
+
+def sample_tensor(kind: str, name: str, step: int) -> Tensor:
+    shape = next(entry["shape"] for entry in PARAMETERS if entry["name"] == name)
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{kind} {name} {step}".encode()))
+    return torch.randn(shape, generator=generator)
+
+
+def sample_pieces(topology: Topology, rank: int, step: int) -> list[Piece]:
+    shapes = {entry["name"]: tuple(entry["shape"]) for entry in PARAMETERS}
+    return [
+        Piece(
+            kind=kind, name=place.name, offset=place.offset, shape=shapes[place.name],
+            values=sample_tensor(kind, place.name, step).flatten()[place.offset : place.offset + place.length],
+        )
+        for kind in KINDS
+        for place in layout_places(PARAMETERS, topology)[rank]
+    ]  # fmt: skip
+
+
+def sample_state(topology: Topology, step: int, config: TrainConfig) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "saved_at": "2030-01-02T03:04:05+00:00",
+        "step": step,
+        "topology": asdict(topology),
+        "global_batch_size": config.global_batch_size(topology.world_size),
+        "data_info": {"fingerprint": "same"},
+        "parameters": PARAMETERS,
+        "config": config_to_dict(config),
+    }
+
+
+def write_sample(run_dir: Path, step: int, topology: Topology = TOPOLOGY) -> Path:
+    """A checkpoint of all ranks, without a process group."""
+    config = sample_config(run_dir)
+    final = checkpoint_dir(run_dir, step)
+    temporary = temporary_dir(final)
+    temporary.mkdir(parents=True)
+    files = {
+        rank_file(rank): write_pieces(temporary / rank_file(rank), sample_pieces(topology, rank, step), {})
+        for rank in range(topology.world_size)
+    }
+    files["state.json"] = write_durable(temporary / "state.json", json.dumps(sample_state(topology, step, config)))
+    write_manifest(temporary, files)
+    publish(temporary, final)
+    return final

@@ -1,0 +1,159 @@
+"""The command line of checkpoints, other topologies' pieces, and which settings may change at a resume."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoint_samples import PARAMETERS, TOPOLOGY, sample_config, sample_tensor, write_sample
+
+from trainer.checkpoint import CheckpointReader, fault, tensor_hashes
+from trainer.checkpoint.__main__ import main
+from trainer.checkpoint.layout import layout_places
+from trainer.checkpoint.resume import RULES, check_resumable, compare_configs, rule_of
+from trainer.checkpoint.state import Topology, read_state
+from trainer.config import ConfigError, OptimConfig, TrainConfig, config_to_dict
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as error:
+        main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    assert isinstance(error.value.code, int)
+    return error.value.code, printed.out, printed.err
+
+
+def test_list_and_verify_print_a_table_and_say_what_is_broken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = write_sample(tmp_path, 10), write_sample(tmp_path, 200, Topology(world_size=2, ep_size=1, zero_stage=2))
+    code, out, _ = run(capsys, "list", tmp_path)
+    header, *rows = out.splitlines()
+    assert code == 0 and header.split() == ["STEP", "SAVED", "SIZE", "TOPOLOGY", "STATE"]
+    assert rows[0].startswith("10 ") and "4 processes, ep_size 2, ZeRO 3" in rows[0] and rows[0].endswith("whole")
+    assert rows[1].startswith("200") and "2 processes, ep_size 1, ZeRO 2" in rows[1] and "2030-01-0" in rows[1]
+    content = bytearray((bad / "rank_00001.safetensors").read_bytes())
+    content[-1] ^= 1
+    (bad / "rank_00001.safetensors").write_bytes(content)
+    assert run(capsys, "list", tmp_path)[0] == 0, "a changed byte takes reading to find"
+    code, out, _ = run(capsys, "verify", tmp_path)
+    assert code == 1 and out.splitlines()[2].endswith("rank_00001.safetensors has a wrong checksum")
+    assert run(capsys, "verify", good)[0] == 0 and run(capsys, "verify", bad)[0] == 1
+    (bad / "state.json").unlink()
+    code, out, _ = run(capsys, "list", tmp_path)
+    assert code == 1 and out.splitlines()[2].split()[1:4] == ["-", "-", "-"]
+    for path in (tmp_path / "absent", tmp_path.parent):
+        code, _, err = run(capsys, "list", path)
+        assert code == 2 and err.count("\n") == 1
+
+
+TOPOLOGIES = [
+    Topology(world_size=world, ep_size=ep, zero_stage=stage)
+    for world, ep in ((1, 1), (2, 1), (3, 1), (4, 4), (8, 2), (16, 8))
+    for stage in (2, 3)
+]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
+def test_reshape_keeps_every_tensor(tmp_path: Path, capsys: pytest.CaptureFixture[str], topology: Topology) -> None:
+    source = write_sample(tmp_path, 10)
+    before = tensor_hashes(source)
+    code, out, _ = run(
+        capsys, "reshape", tmp_path, "--world-size", topology.world_size, "--ep-size", topology.ep_size,
+        "--zero-stage", topology.zero_stage, "--verify",
+    )  # fmt: skip
+    assert code == 0 and out.count(" equal  ") == 4 * len(PARAMETERS)
+    assert out.splitlines()[-1].endswith(f"{TOPOLOGY} -> {topology}, {4 * len(PARAMETERS)} tensors equal")
+    assert tensor_hashes(source) == before and fault(source) == ""
+    assert read_state(source)["topology"]["world_size"] == topology.world_size
+    reader = CheckpointReader(source)
+    for kind in ("weight", "ema"):
+        for entry in PARAMETERS:
+            assert reader.read(kind, entry["name"]).equal(sample_tensor(kind, entry["name"], 10))
+
+
+def test_reshape_writes_elsewhere_and_refuses_what_cannot_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (10, 20):
+        write_sample(tmp_path / "run", step)
+    common = ["reshape", tmp_path / "run", "--world-size", 2]
+    assert run(capsys, *common, "--ep-size", 2, "--step", 10, "--out", tmp_path / "other")[0] == 0
+    other = tmp_path / "other" / "checkpoints"
+    assert tensor_hashes(other / "step_00000010") == tensor_hashes(tmp_path / "run/checkpoints/step_00000010")
+    assert (tmp_path / "other/config.yaml").is_file() and (other / "latest").read_text() == "step_00000010\n"
+    assert run(capsys, *common, "--ep-size", 1, "--step", 10)[0] == 0
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step_00000020\n", "an older step is not the latest"
+    for extra, words in (
+        (["--ep-size", 4], "--ep-size 4 does not divide --world-size 2"),
+        (["--ep-size", 1, "--step", 7], "no such run folder or checkpoint"),
+        (["--ep-size", 1, "--zero-stage", 5], "--zero-stage 5: use 1, 2 or 3"),
+    ):
+        code, _, err = run(capsys, *common, *extra)
+        assert code == 2 and words in err and err.count("\n") == 1
+
+
+def test_experts_go_to_consecutive_ranks() -> None:
+    """Rank r of an expert group of 4 holds experts 2r and 2r+1 of 8; two groups share each of them."""
+    ranks = layout_places(PARAMETERS, Topology(world_size=8, ep_size=4, zero_stage=3))
+    for rank, places in enumerate(ranks):
+        (place,) = (place for place in places if place.name == "mlp.experts.w1")
+        first = 2 * (rank % 4) * 21
+        assert place.offset == first + 21 * (rank // 4) and place.length == 21
+
+
+def leaves(content: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def test_every_setting_has_a_rule_with_a_reason() -> None:
+    keys = list(leaves(config_to_dict(TrainConfig())))
+    assert all(rule_of(key)[1] for key in keys)
+    assert set(RULES) <= set(keys) | {key.partition(".")[0] for key in keys}, "no rule for what does not exist"
+
+
+def test_changed_settings_are_named_or_refused(tmp_path: Path) -> None:
+    config = sample_config(tmp_path)
+    path = write_sample(tmp_path, 10)
+    assert check_resumable(path, config, TOPOLOGY, "same") == []
+    changed = replace(config, train=replace(config.train, log_every=5), optim=OptimConfig(weight_decay=0.5))
+    other = Topology(world_size=2, ep_size=1, zero_stage=2)
+    changed = replace(changed, train=replace(changed.train, micro_batch_size=2 * config.train.micro_batch_size))
+    assert check_resumable(path, changed, other, "same") == [
+        "topology: 4 processes, ep_size 2, ZeRO 3 -> 2 processes, ep_size 1, ZeRO 2",
+        "train.micro_batch_size: 8 -> 16",
+        "train.log_every: 1 -> 5",
+        "optim.weight_decay: 0.01 -> 0.5",
+    ]
+    for wrong, words in (
+        (replace(config, seed=1), "seed is 1 but .* was trained with 0, and it keys the order .*: restore it, or"),
+        (replace(config, optim=OptimConfig(name="sgd")), "optim.name is sgd but .* was trained with adamw"),
+        (replace(config, model=replace(config.model, dim=128)), "model.dim is 128 but .* was trained with 64"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            check_resumable(path, wrong, TOPOLOGY, "same")
+    with pytest.raises(ConfigError, match="global batch of 32, this run has 16"):
+        check_resumable(path, config, other, "same")
+    with pytest.raises(ConfigError, match="is not the data set that"):
+        check_resumable(path, config, TOPOLOGY, "another")
+
+
+def test_settings_come_and_go_between_versions() -> None:
+    now = config_to_dict(TrainConfig())
+    then = {key: value for key, value in now.items() if key != "ema"} | {"old": {"knob": 3}}
+    assert compare_configs(then, now, "it") == ["old.knob: 3 -> no longer a setting"]
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
+    path = write_sample(tmp_path, 10)
+    text = (path / "state.json").read_text()
+    shutil.copy(path / "state.json", tmp_path)
+    (path / "state.json").write_text(text.replace('"format": 2', '"format": 3'))
+    with pytest.raises(ConfigError, match="has checkpoint format 3, this version reads 2"):
+        read_state(path)

@@ -1,0 +1,273 @@
+"""Checkpoints under faults: damaged files, full and read-only disks, a process that dies at any file operation."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_samples import TOPOLOGY, sample_config, sample_pieces, sample_state, write_sample
+
+from trainer.checkpoint import (
+    CheckpointError,
+    choose_checkpoint,
+    fault,
+    find_candidate,
+    list_checkpoints,
+    newest_whole,
+    tensor_hashes,
+)
+from trainer.checkpoint.folder import clean, prune
+from trainer.checkpoint.reshape import reshape
+from trainer.checkpoint.save import Snapshot, write_checkpoint
+from trainer.checkpoint.state import Topology
+from trainer.config import ConfigError
+from trainer.distributed import World
+
+ALONE, WORLD = Topology(world_size=1, ep_size=1, zero_stage=3), World(rank=0, local_rank=0, size=1)
+
+
+def save(run_dir: Path, step: int, **train: Any) -> Path:
+    """Save made-up tensors as one process; needs a process group."""
+    config = sample_config(run_dir, **train)
+    content = sample_state(ALONE, step, config)
+    return write_checkpoint(Snapshot(pieces=sample_pieces(ALONE, 0, step), rng={}, content=content), config, WORLD)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "flipped": (flip, "has a wrong checksum"),
+    "truncated": (lambda path: os.truncate(path, path.stat().st_size - 3), "bytes instead of"),
+    "zero": (lambda path: os.truncate(path, 0), "has 0 bytes instead of"),
+    "deleted": (Path.unlink, "is missing"),
+}
+
+
+@pytest.mark.parametrize("name", ["rank_00002.safetensors", "state.json", "MANIFEST.json"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_are_named_and_the_checkpoint_is_passed_over(
+    tmp_path: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    good, bad = write_sample(tmp_path, 10), write_sample(tmp_path, 20)
+    assert newest_whole([good, bad]) == bad
+    action, words = DAMAGE[damage]
+    action(bad / name)
+    problem = fault(bad)
+    if name == "MANIFEST.json":
+        assert problem, "a damaged manifest never passes"
+    else:
+        assert problem.startswith(name) and words in problem
+        shallow = fault(bad, checksums=False)
+        assert bool(shallow) == (damage != "flipped" or name == "state.json")
+        parts = [fault(bad, part=part, num_parts=3) for part in range(3)]
+        assert sum(map(bool, parts)) == 1, "one of the parties that share the work finds it"
+    assert newest_whole(list_checkpoints(tmp_path / "checkpoints")) == good
+    assert "passed over checkpoint" in caplog.text
+
+
+@pytest.mark.usefixtures("process_group")
+def test_resume_takes_the_newest_whole_one_and_cleans_up(tmp_path: Path) -> None:
+    good, bad, stale = (write_sample(tmp_path, step) for step in (10, 20, 30))
+    stale = stale.rename(stale.with_name("step_00000030.tmp"))
+    flip(bad / "rank_00003.safetensors")
+    config = sample_config(tmp_path)
+    assert find_candidate(tmp_path) == bad, "sizes are right"
+    found, notes = choose_checkpoint(config, TOPOLOGY, "same", WORLD)
+    assert found == good and notes == [f"passed over checkpoint {bad}: rank_00003.safetensors has a wrong checksum"]
+    assert not stale.exists()
+    (good / "state.json").unlink()
+    assert find_candidate(tmp_path) == bad
+    with pytest.raises(ConfigError, match=r"has checkpoints and none is whole \(.*state.json is missing.*\): restore"):
+        choose_checkpoint(config, TOPOLOGY, "same", WORLD)
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert choose_checkpoint(config, TOPOLOGY, "same", WORLD) == (None, [])
+
+
+def test_retention_keeps_the_last_and_each_nth(tmp_path: Path) -> None:
+    paths = [write_sample(tmp_path, step) for step in (10, 20, 30, 40, 50, 90)]
+    prune(tmp_path / "checkpoints", paths[4], keep_last=2, keep_every=20)
+    assert list_checkpoints(tmp_path / "checkpoints") == [paths[1], paths[3], paths[4], paths[5]]
+    prune(tmp_path / "checkpoints", paths[4], keep_last=1, keep_every=0)
+    assert list_checkpoints(tmp_path / "checkpoints") == [paths[4], paths[5]], "a later one is not counted"
+
+
+EVENTS = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "open", "os.truncate"}
+
+
+def dies_at(number: int, folder: Path, action: Callable[[], Any]) -> bool:
+    """Run `action` in a child that dies just before its `number`-th file operation below `folder`.
+
+    Returns False when it had fewer.
+    """
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        assert code in (0, 77), f"the child failed with {code}"
+        return code == 77
+    try:
+        count = 0
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal count
+            if event not in EVENTS:
+                return
+            below = isinstance(arguments[0], str) and arguments[0].startswith(str(folder))
+            if below or (event in ("os.remove", "os.rmdir") and arguments[-1] != -1):
+                count += 1
+                if count == number:
+                    os._exit(77)
+
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        sys.addaudithook(hook)
+        action()
+        os._exit(0)
+    except BaseException as error:
+        print(repr(error), file=sys.__stderr__, flush=True)
+        os._exit(1)
+
+
+def crash_everywhere(folder: Path, prepare: Callable[[], Any], action: Callable[[], Any]) -> int:
+    """Kill `action` before each of its file operations; afterwards nothing of what was there may be lost."""
+    trials = 0
+    while True:
+        shutil.rmtree(folder, ignore_errors=True)
+        prepare()
+        checkpoints = folder / "checkpoints"
+        before = max(int(path.name[5:]) for path in list_checkpoints(checkpoints))
+        died = dies_at(trials + 1, checkpoints, action)
+        assert all(not fault(path) for path in list_checkpoints(checkpoints)), "no name without its content"
+        clean(checkpoints)
+        found = newest_whole(list_checkpoints(checkpoints))
+        assert found is not None and int(found.name[5:]) >= before
+        assert not list(checkpoints.glob("*.tmp"))
+        assert not dies_at(-1, checkpoints, lambda: save(folder, 77)), "the next save succeeds"
+        assert (checkpoints / "latest").read_text() == "step_00000077\n"
+        if not died:
+            return trials
+        trials += 1
+
+
+@pytest.mark.slow
+def test_dying_in_a_save_or_its_prune_loses_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def prepare() -> None:
+        for step in (10, 20, 30):
+            write_sample(run, step, ALONE)
+
+    trials = crash_everywhere(run, prepare, lambda: save(run, 40, keep_last=2))
+    assert trials >= 15, f"only {trials} file operations were tried"
+
+
+@pytest.mark.slow
+def test_dying_while_a_step_is_saved_again_loses_neither_version(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trials = crash_everywhere(run, lambda: write_sample(run, 30, ALONE), lambda: save(run, 30))
+    assert trials >= 10, f"only {trials} file operations were tried"
+
+
+@pytest.mark.slow
+def test_dying_in_a_reshape_loses_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    expected = tensor_hashes(write_sample(tmp_path / "other", 30))
+
+    def prepare() -> None:
+        write_sample(run, 30)
+
+    def action() -> None:
+        path = run / "checkpoints" / "step_00000030"
+        reshape(path, run, Topology(world_size=2, ep_size=1, zero_stage=2), verify=False)
+        assert tensor_hashes(path) == expected
+
+    trials = crash_everywhere(run, prepare, action)
+    assert trials >= 10, f"only {trials} file operations were tried"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A real tmpfs of 64 KiB, or of the size that the test asks for."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', '64k')}", "tmpfs", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no mount here: {done.stderr.strip()}")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_full_disk_is_one_sentence_and_leaves_no_trace(small_disk: Path) -> None:
+    first = save(small_disk, 10)
+    (small_disk / "filler").write_bytes(b"x" * 45_000)
+    with pytest.raises(
+        CheckpointError, match=r"step 20 could not be saved in .*No space left on device: free"
+    ) as error:
+        save(small_disk, 20)
+    assert error.value.environment and "\n" not in str(error.value)
+    assert [path.name for path in (small_disk / "checkpoints").iterdir() if path.is_dir()] == [first.name]
+    assert fault(first) == ""
+    (small_disk / "filler").unlink()
+    assert fault(save(small_disk, 20)) == ""
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_read_only_folder_is_one_sentence(small_disk: Path) -> None:
+    first = save(small_disk, 10)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(CheckpointError, match=r"process 0: Read-only file system .*: make it writable") as error:
+        save(small_disk, 20)
+    assert error.value.environment and fault(first) == ""
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    assert fault(save(small_disk, 20)) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("small_disk", ["11m"], indirect=True)
+def test_a_run_meets_a_full_disk(launcher: Any, small_disk: Path) -> None:
+    run = small_disk / "run"
+    command = ["-m", "trainer.train", "debug", f"run_dir={run}", "model.num_layers=2", "train.checkpoint_every=5"]
+    done = launcher.run(*command)
+    assert done.returncode == 2 and done.stderr.count("error: step 10 could not be saved") == 1, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    done = launcher.run(*command, "train.on_save_error=continue")
+    assert done.returncode == 2 and "error: step 20 could not be saved" in done.stderr, "the last save must succeed"
+    log = (run / "train.log").read_text()
+    assert log.count("train.on_save_error=continue: step") == 2 and "train.on_save_error: abort -> continue" in log
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step_00000005"]
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    done = launcher.run(*command)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (run / "train.log").read_text().count("resuming from") == 2
+
+
+@pytest.mark.usefixtures("process_group")
+def test_an_error_of_the_program_is_not_taken_for_one_of_the_disk(tmp_path: Path) -> None:
+    config = sample_config(tmp_path)
+    content = sample_state(ALONE, 10, config) | {"config": object()}
+    with pytest.raises(CheckpointError, match="TypeError") as error:
+        write_checkpoint(Snapshot(pieces=sample_pieces(ALONE, 0, 10), rng={}, content=content), config, WORLD)
+    assert not error.value.environment
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_the_pieces_of_the_samples_are_those_of_real_ranks() -> None:
+    counts = [sum(piece.values.numel() for piece in sample_pieces(TOPOLOGY, rank, 1)) for rank in range(4)]
+    assert sum(counts) == 4 * 261 and max(counts) < 4 * 75

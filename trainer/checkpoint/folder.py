@@ -1,0 +1,204 @@
+"""Checkpoint folders: their names, whether they are whole, and how one appears and disappears at once.
+
+A folder is written as `step_00000010.tmp` and renamed when it is whole. Folders whose name ends in `.tmp` are
+never checkpoints; those of dead jobs are removed by the next save or resume. Deleting begins with a rename as well,
+so a half-deleted folder is never taken for a checkpoint.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from trainer.checkpoint.state import STATE
+from trainer.checkpoint.tensorfile import CHUNK_BYTES, Written
+from trainer.config import ConfigError, require
+
+MANIFEST = "MANIFEST.json"
+LATEST = "latest"
+_NAME = re.compile(r"step_\d{8,}")
+_REPLACED, _DELETED = ".replaced.tmp", ".deleted.tmp"
+_HASH_THREADS = 4
+logger = logging.getLogger("ec_dit")
+
+
+def checkpoint_dir(run_dir: str | Path, step: int) -> Path:
+    """Folder of the checkpoint after optimizer step `step`."""
+    return Path(run_dir) / "checkpoints" / f"step_{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step that a checkpoint's name says."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders in order of their step; unfinished `.tmp` ones are not among them."""
+    return sorted((p for p in folder.glob("step_*") if _NAME.fullmatch(p.name) and p.is_dir()), key=step_of)
+
+
+def temporary_dir(final: Path) -> Path:
+    """Where a checkpoint is written before it is published."""
+    return final.with_name(f"{final.name}.tmp")
+
+
+def flush(path: Path) -> None:
+    """fsync of a file or folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_durable(path: Path, text: str) -> Written:
+    """Write a small file and flush it to disk."""
+    content = text.encode()
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return Written(size=len(content), checksum=xxhash.xxh3_128_hexdigest(content))
+
+
+def write_manifest(folder: Path, files: Mapping[str, Written]) -> None:
+    """Size and checksum of each file of a checkpoint; the last file to be written."""
+    entries = {name: {"size": files[name].size, "xxh3_128": files[name].checksum} for name in sorted(files)}
+    write_durable(folder / MANIFEST, json.dumps({"files": entries}, indent=1) + "\n")
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Written]:
+    """Inverse of `write_manifest`; ConfigError if there is none that can be read."""
+    try:
+        files: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        return {name: Written(size=entry["size"], checksum=entry["xxh3_128"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{MANIFEST} is missing or unreadable") from error
+
+
+def checksum_of(path: Path) -> str:
+    """XXH3-128 of a file."""
+    hasher = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(CHUNK_BYTES // 8):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def fault(
+    checkpoint: Path, *, part: int = 0, num_parts: int = 1, checksums: bool = True, only: Collection[str] = ()
+) -> str:
+    """What is wrong with a checkpoint, in a few words; empty if it is whole.
+
+    Of `num_parts` parties each checks every `num_parts`-th file, so that together they read each file once.
+    Without `checksums` only names and sizes are compared, and the content of `state.json`. With `only` no other
+    files are looked at.
+    """
+    try:
+        manifest = read_manifest(checkpoint)
+    except ConfigError as error:
+        return str(error)
+    if STATE not in manifest:
+        return f"{STATE} is missing"
+    names = sorted(only or manifest, key=lambda name: (name == STATE, name))[part::num_parts]  # rank r: its own file
+
+    def problem(name: str) -> str:
+        path, expected = checkpoint / name, manifest[name]
+        try:
+            size = path.stat().st_size
+            if size != expected.size:
+                return f"{name} has {size} bytes instead of {expected.size}"
+            if (checksums or name == STATE) and checksum_of(path) != expected.checksum:
+                return f"{name} has a wrong checksum"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        return ""
+
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:  # hashing and reading let go of the interpreter's lock
+        return next(filter(None, pool.map(problem, names)), "")
+
+
+def newest_whole(folders: Iterable[Path]) -> Path | None:
+    """The last whole checkpoint of a list; broken ones that it passes over are logged."""
+    for path in reversed(list(folders)):
+        problem = fault(path)
+        if not problem:
+            return path
+        logger.warning("passed over checkpoint %s: %s", path, problem)
+    return None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a user names: a step folder, or a run folder (its newest whole one)."""
+    require(path.is_dir(), f"{path}: no such run folder or checkpoint")
+    if any((path / name).is_file() for name in (STATE, MANIFEST)):
+        problem = fault(path)
+        require(not problem, f"{path} is not whole: {problem}")
+        return path
+    found = newest_whole(list_checkpoints(path / "checkpoints"))
+    if found is None:
+        raise ConfigError(f"{path} has no whole checkpoint in {path / 'checkpoints'}: is it the folder of a run?")
+    return found
+
+
+def publish(temporary: Path, final: Path, *, latest: bool = True) -> None:
+    """Make a complete temporary folder the checkpoint `final`, and point `latest` at it unless told otherwise.
+
+    A crash at any point leaves the new checkpoint or the old state; `clean` puts back an older version of the
+    same step whose replacement did not happen.
+    """
+    problem = fault(temporary, checksums=False)
+    if problem:
+        raise OSError(f"{temporary} is not complete on disk: {problem}")
+    flush(temporary)
+    replaced = final.with_name(final.name + _REPLACED)
+    if final.exists():
+        os.replace(final, replaced)
+    os.replace(temporary, final)
+    flush(final.parent)
+    if latest:
+        point_latest(final)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def point_latest(final: Path) -> None:
+    """Replace the pointer `latest` atomically."""
+    pointer = final.with_name(f"{LATEST}.tmp")
+    write_durable(pointer, final.name + "\n")
+    os.replace(pointer, final.with_name(LATEST))
+    flush(final.parent)
+
+
+def prune(folder: Path, saved: Path, *, keep_last: int, keep_every: int) -> None:
+    """Delete old checkpoints: all but the last `keep_last` up to `saved`, and those of every `keep_every`-th step.
+
+    `saved` was just published, so the newest whole checkpoint is never deleted. Later ones, which a run that
+    went back to an earlier step has not reached again, do not count and stay.
+    """
+    past = [path for path in list_checkpoints(folder) if step_of(path) <= step_of(saved)]
+    for old in past[:-keep_last]:
+        if keep_every and step_of(old) % keep_every == 0:
+            continue
+        deleted = old.with_name(old.name + _DELETED)
+        os.replace(old, deleted)
+        shutil.rmtree(deleted)
+
+
+def clean(folder: Path) -> None:
+    """Remove what dead jobs left unfinished. Only the one process that owns the run folder may call this."""
+    for path in sorted(folder.glob("step_*.tmp")):
+        final = path.with_name(path.name.removesuffix(_REPLACED))
+        if path.name.endswith(_REPLACED) and not final.exists():
+            os.replace(path, final)
+        else:
+            shutil.rmtree(path)
+    (folder / f"{LATEST}.tmp").unlink(missing_ok=True)

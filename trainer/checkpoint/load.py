@@ -1,0 +1,82 @@
+"""Reading a checkpoint into an engine of any topology: each rank reads the ranges that ZeRO gives it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.agree import agree, refused
+from trainer.checkpoint.reader import CheckpointReader, Piece, rank_file
+from trainer.checkpoint.rng import restore_rng
+from trainer.checkpoint.save import engine_pieces
+from trainer.checkpoint.state import TrainState, describe_parameters, read_state, restore_counters
+from trainer.checkpoint.tensorfile import CHUNK_BYTES, TensorFile
+from trainer.config import require
+from trainer.data.dataset import DataState
+from trainer.distributed import World
+from trainer.ema import Ema
+from trainer.shards import prepare_moments, publish_master
+
+
+def load_checkpoint(checkpoint: Path, engine: Any, ema: Ema, world: World) -> TrainState:
+    """Restore weights, optimizer, EMA and counters, on the topology that wrote them or any other. Collective.
+
+    On the same number of processes the random generators are restored too. Raises ConfigError on all ranks when
+    one of them cannot read it, or when it is of another model.
+    """
+    saved = read_state(checkpoint)
+    with refused(f"{checkpoint} cannot be loaded"):
+        agree(lambda: _fill(checkpoint, engine, ema, saved, world))
+    publish_master(engine)
+    restore_counters(engine, saved)
+    if saved["topology"]["world_size"] == world.size and (rng := _rng_tensors(checkpoint / rank_file(world.rank))):
+        restore_rng(rng)
+    return TrainState(step=saved["step"], data=DataState.from_dict(saved["data"]), interval_loss=saved["interval_loss"])
+
+
+@torch.no_grad()
+def _fill(checkpoint: Path, engine: Any, ema: Ema, saved: dict[str, Any], world: World) -> None:
+    shapes = [
+        {entry["name"]: entry["shape"] for entry in each} for each in (saved["parameters"], describe_parameters(engine))
+    ]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        old, new = (each.get(name, "absent") for each in shapes)
+        require(old == new, f"{checkpoint} is of another model: {name} is {old} there and {new} here")
+    prepare_moments(engine, saved["optimizer"]["moments"], saved["optimizer"]["step"])
+    pieces = list(engine_pieces(engine, ema))
+    reader = _reader(checkpoint, pieces, world)
+    buffer: Tensor | None = None
+    for piece in pieces:
+        if piece.values.device.type == "cpu":
+            reader.read_into(piece.kind, piece.name, piece.offset, piece.values)
+            continue
+        if buffer is None:
+            buffer = torch.empty(CHUNK_BYTES // 4, dtype=torch.float32, pin_memory=True)
+        for start in range(0, piece.values.numel(), buffer.numel()):
+            part = piece.values[start : start + buffer.numel()]
+            reader.read_into(piece.kind, piece.name, piece.offset + start, buffer[: part.numel()])
+            part.copy_(buffer[: part.numel()])
+    reader.close()
+
+
+def _reader(checkpoint: Path, pieces: list[Piece], world: World) -> CheckpointReader:
+    """On the topology that saved, a reader of this rank's file alone; else of all files."""
+    own = checkpoint / rank_file(world.rank)
+    if own.exists():
+        reader = CheckpointReader(checkpoint, [own])
+        if all(reader.holds(piece) for piece in pieces):
+            return reader
+        reader.close()
+    return CheckpointReader(checkpoint)
+
+
+def _rng_tensors(path: Path) -> dict[str, Tensor]:
+    file = TensorFile(path)
+    tensors = {}
+    for name, (length, _) in file.tensors.items():
+        if name.startswith("rng/"):
+            tensors[name] = torch.empty(length, dtype=torch.uint8)
+            file.read_into(name, 0, tensors[name])
+    file.close()
+    return tensors

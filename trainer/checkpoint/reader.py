@@ -1,0 +1,205 @@
+"""Reads the logical tensors of a checkpoint, whichever topology wrote it, and hashes them.
+
+Each rank's file holds flat pieces of logical tensors (all experts, fp32). A piece says which tensor it is of,
+the tensor's full shape and where in the flattened tensor it begins; that is all a reader needs. An expert
+parameter's leading axis is the expert, so the experts of a rank are one contiguous piece as well.
+"""
+
+import json
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+
+from trainer.checkpoint.tensorfile import CHUNK_BYTES, TensorFile, Written, tensor_source, write_tensors
+from trainer.config import ConfigError
+
+KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
+_MAX_OPEN = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Elements `offset` to `offset + len(values)` of the flattened logical tensor `name` of shape `shape`.
+
+    `values` is flat fp32, on any device. `kind` is one of `KINDS`.
+    """
+
+    kind: str
+    name: str
+    offset: int
+    shape: tuple[int, ...]
+    values: Tensor
+
+
+def rank_file(rank: int) -> str:
+    """Name of one rank's file inside a checkpoint."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def write_pieces(path: Path, pieces: Iterable[Piece], extra: Mapping[str, Tensor]) -> Written:
+    """Write one rank's file, flushed to disk. `extra` are uint8 tensors that belong to the rank alone."""
+    pieces = list(pieces)
+    sources = {f"{piece.kind}/{piece.name}": tensor_source(piece.values) for piece in pieces}
+    sources |= {name: tensor_source(tensor) for name, tensor in extra.items()}
+    return write_tensors(path, sources, piece_metadata({piece.name: (piece.offset, piece.shape) for piece in pieces}))
+
+
+def piece_metadata(places: Mapping[str, tuple[int, tuple[int, ...]]]) -> dict[str, str]:
+    """What a rank's file says about itself: {name: (where its piece begins, full shape)}."""
+    return {"format": "ec_dit.pieces", "places": json.dumps(places, separators=(",", ":"))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilePlace:
+    """Where `length` elements from element `start` on of a flattened logical tensor are."""
+
+    start: int
+    length: int
+    path: Path
+
+
+class CheckpointReader:
+    """The logical tensors of one checkpoint folder, fp32 on the host, read in full or by flat range.
+
+    Construction reads the headers of all files, or of `files` alone: then only what they hold can be read.
+    Raises ConfigError naming the file that is damaged, or the tensor whose pieces do not cover it exactly once.
+    """
+
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
+        self.folder = folder
+        self._open: OrderedDict[Path, TensorFile] = OrderedDict()
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._places: dict[str, dict[str, list[FilePlace]]] = {kind: {} for kind in KINDS}
+        paths = sorted(folder.glob("rank_*.safetensors")) if files is None else files
+        if not paths:
+            raise ConfigError(f"{folder} holds no rank_*.safetensors file: is it a checkpoint?")
+        for path in paths:
+            self._index(path)
+        for kind, tensors in self._places.items():
+            for name, places in tensors.items():
+                places.sort(key=lambda place: place.start)
+                if files is None:
+                    self._check_cover(kind, name, places)
+
+    def _index(self, path: Path) -> None:
+        file = self._file(path)
+        places = json.loads(file.metadata.get("places", "{}"))
+        for key, (length, _) in file.tensors.items():
+            kind, _, name = key.partition("/")
+            if kind not in KINDS:
+                continue
+            if name not in places:
+                raise ConfigError(f"{path} is damaged: it does not say where {name} belongs")
+            offset, shape = places[name]
+            if self._shapes.setdefault(name, tuple(shape)) != tuple(shape):
+                raise ConfigError(f"{path}: {name} has shape {tuple(shape)}, elsewhere {self._shapes[name]}")
+            self._places[kind].setdefault(name, []).append(FilePlace(start=offset, length=length, path=path))
+
+    def _check_cover(self, kind: str, name: str, places: list[FilePlace]) -> None:
+        end = 0
+        for place in places:
+            if place.start != end:
+                word = "twice" if place.start < end else "not at all"
+                first, last = sorted((place.start, end))
+                raise ConfigError(f"{self.folder}: elements {first} to {last} of {kind} {name} are there {word}")
+            end += place.length
+        if end != self._count(name):
+            raise ConfigError(f"{self.folder}: {end} elements of {kind} {name} are there, it has {self._count(name)}")
+
+    def _file(self, path: Path) -> TensorFile:
+        if path in self._open:
+            self._open.move_to_end(path)
+            return self._open[path]
+        if len(self._open) >= _MAX_OPEN:
+            self._open.popitem(last=False)[1].close()
+        file = self._open[path] = TensorFile(path)
+        return file
+
+    def _count(self, name: str) -> int:
+        return prod(self._shapes[name])
+
+    def names(self, kind: str) -> list[str]:
+        """Names of the tensors of a kind, sorted; empty for moments that the optimizer does not have."""
+        return sorted(self._places[kind])
+
+    def places(self, kind: str) -> list[tuple[str, list[FilePlace]]]:
+        """(name, its pieces in order) of the tensors of a kind."""
+        return sorted(self._places[kind].items())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Full shape of a logical tensor, all experts included."""
+        return self._shapes[name]
+
+    def holds(self, piece: Piece) -> bool:
+        """Whether one of the files has exactly this piece."""
+        places = self._places[piece.kind].get(piece.name, [])
+        return any(place.start == piece.offset and place.length == piece.values.numel() for place in places)
+
+    def read(self, kind: str, name: str) -> Tensor:
+        """The full logical tensor, fp32."""
+        return self.read_range(kind, name, 0, self._count(name)).view(self._shapes[name])
+
+    def read_range(self, kind: str, name: str, start: int, end: int) -> Tensor:
+        """Elements `start` to `end` of the flattened logical tensor; reads only those bytes."""
+        out = torch.empty(end - start, dtype=torch.float32)
+        self.read_into(kind, name, start, out)
+        return out
+
+    def read_into(self, kind: str, name: str, start: int, out: Tensor) -> None:
+        """Fill the flat fp32 host tensor `out` with the elements from `start` on of a logical tensor."""
+        end = start + out.numel()
+        if not 0 <= start <= end <= self._count(name):
+            raise ValueError(f"{name} has {self._count(name)} elements, not {start} to {end}")
+        places = self._places[kind][name]
+        number = max(bisect_right(places, start, key=lambda place: place.start) - 1, 0)
+        position = start
+        while position < end:
+            place = places[number]
+            assert place.start <= position < place.start + place.length, f"{kind} {name} is not in these files"
+            stop = min(end, place.start + place.length)
+            part = out[position - start : stop - start]
+            self._file(place.path).read_into(f"{kind}/{name}", position - place.start, part)
+            position, number = stop, number + 1
+
+    def chunks(self, kind: str, name: str, start: int = 0, end: int | None = None) -> Iterator[Tensor]:
+        """Elements `start` to `end` of the flattened logical tensor in order, in parts of at most 64 MiB."""
+        stop = self._count(name) if end is None else end
+        step = CHUNK_BYTES // 4
+        for first in range(start, stop, step):
+            yield self.read_range(kind, name, first, min(first + step, stop))
+
+    def close(self) -> None:
+        """Close all files; the reader opens them again when asked."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+
+def tensor_hashes(folder: Path) -> dict[tuple[str, str], str]:
+    """{(kind, name): XXH3-128 of the full logical fp32 tensor}: equal for equal content on any topology."""
+    reader = CheckpointReader(folder)
+    hashes = {}
+    for kind in KINDS:
+        for name in reader.names(kind):
+            hasher = xxhash.xxh3_128(repr(reader.shape(name)).encode())
+            for part in reader.chunks(kind, name):
+                hasher.update(part.numpy().data)
+            hashes[kind, name] = hasher.hexdigest()
+    reader.close()
+    return hashes
+
+
+def read_ema(folder: Path) -> dict[str, Tensor]:
+    """The whole average: {name: full fp32 tensor, all experts}. ConfigError when the pieces do not cover it."""
+    reader = CheckpointReader(folder)
+    average = {name: reader.read("ema", name) for name in reader.names("ema")}
+    reader.close()
+    if not average:
+        raise ConfigError(f"{folder} has no EMA weights")
+    return average

@@ -1,0 +1,130 @@
+"""Which checkpoint a run goes on from, and whether this configuration may go on from it.
+
+The topology may differ: every rank reads the ranges it needs. What may not differ is in `RULES`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint.agree import agree, refused
+from trainer.checkpoint.folder import clean, fault, list_checkpoints
+from trainer.checkpoint.state import STATE, Topology, read_state, topology_of
+from trainer.config import ConfigError, TrainConfig, config_to_dict, require
+from trainer.distributed import World
+
+# Setting or section -> (may it change between save and resume, why). The longest name that fits a setting counts.
+RULES: dict[str, tuple[bool, str]] = {
+    "run_dir": (True, "a run folder may be moved"),
+    "seed": (False, "it keys the order of the data and all noise"),
+    "train": (True, "length, cadence and batch arithmetic; the global batch is compared by itself"),
+    "train.precision": (False, "losses before and after would not compare"),
+    "parallel": (True, "any topology reads any checkpoint"),
+    "moe": (False, "the experts and their routing are part of what was learned"),
+    "model": (False, "the weights have its shapes and meaning"),
+    "optim": (True, "rates, decay and schedule are the user's to change, from the next step on"),
+    "optim.name": (False, "the moments belong to one optimizer"),
+    "ema": (True, "the average goes on with the new decay"),
+    "data": (True, "paths and reading; the data set itself is compared by its fingerprint"),
+    "data.caption_dropout": (False, "it is part of the objective"),
+    "data.shuffle_group": (False, "it is part of the order of the data, and the position in it would be wrong"),
+    "diffusion": (True, "an unmasked last stage is usual, and sampling has no influence on training"),
+    "sample": (True, "pictures for people"),
+}
+
+
+def find_candidate(run_dir: Path) -> Path | None:
+    """The newest checkpoint whose state can be read, to check a configuration before anything starts.
+
+    Every process may call this: the large files are not looked at.
+    """
+    paths = list_checkpoints(run_dir / "checkpoints")
+    return next((path for path in reversed(paths) if not fault(path, only=[STATE])), None)
+
+
+def choose_checkpoint(
+    config: TrainConfig, topology: Topology, fingerprint: str, world: World
+) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of the run, or None if it has none; and what to tell the user. Collective.
+
+    The ranks share the verification: each file is read once. Removes what dead jobs left unfinished, so the
+    caller must own the run folder. Raises ConfigError when the checkpoint does not fit the configuration, or
+    when there are checkpoints and none is whole.
+    """
+    folder = Path(config.run_dir) / "checkpoints"
+
+    def tidy() -> list[Path]:
+        if not world.is_main:
+            return []
+        clean(folder)
+        return list_checkpoints(folder)
+
+    with refused(f"{folder} cannot be prepared"):
+        paths: list[Path] = agree(tidy)[0]  # one listing for all: a network file system may show each rank another
+    notes: list[str] = []
+    for path in reversed(paths):
+        problems = agree(lambda path=path: fault(path, part=world.rank, num_parts=world.size))  # type: ignore[misc]
+        problem = next(filter(None, problems), "")
+        if not problem:
+            return path, notes + check_resumable(path, config, topology, fingerprint)
+        notes.append(f"passed over checkpoint {path}: {problem}")
+    require(
+        not paths,
+        f"run_dir={config.run_dir} has checkpoints and none is whole ({'; '.join(notes)}): restore one, "
+        "or delete them to start over, or use a new run_dir",
+    )
+    return None, notes
+
+
+def check_resumable(checkpoint: Path, config: TrainConfig, topology: Topology, fingerprint: str) -> list[str]:
+    """Refuse a checkpoint that this configuration cannot continue; return the changes that it may have.
+
+    Raises ConfigError naming the first breaking difference, its old and new value and the remedy.
+    """
+    saved = read_state(checkpoint)
+    old_batch, batch = saved["global_batch_size"], config.global_batch_size(topology.world_size)
+    require(
+        old_batch == batch,
+        f"{checkpoint} was trained with a global batch of {old_batch}, this run has {batch}: adapt "
+        "train.micro_batch_size or train.gradient_accumulation_steps, or start a new run_dir",
+    )
+    notes = compare_configs(saved["config"], config_to_dict(config), str(checkpoint))
+    require(
+        saved["data_info"]["fingerprint"] == fingerprint,
+        f"data.latents={config.data.latents} is not the data set that {checkpoint} was trained on: restore it, "
+        "or use a new run_dir",
+    )
+    old = topology_of(saved)
+    return notes if old == topology else [f"topology: {old} -> {topology}", *notes]
+
+
+def compare_configs(old: dict[str, Any], new: dict[str, Any], checkpoint: str) -> list[str]:
+    """Lines like `train.log_every: 1 -> 5` for settings that may change; ConfigError for one that may not."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    defaults = dict(_leaves(config_to_dict(TrainConfig())))
+    notes = []
+    for key, value in after.items():
+        was = before.get(key, defaults[key])  # a setting that did not exist then had its default's effect
+        if was == value:
+            continue
+        allowed, reason = rule_of(key)
+        if not allowed:
+            raise ConfigError(
+                f"{key} is {value} but {checkpoint} was trained with {was}, and {reason}: restore it, "
+                "or use a new run_dir"
+            )
+        notes.append(f"{key}: {was} -> {value}")
+    notes += [f"{key}: {was} -> no longer a setting" for key, was in before.items() if key not in after]
+    return notes
+
+
+def rule_of(key: str) -> tuple[bool, str]:
+    """The entry of `RULES` for a setting."""
+    return next(RULES[name] for name in (key, key.partition(".")[0]) if name in RULES)
+
+
+def _leaves(content: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    leaves: list[tuple[str, Any]] = []
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        leaves += _leaves(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
+    return leaves

@@ -1,0 +1,103 @@
+"""Saves the checkpoints of a run: while training waits, or from host copies while it goes on (`train.async_save`).
+
+Both take the same steps with the same guarantees. In the background they run on a thread with a process group of
+its own, so that its agreements do not mix with training's; one save is under way at a time.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.agree import CheckpointError
+from trainer.checkpoint.reader import Piece
+from trainer.checkpoint.save import Snapshot, take_snapshot, write_checkpoint
+from trainer.checkpoint.state import Topology, TrainState
+from trainer.config import ConfigError, TrainConfig
+from trainer.data.dataset import LatentInfo
+from trainer.distributed import World
+from trainer.ema import Ema
+
+logger = logging.getLogger("ec_dit")
+
+
+class Saver:
+    """Saves one run's checkpoints. All ranks build and call it together."""
+
+    def __init__(self, config: TrainConfig, topology: Topology, info: LatentInfo, world: World) -> None:
+        self.config, self.topology, self.info, self.world = config, topology, info, world
+        self.in_background = config.train.async_save
+        self.group: Any = torch.distributed.new_group(backend="gloo") if self.in_background else None
+        self.copies: dict[tuple[str, str], Tensor] = {}
+        self.pending: Future[Path] | None = None
+
+    def save(self, engine: Any, ema: Ema, state: TrainState, *, required: bool) -> bool:
+        """Save this step; first wait for the save before it. Returns whether it was saved or is being written.
+
+        A `required` save is on disk when this returns. Raises ConfigError, the same on all ranks, when the disk
+        refuses and the save is required or `train.on_save_error` is `abort`.
+        """
+        self.finish()
+        start = time.perf_counter()
+        snapshot = take_snapshot(engine, ema, state, self.config, self.topology, self.info)
+        if not self.in_background:
+            return self._settle(lambda: write_checkpoint(snapshot, self.config, self.world), start, required=required)
+        snapshot = replace(snapshot, pieces=[self._copied(piece) for piece in snapshot.pieces])
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if self.world.is_main:
+            logger.info("copied step %d in %.1f s, writing it", state.step, time.perf_counter() - start)
+        self.pending = self._start(snapshot)
+        return self.finish(required=True) if required else True
+
+    def finish(self, *, required: bool = False) -> bool:
+        """Wait for the save under way, if any; errors as in `save`. Returns whether nothing was refused."""
+        if self.pending is None:
+            return True
+        pending, self.pending = self.pending, None
+        return self._settle(pending.result, time.perf_counter(), required=required)
+
+    def _settle(self, result: Callable[[], Path], start: float, *, required: bool) -> bool:
+        try:
+            path = result()
+        except CheckpointError as error:
+            if not error.environment:
+                raise
+            if required or self.config.train.on_save_error == "abort":
+                raise ConfigError(str(error)) from error
+            if self.world.is_main:
+                logger.warning("train.on_save_error=continue: %s", error)
+            return False
+        if self.world.is_main:
+            logger.info("saved %s in %.1f s", path, time.perf_counter() - start)
+        return True
+
+    def _start(self, snapshot: Snapshot) -> "Future[Path]":
+        future: Future[Path] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(write_checkpoint(snapshot, self.config, self.world, self.group))
+            except BaseException as error:  # raised again by `finish`
+                future.set_exception(error)
+
+        # A daemon: a run that ends by an error does not wait for ranks that may be gone.
+        Thread(target=run, name="checkpoint", daemon=True).start()
+        return future
+
+    @torch.no_grad()
+    def _copied(self, piece: Piece) -> Piece:
+        key = (piece.kind, piece.name)
+        if key not in self.copies:  # kept: pinned memory is slow to get
+            self.copies[key] = torch.empty(
+                piece.values.shape, dtype=piece.values.dtype, pin_memory=piece.values.is_cuda
+            )
+        self.copies[key].copy_(piece.values, non_blocking=True)
+        return replace(piece, values=self.copies[key])

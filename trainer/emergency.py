@@ -1,0 +1,82 @@
+"""Leaving a run after an error: together if all ranks can be reached, in bounded time, never in silence.
+
+Two ways lead here. An error that concerns one rank only and leaves its state sound (reading data, writing logs) is held
+until the ranks exchange their flags at the end of the step, so that nobody waits for a rank that has left. An error
+inside collective work between two steps is raised at once; then `all_ranks_arrive` finds out, over connections of its
+own, whether every rank is out of that work.
+"""
+
+import datetime
+import faulthandler
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("ec_dit")
+ARRIVAL_SECONDS = 60.0
+
+
+class PeerError(RuntimeError):
+    """Another rank failed; this one was sound."""
+
+
+class HeldErrors:
+    """Keeps the first error of this rank until all ranks can act on it."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Code that talks to no other rank; an error in it ends the block, not the step."""
+        try:
+            yield
+        except Exception as error:
+            if self.error is None:
+                self.error = error
+
+    def raise_everywhere(self) -> None:
+        """Raise this rank's error, on sound ranks a PeerError that quotes the others. Collective.
+
+        Call it only when all ranks know that one of them holds an error.
+        """
+        mine = "" if self.error is None else f"rank {torch.distributed.get_rank()}: {self.error!r}"
+        parts: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, mine)
+        if self.error is not None:
+            raise self.error
+        raise PeerError("; ".join(part for part in parts if part))
+
+
+def build_arrival_group(seconds: float = ARRIVAL_SECONDS) -> Any:
+    """A process group that carries nothing but `all_ranks_arrive`, which waits `seconds`. Collective."""
+    return torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(seconds=seconds))
+
+
+def all_ranks_arrive(group: Any) -> bool:
+    """Whether every rank calls this within the group's time; returns on each of them by then."""
+    try:
+        torch.distributed.barrier(group)
+    except RuntimeError as error:  # a time-out, or a connection that a dying rank closed
+        logger.error("not all ranks can be reached: %s", error)
+        return False
+    return True
+
+
+def end_within(seconds: float) -> None:
+    """From now on this process ends after `seconds` with exit code 1 and all its stacks on stderr, come what may."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """End the process as `end_within` unless the block is left in time."""
+    end_within(seconds)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()

@@ -1,0 +1,90 @@
+"""What a run says of itself while it trains: speed, utilisation, loss and router statistics at each interval."""
+
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer.flops import peak_tflops, training_flops
+from trainer.metrics import MetricsLog, router_names
+from trainer.model import ModelShape
+from trainer.run_plan import Plan
+
+
+class Reporter:
+    """Writes on the main process, does nothing on the others.
+
+    | metric               | meaning                                                                       |
+    |----------------------|-------------------------------------------------------------------------------|
+    | `loss`               | mean over the steps since the last report and over all samples                |
+    | `grad_norm`          | global norm before clipping, of the last step                                 |
+    | `images_per_second`  | over all processes; sample grids and checkpoints are not part of the time     |
+    | `tflops_per_second`  | model TFLOP/s per device (trainer/flops.py), from the same time               |
+    | `mfu`                | its share of the device's dense bf16 peak; only in bf16 on a device we know   |
+    | `bad_steps`          | steps skipped since the run's start                                           |
+    """
+
+    def __init__(self, plan: Plan, shape: ModelShape, device: torch.device, step: int) -> None:
+        config = plan.config
+        self.every, self.batch_size, self.world_size = config.train.log_every, plan.global_batch_size, plan.world.size
+        self.flops_per_image = training_flops(
+            config.model, config.moe, shape, plan.num_tokens, plan.dataset.info.max_tokens
+        )
+        self.peak = peak_tflops(device) if config.train.precision == "bf16" else None
+        self.router_names = router_names([i for i in range(config.model.num_layers) if config.moe.has_moe(i)])
+        self.run_dir = Path(config.run_dir)
+        self.start, self.step = time.perf_counter(), step
+        self.log: MetricsLog | None = None
+        if plan.world.is_main:
+            self.log = MetricsLog(self.run_dir, start_step=step, max_steps=config.train.max_steps)
+
+    def report(
+        self, step: int, *, loss: float, norm: float | Tensor | None, rate: float, epoch: int, bad_steps: int,
+        router: list[float],
+    ) -> None:  # fmt: skip
+        """Write the interval that ends after `step`; `loss` is its mean."""
+        now = time.perf_counter()
+        speed = (step - self.step) * self.batch_size / (now - self.start)
+        self.start, self.step = now, step
+        if self.log is None:
+            return
+        tflops = speed * self.flops_per_image / self.world_size / 1e12
+        values = {
+            "loss": loss,
+            "grad_norm": float(norm if norm is not None else math.nan),
+            "learning_rate": rate,
+            "images_per_second": speed,
+            "tflops_per_second": tflops,
+            "epoch": float(epoch),
+            "bad_steps": float(bad_steps),
+        }
+        if self.peak is not None:
+            values["mfu"] = tflops / self.peak
+        self.log.write(step, values | dict(zip(self.router_names, router, strict=True)))
+
+    def advance(self) -> None:
+        """One step is done."""
+        if self.log is not None:
+            self.log.advance()
+
+    def pause(self, seconds: float) -> None:
+        """Take time that was no training out of the interval."""
+        self.start += seconds
+
+    def rewind(self, step: int) -> None:
+        """Go on as if nothing had been reported after `step`."""
+        self.start, self.step = time.perf_counter(), step
+        if self.log is not None:
+            self.log.rewind(step)
+
+    def add_image(self, step: int, picture_HWC: Tensor) -> None:
+        """Show a sample grid in TensorBoard."""
+        if self.log is not None:
+            self.log.add_image(step, picture_HWC)
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        if self.log is not None:
+            self.log.close()

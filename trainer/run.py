@@ -1,0 +1,69 @@
+"""A run from its checks to its end: plan, lock, folder, loop, close."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from trainer.checkpoint import choose_checkpoint
+from trainer.config import TrainConfig, save_config
+from trainer.distributed import World, barrier, from_main, init_distributed
+from trainer.loop import Trainer
+from trainer.metrics import logger, setup_logging
+from trainer.run_lock import RunLock
+from trainer.run_plan import Plan, plan_run, rounded_capacities
+from trainer.signals import StopSignal
+
+
+def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
+    """Train from the start or from the newest checkpoint. Collective over all ranks.
+
+    Raises ConfigError for what the user can mend, before anything is written.
+    """
+    plan = plan_run(config, world)
+    device = init_distributed(world)
+    lock = RunLock(Path(config.run_dir))
+    from_main(world, lock.acquire)
+    try:
+        checkpoint, notes = choose_checkpoint(config, plan.topology, plan.dataset.info.fingerprint, world)
+        plan = replace(plan, checkpoint=checkpoint)
+        from_main(world, lambda: prepare_run_folder(plan, notes))
+        trainer = Trainer(plan, device, stop, lock)
+        try:
+            trainer.run()
+        except Exception as error:
+            _close_after(trainer, error)
+            raise
+        trainer.close()
+        barrier()
+    finally:
+        lock.release()
+    torch.distributed.destroy_process_group()
+
+
+def _close_after(trainer: Trainer, error: Exception) -> None:
+    """Close the log files without hiding why the run failed (a full disk may be the reason)."""
+    try:
+        trainer.close()
+    except OSError as second:
+        error.add_note(f"The log files could not be closed either: {second!r}")
+
+
+def prepare_run_folder(plan: Plan, notes: Sequence[str] = ()) -> None:
+    """Write the resolved configurations and say what starts, and `notes` on it; main process only."""
+    config, run_dir = plan.config, Path(plan.config.run_dir)
+    save_config(config, run_dir / "config.yaml.tmp")
+    os.replace(run_dir / "config.yaml.tmp", run_dir / "config.yaml")
+    (run_dir / "ds_config.json.tmp").write_text(json.dumps(plan.deepspeed_config, indent=2) + "\n")
+    os.replace(run_dir / "ds_config.json.tmp", run_dir / "ds_config.json")
+    setup_logging(run_dir / "train.log")
+    logger.info(
+        "run %s: %d processes, ep_size %d, ZeRO stage %d, %s",
+        config.run_dir, plan.world.size, plan.topology.ep_size, plan.topology.zero_stage, config.train.precision,
+    )  # fmt: skip
+    for sentence in (*rounded_capacities(config, plan.dataset.info), *notes):
+        logger.info(sentence)
+    logger.info("resuming from %s" if plan.checkpoint else "starting fresh%s", plan.checkpoint or "")

@@ -1,0 +1,159 @@
+"""One job per run folder: a lease on `RUN/run.lock` that the main process holds.
+
+The lease is a marker file that is created exclusively and renewed in the background (`filelock.SoftFileLease`).
+It needs no `flock`, which network file systems may lack or keep to one host. Who may take it over:
+
+| the holder                                          | a second job                                         |
+|-----------------------------------------------------|------------------------------------------------------|
+| runs on this host                                   | is refused at once                                   |
+| died on this host                                   | takes the lease at once                              |
+| is an earlier start of the same Slurm job (requeue) | takes the lease at once                              |
+| anything else (other host or container, a zombie)   | watches: refused when the lease is renewed, takes it |
+|                                                     | after LEASE_SECONDS without that                     |
+
+Watching counts on the watcher's own clock, so clocks of hosts need not agree. A holder that could not renew for so
+long (a file system that hung) and has lost its lease finds out in the background: `RunLock.lost`.
+"""
+
+import json
+import logging
+import os
+import socket
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from filelock import SoftFileLease, Timeout
+
+from trainer.config import ConfigError
+
+LEASE_SECONDS, RENEWALS_PER_LEASE = 60.0, 6
+LOCK_NAME, HOLDER_NAME = "run.lock", "run.lock.json"
+logger = logging.getLogger("ec_dit")
+
+
+class LockLostError(RuntimeError):
+    """Another job took the run folder over: this one must not write there any more."""
+
+
+def _namespace() -> str:
+    """Host and process-id namespace: within one, process numbers mean the same to all."""
+    with suppress(OSError):
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """Who holds a run folder. `restart` counts the starts of one Slurm job, 0 the first."""
+
+    pid: int = field(default_factory=os.getpid)
+    host: str = field(default_factory=socket.gethostname)
+    namespace: str = field(default_factory=_namespace)
+    job_id: str = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID", ""))
+    restart: int = field(default_factory=lambda: int(os.environ.get("SLURM_RESTART_COUNT") or 0))
+    since: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S %z"))
+
+    def describe(self) -> str:
+        """For a sentence."""
+        job = f", Slurm job {self.job_id}" if self.job_id else ""
+        return f"process {self.pid} on {self.host}{job} since {self.since}"
+
+    def is_requeued_as(self, other: "Holder") -> bool:
+        """Whether `other` is a later start of the same Slurm job: Slurm has ended this one."""
+        return bool(self.job_id) and self.job_id == other.job_id and self.restart < other.restart
+
+    def is_running_here(self) -> bool:
+        """Whether this process runs on this host, as far as /proc tells; a zombie does not run."""
+        if self.namespace != _namespace():
+            return False
+        with suppress(OSError):
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+        return not Path("/proc/self/stat").exists()
+
+
+class RunLock:
+    """The lease on a run folder. `lease_seconds` must be the same for all who contend for one."""
+
+    def __init__(self, run_dir: Path, lease_seconds: float = LEASE_SECONDS) -> None:
+        self.run_dir, self.lease_seconds = run_dir, lease_seconds
+        self.marker, self.record = run_dir / LOCK_NAME, run_dir / HOLDER_NAME
+        self.lease = SoftFileLease(
+            self.marker, lease_duration=lease_seconds, heartbeat_interval=lease_seconds / RENEWALS_PER_LEASE
+        )
+
+    @property
+    def lost(self) -> bool:
+        """Whether another job has taken the folder over from this one."""
+        return self.lease.compromise is not None
+
+    def acquire(self) -> None:
+        """Take the lease, or raise ConfigError naming its holder; creates the folder."""
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+            temporary = self.marker.with_name(f"{HOLDER_NAME}.tmp")
+            temporary.write_text(json.dumps(asdict(Holder())) + "\n")
+            os.replace(temporary, self.record)
+        except OSError as error:
+            raise ConfigError(f"run_dir={self.run_dir} cannot be written ({error}): choose another folder") from error
+
+    def release(self) -> None:
+        """Give the lease back; does nothing on a process that does not hold it."""
+        if self.lease.is_locked and not self.lost:
+            self.record.unlink(missing_ok=True)
+        self.lease.release()
+
+    def _acquire(self) -> None:
+        if self._try_acquire():
+            return
+        holder = self.holder()
+        if holder is not None and holder.is_requeued_as(Holder()):
+            logger.warning("taking over %s from %s: this is its requeued job", self.run_dir, holder.describe())
+            self.lease.force_break()
+        elif holder is not None and holder.is_running_here():
+            raise self._refusal(holder)
+        elif not self._watch():
+            raise self._refusal(self.holder())
+        if not self.lease.is_locked and not self._try_acquire():
+            raise self._refusal(self.holder())
+
+    def _try_acquire(self) -> bool:
+        with suppress(Timeout):
+            self.lease.acquire(blocking=False)
+        return self.lease.is_locked
+
+    def _watch(self) -> bool:
+        """Wait for a sign of life, or take the lease when none comes."""
+        logger.warning(
+            "%s is locked: watching for up to %.0f s whether its job lives", self.run_dir, self.lease_seconds
+        )
+        first = self._renewal()
+        with suppress(Timeout):
+            self.lease.acquire(
+                timeout=2 * self.lease_seconds,
+                poll_interval=self.lease_seconds / 60,
+                cancel_check=lambda: self._renewal() not in (first, None),
+            )
+        return self.lease.is_locked
+
+    def _renewal(self) -> tuple[int, int] | None:
+        """Changes with each renewal. Opened, not just asked for: NFS then asks its server."""
+        with suppress(OSError), self.marker.open("rb") as file:
+            status = os.fstat(file.fileno())
+            return status.st_ino, status.st_mtime_ns
+        return None
+
+    def holder(self) -> Holder | None:
+        """The holder's own record; None when it is missing or older than the lease."""
+        with suppress(OSError, ValueError, TypeError):
+            holder = Holder(**json.loads(self.record.read_text()))
+            return holder if holder.pid == self.lease.pid else None
+        return None
+
+    def _refusal(self, holder: Holder | None) -> ConfigError:
+        who = holder.describe() if holder else f"process {self.lease.pid}"
+        return ConfigError(
+            f"run_dir={self.run_dir} is in use by {who}: wait for its end, stop it, or choose another run_dir"
+        )

@@ -1,0 +1,48 @@
+"""Signals that ask a run to save and end. Standard library only: installed before anything heavy is imported.
+
+| signal            | effect                                                                            |
+|-------------------|-----------------------------------------------------------------------------------|
+| SIGTERM, SIGUSR1  | remembered; all ranks save at the next step boundary and leave with exit code 0   |
+| SIGINT            | the same the first time; the second time the process dies of it at once, unsaved  |
+
+A task may be started with these signals ignored (`trap "" USR1`), so that none kills it while Python starts: the
+handlers take over here. A batch script may repeat its signal; repetitions change nothing, also after the end.
+"""
+
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopSignal:
+    """Remembers a signal until the ranks agree on it; a context manager around the whole run.
+
+    Enter it in the main thread. On leaving, the previous handlers come back, except after a signal was
+    received: then SIGTERM and SIGUSR1 are ignored until the process has ended.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._interrupted = False
+        self._previous: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        for number, previous in self._previous.items():
+            late = self.received and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if late else previous)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self._interrupted:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        self._interrupted = self._interrupted or number == signal.SIGINT
+        self.received = True

@@ -1,0 +1,83 @@
+"""One optimizer step: forward, backward and update over the micro-batches, or a skip that leaves no trace.
+
+A step is bad when its loss or its global gradient norm is not finite. All ranks must take the same decision before any
+weight moves. It costs nothing that a step does not do anyway, no collective and no host synchronisation:
+
+- A rank whose own loss is not finite makes its gradient NaN (the loss is multiplied by NaN instead of by 1), so that
+  one question is left: is the global gradient norm finite? Averaging spreads NaN to all ranks.
+- DeepSpeed 0.19.8 asks that question in stages 1, 2 and 3, of a norm that is all-reduced over every rank, before its
+  update. On "no" it takes the way of an fp16 overflow: gradients (also accumulated ones) are dropped, weights and
+  moments are not touched, its micro-step counter goes on, and `engine.was_step_applied()` is False.
+
+In bf16 at stages 1 and 2 the question needs `bf16.check_grad_overflow` (on by default); trainer/deepspeed_config.py
+refuses settings that switch it off. `tests/loop_checks.py` shows that a run with skips equals one without those
+samples bitwise.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.config import TrainConfig
+from trainer.data.dataset import Batch
+from trainer.diffusion import NoisedBatch, noise_batch, training_loss
+from trainer.metrics import router_values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """One micro-batch on the host, ready for the model: its samples' indices [B] and what the model needs of them."""
+
+    index_B: Tensor
+    noised: NoisedBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step did. `losses` [num_micro_batches] and `router` are this rank's, on its device, not yet reduced."""
+
+    applied: bool
+    losses: Tensor
+    router: Tensor
+
+
+def prepare(batches: Iterator[Batch], config: TrainConfig) -> list[Prepared]:
+    """The micro-batches of the next step, noised; reads data, talks to no other rank."""
+    prepared = []
+    for _ in range(config.train.gradient_accumulation_steps):
+        batch = next(batches)
+        noised = noise_batch(batch, config.diffusion, seed=config.seed, patch_size=config.model.patch_size)
+        prepared.append(Prepared(index_B=batch.index_B, noised=noised))
+    return prepared
+
+
+def poisoned(loss: Tensor) -> Tensor:
+    """The same loss, with a gradient of NaN where it is not finite (an infinite loss may have a finite gradient)."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+
+def train_step(
+    engine: Any, micro_batches: list[Prepared], rate: float, config: TrainConfig, device: torch.device
+) -> StepResult:
+    """Run one optimizer step at a learning rate. Collective over all ranks."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    losses, router = [], []
+    for micro in micro_batches:
+        noised = micro.noised.to(device)
+        prediction, stats = engine(noised.x_BCHW, noised.t_B, noised.text_BLD, noised.text_mask_BL, noised.keep_BS)
+        loss = training_loss(prediction, noised, config.model.patch_size)
+        engine.backward(poisoned(loss))
+        engine.step()
+        losses.append(loss.detach())
+        router.append(router_values(stats).to(device))
+    return StepResult(applied=engine.was_step_applied(), losses=torch.stack(losses), router=torch.stack(router).mean(0))
+
+
+def suspects(result: StepResult, micro_batches: list[Prepared]) -> list[int]:
+    """Global indices of this rank's samples in micro-batches whose own loss is not finite."""
+    bad = (~result.losses.isfinite()).tolist()
+    return [i for micro, is_bad in zip(micro_batches, bad, strict=True) if is_bad for i in micro.index_B.tolist()]
