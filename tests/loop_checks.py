@@ -24,6 +24,7 @@ from trainer.checkpoint import list_checkpoints
 from trainer.config import load_config
 from trainer.data.batches import DataState, micro_batches
 from trainer.data.dataset import Batch, LatentDataset
+from trainer.data.shard_file import Sample
 from trainer.distributed import World, detect_world, from_main, init_distributed
 from trainer.emergency import PeerError, build_arrival_group
 from trainer.loop import Trainer
@@ -48,20 +49,21 @@ class DoctoredData:
 
     def __init__(self, dataset: LatentDataset, values: dict[int, float | Exception]) -> None:
         self.dataset, self.values = dataset, values
-        self.info, self.shard_sizes, self.empty_text = dataset.info, dataset.shard_sizes, dataset.empty_text
+        self.info, self.shard_sizes, self.layout = dataset.info, dataset.shard_sizes, dataset.layout
+        self.empty_text, self.online_encoder = dataset.empty_text, dataset.online_encoder
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def read(self, sample: int) -> tuple[torch.Tensor, torch.Tensor]:
-        latent, text = self.dataset.read(sample)
-        value = self.values.get(sample)
+    def read(self, number: int) -> Sample:
+        sample, value = self.dataset.read(number), self.values.get(number)
         if isinstance(value, Exception):
             raise value
-        if value is not None:
-            latent = latent.clone()
-            latent[0, 0, 0] = value
-        return latent, text
+        if value is None:
+            return sample
+        latent = sample.latent.clone()
+        latent[0, 0, 0] = value
+        return replace(sample, latent=latent)
 
 
 def plan_of(world: World, run_dir: Path, *overrides: str) -> Plan:
@@ -72,7 +74,7 @@ def sample_at(plan: Plan, batch: int, row: int) -> int:
     """Data set number of a row of a global batch of the first epoch."""
     start = DataState(seed=plan.config.seed, epoch=0, consumed=0, samples_seen=0)
     order = micro_batches(
-        plan.dataset.shard_sizes, start, micro_batch_size=BATCH, num_micro_batches=1, rank=0, world_size=1,
+        plan.dataset.layout, start, micro_batch_size=BATCH, num_micro_batches=1, rank=0, world_size=1,
         group_size=plan.config.data.shuffle_group,
     )  # fmt: skip
     return [next(order) for _ in range(batch + 1)][batch].samples[row]

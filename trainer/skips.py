@@ -79,7 +79,7 @@ class SkipPolicy:
         size = self.plan.global_batch_size
         return next(
             micro_batches(
-                dataset.shard_sizes, data, micro_batch_size=size, num_micro_batches=1, rank=0, world_size=1,
+                dataset.layout, data, micro_batch_size=size, num_micro_batches=1, rank=0, world_size=1,
                 group_size=group,
             )
         )  # fmt: skip
