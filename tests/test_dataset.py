@@ -191,6 +191,23 @@ def test_latents_are_normalised_and_text_is_the_encoders(latents: Path) -> None:
         torch.testing.assert_close(batch.text_BLD[row][batch.text_mask_BL[row]], feature, atol=2e-3, rtol=1e-3)
 
 
+def test_whitening_keeps_the_total_and_equalises_channels_by_degree(latents: Path) -> None:
+    spreads, prints = [], set()
+    for whitening in (0.0, 0.5, 1.0):
+        dataset = open_dataset(config_for(latents, 4, 1, f"data.whitening={whitening}"))
+        info = dataset.info
+        raw = torch.stack([dataset.read(i).latent for i in range(len(dataset))])
+        normal = (raw - info.mean_C.view(1, -1, 1, 1)) / info.std_C.view(1, -1, 1, 1)
+        assert normal.square().mean().item() == pytest.approx(1, rel=1e-3)
+        channel = normal.square().mean((0, 2, 3)).sqrt()
+        spreads.append(float(channel.max() / channel.min()))
+        prints.add(info.fingerprint)
+    assert spreads[2] == pytest.approx(1, abs=1e-3) and spreads[1] == pytest.approx(spreads[0] ** 0.5, rel=1e-3)
+    assert len(prints) == 3
+    with pytest.raises(ConfigError, match="data.whitening is 2"):
+        config_for(latents, 4, 1, "data.whitening=2")
+
+
 def test_caption_dropout_is_keyed_by_the_sample_index(latents: Path) -> None:
     config = config_for(latents, 8, 1, "data.caption_dropout=0.3", "seed=5")
     dataset = open_dataset(config)

@@ -48,6 +48,18 @@ def test_minilm_equals_transformers() -> None:
         with torch.inference_mode():
             expected = model(**tokens).last_hidden_state[0]
         torch.testing.assert_close(feature, expected, atol=1e-5, rtol=0)
+        with torch.inference_mode():
+            after_first = model(**tokens, output_hidden_states=True).hidden_states[1][0]
+        (early,) = build_text_encoder("minilm@1").encode([caption])
+        torch.testing.assert_close(early, after_first, atol=1e-5, rtol=0)
+
+
+def test_minilm_layers_have_their_own_fingerprints() -> None:
+    names = [build_text_encoder(spec).fingerprint() for spec in ("minilm", "minilm@6", "minilm@2", "minilm@1")]
+    assert names[0] == names[1] and len(set(names)) == 3
+    for spec in ("minilm@0", "minilm@7"):
+        with pytest.raises(ConfigError, match=f"{spec}: use a layer from 1 to 6"):
+            build_text_encoder(spec)
 
 
 def test_minilm_features_do_not_depend_on_the_other_captions() -> None:

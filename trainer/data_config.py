@@ -19,6 +19,8 @@ class DataConfig:
     `text: online` stores captions only and encodes them while training, for data sets whose text would be too
     large. `latent_std` stores the standard deviation of the codec's latent too, to sample from while training.
     `normalize` sets what latents are shifted and scaled by: measured on the data set, or the codec's own values.
+    `whitening` w divides each channel by its standard deviation to the power w, then all by one factor, so that their
+    mean square is 1: 1 makes all channels equally loud, 0 keeps the loudness that they have in the picture.
 
     `buckets` are picture sizes "HEIGHTxWIDTH"; each picture goes to the one of the nearest aspect ratio (none: all
     are `image_size` squares). Each global batch is of one bucket: buckets take turns in blocks of `bucket_block`
@@ -38,6 +40,7 @@ class DataConfig:
     text: Literal["cache", "online"] = "cache"
     latent_std: bool = False
     normalize: Literal["measured", "codec"] = "measured"
+    whitening: float = 1.0
     buckets: list[str] = field(default_factory=list)
     bucket_block: int = 0
     small_buckets: Literal["refuse", "drop"] = "refuse"
@@ -70,6 +73,12 @@ class DataConfig:
             self.bucket_block > 0 or (len(self.buckets) < 2 and len(self.mix) < 2),
             "data.bucket_block is 0, but data.buckets or data.mix names several: "
             "set it to the global batch size or a multiple of it",
+        )
+        require(0 <= self.whitening <= 1, f"data.whitening is {self.whitening}: use 0 to 1")
+        require(
+            self.whitening == 1 or self.normalize == "measured",
+            f"data.whitening={self.whitening} needs measured statistics, but data.normalize is {self.normalize}: "
+            "use data.normalize=measured or data.whitening=1",
         )
         require(self.stage_gb > 0, f"data.stage_gb is {self.stage_gb}: use more than 0")
         require(

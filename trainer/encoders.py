@@ -12,6 +12,7 @@ from torch import Tensor
 from trainer.config import ConfigError
 
 VAE_PREFIX, DIFFUSERS_PREFIX, OPEN_CLIP_PREFIX = "vae:", "diffusers:", "open_clip:"
+_MINILM = re.compile(r"minilm(?:@(\d+))?")
 _T5 = re.compile(r"t5(?:@(\d+))?:(.+)")
 
 
@@ -112,10 +113,11 @@ def build_text_encoder(spec: str) -> TextEncoder:
         from trainer.text_chain import TextChain
 
         return TextChain([build_text_encoder(name) for name in names])
-    if spec == "minilm":
-        from trainer.minilm import MiniLm
+    minilm = _MINILM.fullmatch(spec)
+    if minilm:
+        from trainer.minilm import NUM_LAYERS, MiniLm
 
-        return MiniLm()
+        return MiniLm(int(minilm[1] or NUM_LAYERS))
     if spec.startswith(OPEN_CLIP_PREFIX):
         from trainer.open_clip_text import OpenClipText
 
@@ -126,6 +128,6 @@ def build_text_encoder(spec: str) -> TextEncoder:
 
         return T5Text(Path(t5[2]), int(t5[1] or DEFAULT_MAX_TOKENS))
     raise ConfigError(
-        f"data.text_encoder={spec} is not known: use minilm, open_clip:ARCH:FILE, open_clip:DIR, t5:DIR, "
+        f"data.text_encoder={spec} is not known: use minilm, minilm@LAYER, open_clip:ARCH:FILE, open_clip:DIR, t5:DIR, "
         "or several of them joined by +"
     )

@@ -32,12 +32,20 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 class MiniLm:
-    """Text encoder of the demo: contextual tokens of the last layer, special tokens included."""
+    """Text encoder of the demo: tokens after `num_layers` of the 6 layers, special tokens included.
+
+    The last layer was trained to say the same in every token (their mean is the sentence's embedding); after the
+    first, a token still tells which word it is and where it stands, which a picture of two objects needs.
+    """
 
     dim = 384
     max_tokens = MAX_TOKENS
 
-    def __init__(self) -> None:
+    def __init__(self, num_layers: int = NUM_LAYERS) -> None:
+        require(
+            1 <= num_layers <= NUM_LAYERS, f"data.text_encoder=minilm@{num_layers}: use a layer from 1 to {NUM_LAYERS}"
+        )
+        self.num_layers = num_layers
         self.path = package_file(PACKAGE, "model/model.safetensors")
         self.tokenizer = Tokenizer.from_file(str(package_file(PACKAGE, "model/tokenizer.json")))
         self.tokenizer.enable_truncation(MAX_TOKENS)
@@ -49,8 +57,9 @@ class MiniLm:
         return _load(self.path)
 
     def fingerprint(self) -> str:
-        """Weights (pinned, so known before they are read) and cut-off length."""
-        return f"minilm-{SHA256[:16]}-{MAX_TOKENS}"
+        """Weights (pinned, so known before they are read), cut-off length and, unless the last, the layer."""
+        layer = "" if self.num_layers == NUM_LAYERS else f"-layer{self.num_layers}"
+        return f"minilm-{SHA256[:16]}-{MAX_TOKENS}{layer}"
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> list[Tensor]:
@@ -70,7 +79,7 @@ class MiniLm:
         x_BLD = w["embeddings.word_embeddings.weight"][ids_BL]
         x_BLD = x_BLD + w["embeddings.position_embeddings.weight"][:L] + w["embeddings.token_type_embeddings.weight"][0]
         x_BLD = self._norm("embeddings.LayerNorm", x_BLD)
-        for i in range(NUM_LAYERS):
+        for i in range(self.num_layers):
             layer = f"encoder.layer.{i}"
             y_BLD = self._linear(f"{layer}.attention.output.dense", self._attention(layer, x_BLD))
             x_BLD = self._norm(f"{layer}.attention.output.LayerNorm", x_BLD + y_BLD)

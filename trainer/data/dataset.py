@@ -104,10 +104,19 @@ def _describe(
         shift, scale = first["codec_shift"], first["codec_scale"]
         decided["normalize"] = [shift, scale]
         info = replace(info, mean=[shift] * info.channels, std=[1 / scale] * info.channels)
+    if data.whitening != 1:
+        decided["whitening"] = data.whitening
+        info = replace(info, std=_partly_whitened(info.std, data.whitening))
     if decided:
         parts = json.dumps([info.fingerprint, decided], sort_keys=True)
         info = replace(info, fingerprint=hashlib.sha256(parts.encode()).hexdigest()[:16])
     return info
+
+
+def _partly_whitened(std: list[float], whitening: float) -> list[float]:
+    """Divisors std^w, times the factor that leaves the normalised channels a mean square of 1."""
+    factor = math.sqrt(sum(s ** (2 - 2 * whitening) for s in std) / len(std))
+    return [factor * s**whitening for s in std]
 
 
 def _pooled(moments: list[tuple[list[float], list[float]]], weights: list[float]) -> tuple[list[float], list[float]]:
