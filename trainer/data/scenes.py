@@ -52,6 +52,8 @@ _LOW, _MIDDLE, _HIGH = 0.26, 0.5, 0.74  # centres of the cells of a 2 x 2 arrang
 _CORNERS = tuple(product((_LOW, _HIGH), (_LOW, _HIGH)))
 _PAIR_SIZE = 0.46
 _TILE_OBJECT_SIZE = 0.44
+_SINGLE_SIZES = (0.60, 0.70)
+_GRID = 32  # sizes and corners are whole pixels of a picture of this size: small drawings stay sharp
 _COUNT_SIZES = {1: 0.62, 2: 0.46, 3: 0.43, 4: 0.42}
 
 
@@ -199,7 +201,7 @@ def _pair_centres(relation: str, rng: random.Random) -> list[tuple[float, float]
 def _layout(category: str, content: _Content, rng: random.Random) -> list[tuple[float, float, float]]:
     """(x, y, size) of each object."""
     if category in ("single_object", "colors"):
-        centres, size, jitter = [(_MIDDLE, _MIDDLE)], rng.uniform(0.74, 0.86), 0.06
+        centres, size, jitter = [(_MIDDLE, _MIDDLE)], rng.uniform(*_SINGLE_SIZES), 0.06
     elif category == "counting":
         size, jitter = _COUNT_SIZES[content.count], 0.02
         centres = rng.sample(_CORNERS, content.count)
@@ -217,12 +219,19 @@ def _layout(category: str, content: _Content, rng: random.Random) -> list[tuple[
     return [(x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter), size) for x, y in centres]
 
 
+def _snap(x: float, y: float, size: float) -> tuple[float, float, float]:
+    """The nearest place and size on the grid."""
+    pixels = round(size * _GRID)
+    x, y = ((round(centre * _GRID - pixels / 2) + pixels / 2) / _GRID for centre in (x, y))
+    return x, y, pixels / _GRID
+
+
 def _build(category: str, content: _Content, rng: random.Random) -> Scene:
-    places = _layout(category, content, rng)
+    places = [_snap(*place) for place in _layout(category, content, rng)]
     names = content.names * (content.count if category == "counting" else 1)
     colors = content.colors if category == "color_attr" else content.colors * len(places)
     objects = tuple(
-        SceneObject(name=name, x=round(x, 4), y=round(y, 4), size=round(size, 4), background=color)
+        SceneObject(name=name, x=x, y=y, size=size, background=color)
         for name, color, (x, y, size) in zip(names, colors, places, strict=True)
     )
     return Scene(
