@@ -144,7 +144,7 @@ def test_bad_arguments_exit_with_2_and_write_nothing(tmp_path: Path) -> None:
 
 
 def test_objects_lie_on_whole_pixels() -> None:
-    for scene in (training_scene(5, i) for i in range(40)):
+    for scene in (s.training_scene(5, i) for i in range(40)):
         for item in scene.objects:
             corners = [32 * (centre - item.size / 2) for centre in (item.x, item.y)]
             assert all(abs(corner - round(corner)) < 1e-9 for corner in (*corners, 32 * item.size))
