@@ -148,3 +148,10 @@ def test_objects_lie_on_whole_pixels() -> None:
         for item in scene.objects:
             corners = [32 * (centre - item.size / 2) for centre in (item.x, item.y)]
             assert all(abs(corner - round(corner)) < 1e-9 for corner in (*corners, 32 * item.size))
+
+
+def test_two_objects_stand_in_reading_order() -> None:
+    for scene in s.held_out_scenes(3, 30):
+        if scene.category == "two_object":
+            first, second = scene.objects
+            assert first.x < second.x - 0.3 or first.y < second.y - 0.3

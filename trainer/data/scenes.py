@@ -34,6 +34,7 @@ COLORS = {
     "pink": (250, 160, 190),
 }
 RELATIONS = ("left of", "right of", "above", "below")
+_READING_ORDER = ("left of", "above")  # of two objects without a relation, the first named is met first
 NUMBER_WORDS = ("one", "two", "three", "four")
 # Share of each category in the training scenes. single_object and colors differ in judging alone.
 CATEGORY_WEIGHTS = {
@@ -210,12 +211,9 @@ def _layout(category: str, content: _Content, rng: random.Random) -> list[tuple[
     elif category == "color_attr":
         centres, size, jitter = [(0.25, _MIDDLE), (0.75, _MIDDLE)], _TILE_OBJECT_SIZE, 0.02
         centres = [(x, y + rng.uniform(-0.15, 0.15)) for x, y in centres]
-    elif category == "position" or rng.random() < 0.7:
-        centres = _pair_centres(content.relation or rng.choice(RELATIONS), rng)
+    else:
+        centres = _pair_centres(content.relation or rng.choice(_READING_ORDER), rng)
         size, jitter = _PAIR_SIZE, 0.02
-    else:  # two objects on a diagonal
-        first = rng.choice(_CORNERS)
-        centres, size, jitter = [first, (1 - first[0], 1 - first[1])], _PAIR_SIZE, 0.02
     return [(x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter), size) for x, y in centres]
 
 
