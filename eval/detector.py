@@ -6,7 +6,8 @@ best has a closed form, so backgrounds are fitted, not listed, and the fit names
 object. With t = P + V b the score is 1 - |w - t|^2 / (energy of w + energy of t), energies about the mean
 colour: 1 for equality, about 0 for a plain or an unrelated window, and little less than 1 for lower
 contrast. Greedy selection takes the candidate that explains most of the picture's energy, then drops those
-that overlap it: a part of a large object cannot beat the whole.
+that overlap it: a part of a large object cannot beat the whole. A place that another object explains nearly
+as well is left out: half a cat and half a dog is neither.
 Shapes: N pictures, T templates of one size, h x w window places, k x k pixels.
 """
 
@@ -21,21 +22,29 @@ from eval.geneval import Detection, Rules
 from eval.templates import TemplateBank, build_bank, gaussian_blur
 from trainer.data.scenes import COLORS, OBJECTS
 
-VERSION = "template-1"
+VERSION = "template-2"
 PICTURE_SIZE = 32  # pixels; other sizes are reduced or enlarged to this
 _CHUNK = 40  # pictures compared at once
 _PADDING = 1  # border pixels repeated around the picture, for objects that touch it
+_RIVAL_SCORE = 0.2  # how far below the least score of a detection a rival may lie
+_SAME_PLACE = 0.7  # overlap from which two candidates explain the same thing,
+_SAME_ENERGY = 0.5  # if the weaker explains this share of the other's energy or more
 _FLOOR = 1e-3  # energy below which a window is plain, in squared [0, 1] light
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorConfig:
-    """`min_score` is the least score of a detection, `blur` (pixels) is given to picture and templates
+    """`min_score` is the least score of a detection, `min_lead` the least share by which it leaves less
+    unexplained (1 - score) than any other object at its place; `blur` (pixels) is given to picture and templates
     alike, `sizes` are object sizes in quarter pixels, `step` the distance of sub-pixel offsets in quarter
     pixels, `max_overlap` the share of the smaller box that may lie in an accepted one.
+
+    Score and lead were set on pictures that no model drew: true ones all pass, also blurred and noisy, and blends of
+    two objects pass less often than by a score of 0.8 without a lead (`eval.detector --self-test` prints it).
     """
 
-    min_score: float = 0.8
+    min_score: float = 0.7
+    min_lead: float = 0.3
     blur: float = 0.6
     sizes: tuple[int, ...] = (48, 52, 56, 60, 65, 70, 76, 82, 89, 96, 104, 112)
     step: int = 2
@@ -119,14 +128,27 @@ def _overlap(box_4: Tensor, boxes_K4: Tensor) -> Tensor:
     return area / torch.minimum(box_4[2] - box_4[0], boxes_K4[:, 2] - boxes_K4[:, 0]).square()
 
 
+def _leads(best: int, found: _Candidates, rows_K: Tensor, min_lead: float) -> bool:
+    """Whether every other object at the place of candidate `best` leaves clearly more unexplained."""
+    same_K = _overlap(found.box_K4[best], found.box_K4[rows_K]) > _SAME_PLACE
+    same_K &= found.gain_K[rows_K] > _SAME_ENERGY * found.gain_K[best]
+    rivals_K = rows_K[same_K & (found.object_K[rows_K] != found.object_K[best])]
+    return bool((1 - found.score_K[best] <= (1 - min_lead) * (1 - found.score_K[rivals_K])).all())
+
+
 def _select(found: _Candidates, rows_K: Tensor, config: DetectorConfig, scale: float) -> list[Detection]:
     """Greedy choice among the candidates `rows_K` of one picture, most explained energy first."""
+    all_rows_K = rows_K
+    rows_K = rows_K[found.score_K[rows_K] >= config.min_score]
     rows_K = rows_K[found.gain_K[rows_K].argsort(descending=True, stable=True)]
     palette = torch.tensor(list(COLORS.values())) / 255
     color_names = list(COLORS)
     detections = []
     while len(rows_K):
         best = int(rows_K[0])
+        rows_K = rows_K[_overlap(found.box_K4[best], found.box_K4[rows_K]) <= config.max_overlap]
+        if not _leads(best, found, all_rows_K, config.min_lead):
+            continue
         color = int((palette - found.color_K3[best]).square().sum(1).argmin())
         x1, y1, x2, y2 = (value * scale for value in found.box_K4[best].tolist())
         detections.append(
@@ -137,7 +159,6 @@ def _select(found: _Candidates, rows_K: Tensor, config: DetectorConfig, scale: f
                 color=color_names[color],
             )
         )
-        rows_K = rows_K[_overlap(found.box_K4[best], found.box_K4[rows_K]) <= config.max_overlap]
     return sorted(detections, key=lambda item: -item.score)
 
 
@@ -159,7 +180,7 @@ def detect(pictures_NHWC: Tensor, config: DetectorConfig | None = None) -> list[
             x_N3HW = functional.interpolate(x_N3HW, size, mode="bilinear", antialias=True)
         x_N3HW = functional.pad(gaussian_blur(x_N3HW, config.blur), (_PADDING,) * 4, mode="replicate")
         banks = [build_bank(pixels, config.step, config.blur) for pixels in config.sizes]
-        found = _join([_candidates(x_N3HW, bank, config.min_score) for bank in banks])
+        found = _join([_candidates(x_N3HW, bank, config.min_score - _RIVAL_SCORE) for bank in banks])
         for n in range(len(chunk)):
             rows_K = torch.nonzero(found.picture_K == n).flatten()
             detections.append(_select(found, rows_K, config, side / PICTURE_SIZE))

@@ -26,7 +26,7 @@ from trainer.data.scenes import render, training_scene
 
 GENEVAL_VERSION = "geneval-rules-1"
 FID_VERSION = "fid-1"
-OTHER_THRESHOLDS = (0.75, 0.85)
+OTHER_THRESHOLDS = (0.6, 0.65, 0.75, 0.8)
 
 
 @dataclass(frozen=True, kw_only=True)

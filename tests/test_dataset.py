@@ -204,7 +204,7 @@ def test_whitening_keeps_the_total_and_equalises_channels_by_degree(latents: Pat
         prints.add(info.fingerprint)
     assert spreads[2] == pytest.approx(1, abs=1e-3) and spreads[1] == pytest.approx(spreads[0] ** 0.5, rel=1e-3)
     assert len(prints) == 3
-    with pytest.raises(ConfigError, match="data.whitening is 2"):
+    with pytest.raises(ConfigError, match=r"data\.whitening is 2"):
         config_for(latents, 4, 1, "data.whitening=2")
 
 
