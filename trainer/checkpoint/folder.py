@@ -93,21 +93,27 @@ def checksum_of(path: Path) -> str:
 
 
 def fault(
-    checkpoint: Path, *, part: int = 0, num_parts: int = 1, checksums: bool = True, only: Collection[str] = ()
+    checkpoint: Path,
+    *,
+    part: int = 0,
+    num_parts: int = 1,
+    checksums: bool = True,
+    only: Collection[str] = (),
+    state: str = STATE,
 ) -> str:
     """What is wrong with a checkpoint, in a few words; empty if it is whole.
 
     Of `num_parts` parties each checks every `num_parts`-th file, so that together they read each file once.
-    Without `checksums` only names and sizes are compared, and the content of `state.json`. With `only` no other
-    files are looked at.
+    Without `checksums` only names and sizes are compared, and the content of `state`. With `only` no other
+    files are looked at. `state` is the small file that says what the others are.
     """
     try:
         manifest = read_manifest(checkpoint)
     except ConfigError as error:
         return str(error)
-    if STATE not in manifest:
-        return f"{STATE} is missing"
-    names = sorted(only or manifest, key=lambda name: (name == STATE, name))[part::num_parts]  # rank r: its own file
+    if state not in manifest:
+        return f"{state} is missing"
+    names = sorted(only or manifest, key=lambda name: (name == state, name))[part::num_parts]  # rank r: its own file
 
     def problem(name: str) -> str:
         path, expected = checkpoint / name, manifest[name]
@@ -115,7 +121,7 @@ def fault(
             size = path.stat().st_size
             if size != expected.size:
                 return f"{name} has {size} bytes instead of {expected.size}"
-            if (checksums or name == STATE) and checksum_of(path) != expected.checksum:
+            if (checksums or name == state) and checksum_of(path) != expected.checksum:
                 return f"{name} has a wrong checksum"
         except FileNotFoundError:
             return f"{name} is missing"
