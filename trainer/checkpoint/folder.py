@@ -18,14 +18,14 @@ from typing import Any
 import xxhash
 
 from trainer.checkpoint.state import STATE
-from trainer.checkpoint.tensorfile import CHUNK_BYTES, Written
+from trainer.checkpoint.tensorfile import Written
 from trainer.config import ConfigError, require
 
 MANIFEST = "MANIFEST.json"
 LATEST = "latest"
 _NAME = re.compile(r"step_\d{8,}")
 _REPLACED, _DELETED = ".replaced.tmp", ".deleted.tmp"
-_HASH_THREADS = 4
+_HASH_THREADS, _HASH_BYTES = 4, 1 << 22
 logger = logging.getLogger("ec_dit")
 
 
@@ -86,9 +86,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Written]:
 def checksum_of(path: Path) -> str:
     """XXH3-128 of a file."""
     hasher = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(_HASH_BYTES))  # one for all reads: several threads of an exporter hold one each
     with path.open("rb", buffering=0) as file:
-        while block := file.read(CHUNK_BYTES // 8):
-            hasher.update(block)
+        while count := file.readinto(buffer):
+            hasher.update(buffer[:count])
     return hasher.hexdigest()
 
 
