@@ -15,10 +15,10 @@ class MoeConfig:
     `image` makes a picture's output independent of the other pictures in its batch.
 
     `tie_break` says which of several tokens with exactly equal affinities an expert takes. `any` leaves it to the
-    sort. `rotate` lets expert e prefer the tokens from position `e * capacity` on (modulo their number): when all
-    affinities are equal, as with a router of zeros, the experts' shares follow each other round the image, and
-    every token is taken by exactly `capacity_factor` experts if that is a whole number and the capacity was not
-    rounded. A dense model can be continued as a mixture from there (trainer/checkpoint/upcycle.py).
+    sort. `rotate` lets expert e of E prefer the tokens from position floor(e S / E) of S on, and round: when all
+    affinities are equal, as with a router of zeros, no two experts take the same tokens, and every token is
+    taken by exactly `capacity_factor` experts if that is a whole number and the capacity was not rounded. A dense
+    model can be continued as a mixture from there (trainer/checkpoint/upcycle.py).
     """
 
     num_experts: int = 8

@@ -49,7 +49,7 @@ class ReferenceMoe(nn.Module):
         for b in range(B):
             tokens = [torch.zeros_like(x_BSD[b, s]) for s in range(S)]
             for i in range(E):
-                turn = i * capacity if self.config.tie_break == "rotate" else 0
+                turn = i * S // E if self.config.tie_break == "rotate" else 0
                 tokens_in_turn = [(turn + j) % S for j in range(S)]
                 best = sorted(tokens_in_turn, key=lambda s: -float(affinity_BSE[b, s, i].detach()))[:capacity]
                 for s in best:

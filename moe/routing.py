@@ -52,13 +52,13 @@ def choose_tokens(affinity_BSE: Tensor, capacity: int) -> Tensor:
 
 
 def choose_tokens_in_turn(affinity_BSE: Tensor, capacity: int) -> Tensor:
-    """`choose_tokens` with `tie_break: rotate`: of equal affinities expert e takes those from e * C on first.
+    """`choose_tokens` with `tie_break: rotate`: equal affinities go to expert e from floor(e S / E) on.
 
     A stable sort of the tokens in the order of each expert's preference, [B, S, E] -> [B, E, C] int64.
     """
     B, S, E = affinity_BSE.shape
     device = affinity_BSE.device
-    first_E1 = torch.arange(E, device=device).unsqueeze(1) * capacity
+    first_E1 = torch.arange(E, device=device).unsqueeze(1) * S // E
     order_BES = ((first_E1 + torch.arange(S, device=device)) % S).expand(B, E, S)
     turned_BES = affinity_BSE.detach().transpose(1, 2).gather(2, order_BES)
     best_BEC = turned_BES.sort(dim=-1, descending=True, stable=True).indices[..., :capacity]

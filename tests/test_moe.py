@@ -107,10 +107,12 @@ def test_rotated_ties_go_to_the_experts_in_turn(num_experts: int, factor: float,
     capacity = config.capacity(tokens)
     index = choose_tokens_in_turn(torch.full((2, tokens, num_experts), 1 / num_experts), capacity)
     for expert in range(num_experts):
-        turn = sorted((expert * capacity + j) % tokens for j in range(capacity))
+        turn = sorted((expert * tokens // num_experts + j) % tokens for j in range(capacity))
         assert index[:, expert].tolist() == [turn, turn]
     count = torch.bincount(index[0].flatten(), minlength=tokens)
-    assert int(count.max() - count.min()) <= 1
+    exact = config.exact_capacity(tokens).denominator == 1 and factor.is_integer()
+    assert int(count.max() - count.min()) <= 1 - exact
+    assert len({tuple(row.tolist()) for row in index[0]}) == num_experts, "no two experts take the same tokens"
     untied = torch.rand(2, tokens, num_experts)
     assert torch.equal(choose_tokens_in_turn(untied, capacity), choose_tokens(untied, capacity))
 

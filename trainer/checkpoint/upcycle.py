@@ -6,18 +6,19 @@ S the tokens of an image, C = S f / E the capacity. The layer computes
     y(x_s) = sum over the experts e that took token s of  gate(s, e) F_e(x_s),    gate = softmax over E of x_s W_r.
 
 With W_r = 0 all logits are 0, so every gate is exactly 1 / E and all affinities are tied, whatever the input. Ties
-alone would let all experts take the same tokens; with `moe.tie_break: rotate` expert e takes the tokens
-e C, ..., e C + C - 1 modulo S. Taken together, the experts walk through E C = S f consecutive positions. So if f is
-whole and C was not rounded they walk round the image f times, and every token is taken by exactly f experts,
-different ones as C <= S. Let every expert be F with its output scaled by E / f, which `w2` and the second half of
-`w3` take up:
+alone would let all experts take the same tokens; with `moe.tie_break: rotate` expert e takes the C tokens from
+floor(e S / E) on, round the image. Token s is taken by the e with s + 1 - C <= e S / E < s + 1 (modulo S): an interval
+of f steps of S / E, if C was not rounded, which contains exactly f whole e if f is whole. So every token is taken by
+exactly f experts. Let every expert be F with its output scaled by E / f, which `w2` and the second half of `w3` take
+up:
 
     F_e(x) = gelu(x U + u) (E/f V) + E/f v = E/f F(x),    y(x_s) = f * 1/E * E/f F(x_s) = F(x_s).
 
-This is equality for every input, up to the rounding of the products, and bitwise the same routing on any topology.
-It needs a whole f and a whole C for all token counts in use (training with masks, sampling, every bucket), hence the
-checks in `check_upcycle`. It holds at step 0 only: from then on the router's gradient, which is not zero, since a
-token's gates reach F through the experts that took it and not through the others, breaks the ties.
+This is equality for every input, up to the rounding of the products, on any topology. It needs a whole f and a whole
+C for all token counts in use (training with masks, sampling, every bucket), hence the checks in `check_upcycle`.
+It holds at step 0 only: the router's gradient is not zero, and breaks the ties. If two experts took the same tokens
+they would get the same gradients and stay equal for ever; the starts differ, so none do, unless E > S or f = E, which
+is refused.
 
 Copying the FFN follows sparse upcycling (arXiv 2212.05055); the scaled output replaces its normalised gates.
 Shapes: E experts, D width, F hidden width.
@@ -49,6 +50,12 @@ def check_upcycle(moe: MoeConfig, token_counts: Sequence[int], origin: str) -> N
         float(moe.capacity_factor).is_integer(),
         f"moe.capacity_factor is {moe.capacity_factor:g} but {origin} is of a dense model, and experts that start "
         "equal must take every token equally often: use a whole number",
+    )
+    require(
+        moe.num_experts == 1 or moe.capacity_factor < moe.num_experts <= min(token_counts),
+        f"moe.num_experts is {moe.num_experts} but {origin} is of a dense model, and experts that start equal and take "
+        f"the same tokens stay equal: use more than moe.capacity_factor={moe.capacity_factor:g} and at most "
+        f"{min(token_counts)}, the smallest number of tokens",
     )
     for count in token_counts:
         require(
