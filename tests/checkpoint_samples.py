@@ -89,7 +89,7 @@ def model_tensors(config: TrainConfig, info: LatentInfo, seed: int = 0) -> dict[
     }
 
 
-def write_tensors(
+def write_checkpoint(
     run_dir: Path, config: TrainConfig, info: LatentInfo, tensors: dict[str, dict[str, Tensor]], step: int = 3
 ) -> Path:
     """A checkpoint of given tensors, {kind: {name: full tensor}}, in the pieces of `TOPOLOGY`."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_samples import model_tensors, write_tensors
+from checkpoint_samples import model_tensors, write_checkpoint
 from safetensors.torch import load_file
 from tests_launcher import ROOT, Launcher
 
@@ -41,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with one checkpoint, of four ranks."""
     folder = tmp_path_factory.mktemp("export") / "run"
     config = load_config("debug", [*TINY, f"run_dir={folder}"])
-    write_tensors(
+    write_checkpoint(
         folder, config, INFO, {"weight": model_tensors(config, INFO, 1), "ema": model_tensors(config, INFO, 2)}
     )
     return folder
@@ -167,7 +167,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     folder = tmp_path_factory.mktemp("large") / "run"
     tensors = {f"w{i}.weight": torch.full((512, 512), float(i)) for i in range(8)}
     tensors["w9.experts.w1"] = torch.arange(8 * 2048 * 2560, dtype=torch.float32).view(8, 2048, 2560)
-    write_tensors(folder, TrainConfig(run_dir=str(folder)), INFO, {"ema": tensors})
+    write_checkpoint(folder, TrainConfig(run_dir=str(folder)), INFO, {"ema": tensors})
     return folder, tensors["w9.experts.w1"].nbytes
 
 

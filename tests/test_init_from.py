@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_samples import model_tensors, write_tensors
+from checkpoint_samples import model_tensors, write_checkpoint
 from tests_launcher import Launcher
 
 from moe.config import MoeConfig
@@ -31,7 +31,7 @@ INFO = SyntheticDataset(8, 0).info
 def make_export(folder: Path, *overrides: str) -> Path:
     """An fp32 export of random weights that are nowhere zero."""
     config = load_config("debug", [*TINY, *overrides])
-    checkpoint = write_tensors(folder / "run", config, INFO, {"ema": model_tensors(config, INFO)})
+    checkpoint = write_checkpoint(folder / "run", config, INFO, {"ema": model_tensors(config, INFO)})
     export(checkpoint, folder / "out", ExportOptions(weights="ema", dtype="fp32", shard_bytes=20_000))
     return folder / "out"
 
