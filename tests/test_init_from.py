@@ -1,6 +1,7 @@
 """Starting from an export: equal losses on any topology, dense to mixture without a change, clear refusals."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -198,3 +199,12 @@ def test_a_refused_export_leaves_no_run_folder(launcher: Launcher, mixture: Path
     )
     assert done.returncode == 2 and "moe.num_experts is 8 but init_from=" in done.stderr
     assert not run_dir.exists()
+    broken = tmp_path / "broken"
+    shutil.copytree(mixture, broken)
+    file = next(broken.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    done = launcher.run("-m", "trainer.train", "debug", *TINY, f"run_dir={run_dir}", f"init_from={broken}")
+    assert done.returncode == 2 and f"{file.name} has a wrong checksum: export it anew" in done.stderr
+    assert not (run_dir / "config.yaml").exists()
