@@ -1,6 +1,7 @@
-"""Score a checkpoint: draw pictures, measure, write report.json and report.html.
+"""Score a checkpoint or an export: draw pictures, measure, write report.json and report.html.
 
 python -m eval.run runs/demo                                # all suites, into runs/demo/eval
+python -m eval.run exports/demo --out exports/demo_eval        # an export is never written to
 torchrun --nproc-per-node 8 -m eval.run RUN --suite geneval # pictures drawn by all ranks, scored by the first
 """
 
@@ -20,6 +21,7 @@ from eval.prompts import Prompt, demo_prompts, metadata_lines, render_prompts
 from eval.protocol import fingerprint, package_versions, sampling_card
 from eval.report import ReportInput, render_report
 from eval.suites import SUITES, Evaluation
+from trainer.checkpoint import is_export
 from trainer.config import ConfigError, require, run_cli
 from trainer.data.emoji import ATTRIBUTION
 from trainer.distributed import World, barrier, detect_world, init_distributed
@@ -60,7 +62,7 @@ def parse(argv: Sequence[str] | None) -> EvalConfig:
     parser = argparse.ArgumentParser(
         prog="eval.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path, help="run folder, or a step folder in RUN/checkpoints")
+    parser.add_argument("checkpoint", type=Path, help="run folder, a step folder in RUN/checkpoints, or an export")
     parser.add_argument("--suite", default=",".join(SUITES), help=f"comma list of {', '.join(SUITES)}")
     parser.add_argument("--per-category", type=int, default=EvalConfig.per_category, help="prompts per category")
     parser.add_argument("--samples", type=int, default=EvalConfig.num_samples, help="pictures per prompt")
@@ -68,6 +70,10 @@ def parse(argv: Sequence[str] | None) -> EvalConfig:
     parser.add_argument("--seed", type=int, default=EvalConfig.seed, help="seed of the prompts")
     parser.add_argument("--out", type=Path, help="folder of the results (default RUN/eval)")
     given = parser.parse_args(argv)
+    require(
+        given.out is not None or not is_export(given.checkpoint),
+        f"--out is missing: {given.checkpoint} is an export, which stays as it is; name a folder for the results",
+    )
     return EvalConfig(
         checkpoint=given.checkpoint,
         out=given.out or run_folder(given.checkpoint.resolve()) / "eval",
@@ -85,7 +91,7 @@ def _draw(config: EvalConfig, prompts: list[Prompt], world: World) -> tuple[Pipe
     pipelines: dict[str, Pipeline] = {}
     for weights in WEIGHTS:
         pipeline = Pipeline.load(config.checkpoint, weights=weights)
-        card = sampling_card(pipeline.config, pipeline.step, weights, prompts, config.num_samples)
+        card = sampling_card(pipeline.config, pipeline.step, pipeline.origin, prompts, config.num_samples)
         folder = config.out / "pictures" / f"{weights}_{fingerprint(card)}"
         if world.is_main:
             write_text(folder / "evaluation_metadata.jsonl", metadata_lines(prompts))
@@ -111,7 +117,7 @@ def _load(config: EvalConfig, prompts: list[Prompt], pipeline: Pipeline, folders
         pictures=pictures,
         untrained=untrained,
         true=render_prompts(prompts, pictures.shape[1]),
-        sampling=sampling_card(pipeline.config, pipeline.step, "ema", prompts, config.num_samples),
+        sampling=sampling_card(pipeline.config, pipeline.step, pipeline.origin, prompts, config.num_samples),
         folder=folders["ema"],
         out=config.out,
         progress=sys.stderr.isatty(),
@@ -190,7 +196,9 @@ def evaluate(config: EvalConfig) -> None:
     for suite in config.suites:
         SUITES[suite].check()
     if not config.checkpoint.exists():
-        raise ConfigError(f"checkpoint {config.checkpoint} does not exist: give a run folder or a step folder in it")
+        raise ConfigError(
+            f"checkpoint {config.checkpoint} does not exist: give a run folder, a step folder in it or an export"
+        )
     world = detect_world()
     if world.size > 1:
         init_distributed(world)

@@ -13,12 +13,19 @@ class MoeConfig:
     block is `every=2`); 0 gives the dense twin. `capacity_factor` is the mean number of experts that
     take a token. `pool` is the set of tokens among which an expert chooses its top `capacity`:
     `image` makes a picture's output independent of the other pictures in its batch.
+
+    `tie_break` says which of several tokens with exactly equal affinities an expert takes. `any` leaves it to the
+    sort. `rotate` lets expert e of E prefer the tokens from position floor(e S / E) of S on, and round: when all
+    affinities are equal, as with a router of zeros, no two experts take the same tokens, and every token is
+    taken by exactly `capacity_factor` experts if that is a whole number and the capacity was not rounded. A dense
+    model can be continued as a mixture from there (trainer/checkpoint/upcycle.py).
     """
 
     num_experts: int = 8
     capacity_factor: float = 2.0
     every: int = 2
     pool: Literal["image"] = "image"
+    tie_break: Literal["any", "rotate"] = "any"
 
     def __post_init__(self) -> None:
         if self.num_experts < 1:

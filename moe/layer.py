@@ -58,7 +58,8 @@ class ExpertChoiceMoe(nn.Module):
         """
         affinity_BSE = self.router(x_BSD)
         capacity = self.config.capacity(x_BSD.shape[1])
-        routing = expert_choice(affinity_BSE, capacity, memory.index_BEC if memory else None)
+        chosen = memory.index_BEC if memory else None
+        routing = expert_choice(affinity_BSE, capacity, chosen, self.config.tie_break)
         if memory is not None:
             memory.index_BEC = routing.index_BEC
         rows = flat_index(routing.index_BEC, x_BSD.shape[1])

@@ -49,7 +49,9 @@ class ReferenceMoe(nn.Module):
         for b in range(B):
             tokens = [torch.zeros_like(x_BSD[b, s]) for s in range(S)]
             for i in range(E):
-                best = sorted(range(S), key=lambda s: -float(affinity_BSE[b, s, i].detach()))[:capacity]
+                turn = i * S // E if self.config.tie_break == "rotate" else 0
+                tokens_in_turn = [(turn + j) % S for j in range(S)]
+                best = sorted(tokens_in_turn, key=lambda s: -float(affinity_BSE[b, s, i].detach()))[:capacity]
                 for s in best:
                     gate = affinity_BSE[b, s, i]
                     tokens[s] = tokens[s] + gate.to(x_BSD.dtype) * self.expert(i, x_BSD[b, s])

@@ -4,6 +4,7 @@ Shapes: B images, S image tokens, E experts, C capacity (tokens that an expert t
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -50,14 +51,34 @@ def choose_tokens(affinity_BSE: Tensor, capacity: int) -> Tensor:
     return index_BEC.sort(dim=-1).values
 
 
-def expert_choice(affinity_BSE: Tensor, capacity: int, index_BEC: Tensor | None = None) -> Routing:
+def choose_tokens_in_turn(affinity_BSE: Tensor, capacity: int) -> Tensor:
+    """`choose_tokens` with `tie_break: rotate`: equal affinities go to expert e from floor(e S / E) on.
+
+    A stable sort of the tokens in the order of each expert's preference, [B, S, E] -> [B, E, C] int64.
+    """
+    B, S, E = affinity_BSE.shape
+    device = affinity_BSE.device
+    first_E1 = torch.arange(E, device=device).unsqueeze(1) * S // E
+    order_BES = ((first_E1 + torch.arange(S, device=device)) % S).expand(B, E, S)
+    turned_BES = affinity_BSE.detach().transpose(1, 2).gather(2, order_BES)
+    best_BEC = turned_BES.sort(dim=-1, descending=True, stable=True).indices[..., :capacity]
+    return order_BES.gather(2, best_BEC).sort(dim=-1).values
+
+
+def expert_choice(
+    affinity_BSE: Tensor,
+    capacity: int,
+    index_BEC: Tensor | None = None,
+    tie_break: Literal["any", "rotate"] = "any",
+) -> Routing:
     """Route by expert choice: the gate is the raw affinity of each chosen pair (equation 8).
 
     Pass `index_BEC` to repeat an earlier choice (activation checkpointing): the choice among tied or
     nearly tied affinities must not change between the forward pass and its recomputation.
     """
     if index_BEC is None:
-        index_BEC = choose_tokens(affinity_BSE, capacity)
+        choose = choose_tokens_in_turn if tie_break == "rotate" else choose_tokens
+        index_BEC = choose(affinity_BSE, capacity)
     gate_BEC = affinity_BSE.transpose(1, 2).gather(2, index_BEC)
     return Routing(index_BEC=index_BEC, gate_BEC=gate_BEC)
 

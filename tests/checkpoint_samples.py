@@ -14,6 +14,8 @@ from trainer.checkpoint.layout import layout_places
 from trainer.checkpoint.reader import KINDS, Piece, rank_file, write_pieces
 from trainer.checkpoint.state import FORMAT, Topology
 from trainer.config import TrainConfig, TrainLoopConfig, config_to_dict
+from trainer.data.dataset import LatentInfo
+from trainer.model import EcDit, ModelShape
 
 TOPOLOGY = Topology(world_size=4, ep_size=2, zero_stage=3)
 PARAMETERS: list[dict[str, Any]] = [
@@ -72,6 +74,45 @@ def write_sample(run_dir: Path, step: int, topology: Topology = TOPOLOGY) -> Pat
         for rank in range(topology.world_size)
     }
     files["state.json"] = write_durable(temporary / "state.json", json.dumps(sample_state(topology, step, config)))
+    write_manifest(temporary, files)
+    publish(temporary, final)
+    return final
+
+
+def model_tensors(config: TrainConfig, info: LatentInfo, seed: int = 0) -> dict[str, Tensor]:
+    """Random weights of a real model, none of them zero, small enough that its output stays near 1."""
+    shape = ModelShape(channels=info.channels, height=info.height, width=info.width, text_dim=info.text_dim)
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: 0.5 * value.shape[-1] ** -0.5 * torch.randn(value.shape, generator=generator)
+        for name, value in EcDit(config.model, config.moe, shape).named_parameters()
+    }
+
+
+def write_checkpoint(
+    run_dir: Path, config: TrainConfig, info: LatentInfo, tensors: dict[str, dict[str, Tensor]], step: int = 3
+) -> Path:
+    """A checkpoint of given tensors, {kind: {name: full tensor}}, in the pieces of `TOPOLOGY`."""
+    parameters = [
+        {"name": name, "shape": list(value.shape), "decays": value.ndim > 1, "expert": ".experts." in name}
+        for name, value in next(iter(tensors.values())).items()
+    ]
+    final = checkpoint_dir(run_dir, step)
+    temporary = temporary_dir(final)
+    temporary.mkdir(parents=True)
+    files = {}
+    for rank, places in enumerate(layout_places(parameters, TOPOLOGY)):
+        pieces = [
+            Piece(
+                kind=kind, name=place.name, offset=place.offset, shape=tuple(values[place.name].shape),
+                values=values[place.name].flatten()[place.offset : place.offset + place.length],
+            )
+            for kind, values in tensors.items()
+            for place in places
+        ]  # fmt: skip
+        files[rank_file(rank)] = write_pieces(temporary / rank_file(rank), pieces, {})
+    state = sample_state(TOPOLOGY, step, config) | {"parameters": parameters, "data_info": asdict(info)}
+    files["state.json"] = write_durable(temporary / "state.json", json.dumps(state))
     write_manifest(temporary, files)
     publish(temporary, final)
     return final

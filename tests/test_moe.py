@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from moe.dispatch import combine, dispatch, flat_index
 from moe.experts import grouped_linear
 from moe.layer import ChoiceMemory, ExpertChoiceMoe
 from moe.reference import ReferenceMoe
-from moe.routing import choose_tokens, expert_choice, routing_stats
+from moe.routing import choose_tokens, choose_tokens_in_turn, expert_choice, routing_stats
 
 
 def filled(layer: torch.nn.Module) -> torch.nn.Module:
@@ -24,11 +25,14 @@ def filled(layer: torch.nn.Module) -> torch.nn.Module:
     return layer
 
 
+@pytest.mark.parametrize("tie_break", ["any", "rotate"])
 @pytest.mark.parametrize(
     "num_experts,factor,tokens", [(4, 2.0, 16), (4, 1.0, 8), (8, 2.0, 4), (2, 0.5, 12), (3, 1.5, 10)]
 )
-def test_layer_equals_the_plain_loops_forward_and_backward(num_experts: int, factor: float, tokens: int) -> None:
-    config = MoeConfig(num_experts=num_experts, capacity_factor=factor)
+def test_layer_equals_the_plain_loops_forward_and_backward(
+    num_experts: int, factor: float, tokens: int, tie_break: Any
+) -> None:
+    config = MoeConfig(num_experts=num_experts, capacity_factor=factor, tie_break=tie_break)
     layer = filled(ExpertChoiceMoe(config, dim=16, hidden_dim=24))
     oracle = filled(ReferenceMoe(config, dim=16, hidden_dim=24))
     x = torch.randn(3, tokens, 16, requires_grad=True)
@@ -88,6 +92,29 @@ def test_each_expert_takes_its_highest_affinities() -> None:
         for e in range(3):
             assert set(index[b, e].tolist()) == set(affinity[b, :, e].argsort(descending=True)[:4].tolist())
             assert index[b, e].tolist() == sorted(index[b, e].tolist())
+
+
+@pytest.mark.parametrize("num_experts,factor,tokens", [(4, 2.0, 16), (4, 3.0, 16), (8, 1.0, 8), (3, 1.5, 10)])
+def test_rotated_ties_go_to_the_experts_in_turn(num_experts: int, factor: float, tokens: int) -> None:
+    """Affinities of few values, so that most are tied: the plain loops choose the same; all tied: evenly."""
+    config = MoeConfig(num_experts=num_experts, capacity_factor=factor, tie_break="rotate")
+    layer, oracle = (filled(kind(config, dim=8, hidden_dim=8)) for kind in (ExpertChoiceMoe, ReferenceMoe))
+    distinct = torch.randn(3, 8)
+    x = distinct[torch.randint(3, (2, tokens), generator=torch.Generator().manual_seed(1))]
+    ours, expected = layer(x), oracle(x)
+    assert torch.equal(ours[1].experts_per_token_BS, expected[1].experts_per_token_BS)
+    torch.testing.assert_close(ours[0], expected[0], rtol=1e-5, atol=1e-5)
+    capacity = config.capacity(tokens)
+    index = choose_tokens_in_turn(torch.full((2, tokens, num_experts), 1 / num_experts), capacity)
+    for expert in range(num_experts):
+        turn = sorted((expert * tokens // num_experts + j) % tokens for j in range(capacity))
+        assert index[:, expert].tolist() == [turn, turn]
+    count = torch.bincount(index[0].flatten(), minlength=tokens)
+    exact = config.exact_capacity(tokens).denominator == 1 and factor.is_integer()
+    assert int(count.max() - count.min()) <= 1 - exact
+    assert len({tuple(row.tolist()) for row in index[0]}) == num_experts, "no two experts take the same tokens"
+    untied = torch.rand(2, tokens, num_experts)
+    assert torch.equal(choose_tokens_in_turn(untied, capacity), choose_tokens(untied, capacity))
 
 
 def test_statistics_of_a_known_routing() -> None:

@@ -217,10 +217,11 @@ class SampleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A whole training run."""
+    """A whole training run. `init_from` names an export whose weights a new run starts from."""
 
     run_dir: str = "runs/debug"
     seed: int = 0
+    init_from: str = ""
     train: TrainLoopConfig = field(default_factory=TrainLoopConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.checkpoint import Saver, TrainState, list_checkpoints, load_checkpoint, newest_whole
+from trainer.checkpoint import Saver, TrainState, list_checkpoints, load_checkpoint, load_init, newest_whole
 from trainer.data.dataset import DataState, build_loader
 from trainer.distributed import all_reduce_mean, from_main
 from trainer.ema import Ema
@@ -51,6 +51,8 @@ class Trainer:
         info = plan.dataset.info
         shape = ModelShape(channels=info.channels, height=info.height, width=info.width, text_dim=info.text_dim)
         self.engine = build_engine(plan.config, plan.deepspeed_config, shape, device)
+        if plan.init_from is not None:
+            load_init(plan.init_from, self.engine, plan.config)
         self.ema = Ema(self.engine, plan.config.ema)
         self.state = TrainState(step=0, data=DataState(seed=plan.config.seed, epoch=0, consumed=0, samples_seen=0))
         self.saver = Saver(plan.config, plan.topology, info, plan.world)

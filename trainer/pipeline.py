@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe.layer import ExpertChoiceMoe
 from moe.routing import RoutingStats
-from trainer.checkpoint import find_checkpoint, read_ema, read_state
+from trainer.checkpoint import find_checkpoint, is_export, read_ema, read_export, read_export_config, read_state
 from trainer.config import TrainConfig, config_from_dict
 from trainer.data.dataset import LatentInfo
 from trainer.encoders import build_codec, build_text_encoder
@@ -17,10 +17,16 @@ from trainer.sampling import Observer, draw, text_batch, to_pictures
 
 
 class Pipeline:
-    """Captions in, pictures out. All experts are local; the training topology does not matter."""
+    """Captions in, pictures out. All experts are local; the training topology does not matter.
 
-    def __init__(self, config: TrainConfig, info: LatentInfo, step: int, weights: dict[str, Tensor] | None) -> None:
+    `origin` says which weights these are, for the protocol of numbers that are measured on the pictures.
+    """
+
+    def __init__(
+        self, config: TrainConfig, info: LatentInfo, step: int, weights: dict[str, Tensor] | None, origin: str = "ema"
+    ) -> None:
         self.config, self.info, self.step = config, info, step
+        self.origin = "untrained" if weights is None else origin
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.shape = ModelShape(channels=info.channels, height=info.height, width=info.width, text_dim=info.text_dim)
         self.model = EcDit(config.model, config.moe, self.shape, ExpertChoiceMoe)
@@ -35,12 +41,21 @@ class Pipeline:
 
     @classmethod
     def load(cls, checkpoint: Path, *, weights: Literal["ema", "untrained"] = "ema") -> "Pipeline":
-        """From a run folder (newest whole checkpoint) or a step folder; ConfigError if there is none."""
-        folder = find_checkpoint(Path(checkpoint))
-        state: dict[str, Any] = read_state(folder)
+        """From a run folder (newest whole checkpoint), a step folder or an export; ConfigError if there is none.
+
+        An export has the weights that were chosen when it was made; `ema` stands for those.
+        """
+        folder = Path(checkpoint)
+        if is_export(folder):
+            state: dict[str, Any] = read_export_config(folder, checksums=True)
+            rounded = "" if state["dtype"] == "fp32" else f" {state['dtype']}"
+            read, origin = read_export, state["weights"] + rounded
+        else:
+            folder = find_checkpoint(folder)
+            state, read, origin = read_state(folder), read_ema, "ema"
         config = config_from_dict(state["config"])
         info = LatentInfo(**state["data_info"])
-        return cls(config, info, state["step"], read_ema(folder) if weights == "ema" else None)
+        return cls(config, info, state["step"], read(folder) if weights == "ema" else None, origin)
 
     @torch.inference_mode()
     def generate(self, captions: list[str], seeds: list[int], *, observe: Observer | None = None) -> Tensor:

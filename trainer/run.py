@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.checkpoint import choose_checkpoint
+from trainer.checkpoint import check_init_whole, choose_checkpoint, init_notes
 from trainer.config import ConfigError, TrainConfig, save_config
 from trainer.distributed import World, barrier, from_main, init_distributed
 from trainer.loop import Trainer
@@ -42,7 +42,12 @@ def _train_locked(plan: Plan, device: torch.device, stop: StopSignal) -> None:
     try:
         checkpoint, notes = choose_checkpoint(config, plan.topology, plan.dataset.info.fingerprint, world)
         plan = replace(plan, checkpoint=checkpoint)
-        from_main(world, lambda: prepare_run_folder(plan, notes))
+        if plan.init_from is not None:
+            check_init_whole(plan.init_from, world)
+        from_main(
+            world,
+            lambda: prepare_run_folder(plan, [*notes, *init_notes(config, plan.dataset.info, checkpoint)]),
+        )
         trainer = Trainer(plan, device, stop, lock)
         try:
             trainer.run()
@@ -77,4 +82,5 @@ def prepare_run_folder(plan: Plan, notes: Sequence[str] = ()) -> None:
     )  # fmt: skip
     for sentence in (*rounded_capacities(config, plan.dataset.info), *notes):
         logger.info(sentence)
-    logger.info("resuming from %s" if plan.checkpoint else "starting fresh%s", plan.checkpoint or "")
+    start = f"starting from the weights of {plan.init_from}" if plan.init_from else "starting fresh"
+    logger.info(f"resuming from {plan.checkpoint}" if plan.checkpoint else start)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import Topology, check_resumable, find_candidate
+from trainer.checkpoint import Topology, check_init, check_resumable, find_candidate
 from trainer.config import ConfigError, TrainConfig, require
 from trainer.data.dataset import LatentDataset, LatentInfo, open_dataset
 from trainer.deepspeed_config import load_deepspeed_config, zero_stage
@@ -30,6 +30,11 @@ class Plan:
     def global_batch_size(self) -> int:
         """Samples per optimizer step."""
         return self.config.global_batch_size(self.world.size)
+
+    @property
+    def init_from(self) -> Path | None:
+        """The export whose weights the run starts from; None if it resumes or starts fresh."""
+        return Path(self.config.init_from) if self.config.init_from and self.checkpoint is None else None
 
     @property
     def num_tokens(self) -> int:
@@ -57,6 +62,8 @@ def plan_run(config: TrainConfig, world: World) -> Plan:
     GridSampler.check(config)
     topology = Topology(world_size=world.size, ep_size=ep_size, zero_stage=zero_stage(deepspeed_config))
     checkpoint = find_resume(config, topology, dataset.info.fingerprint)
+    if config.init_from and checkpoint is None:
+        check_init(Path(config.init_from), config, dataset.info)
     return Plan(
         config=config, world=world, deepspeed_config=deepspeed_config, dataset=dataset,
         topology=topology, checkpoint=checkpoint,

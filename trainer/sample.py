@@ -1,4 +1,4 @@
-"""Draw pictures from a checkpoint.
+"""Draw pictures from a checkpoint or an export.
 
 python -m trainer.sample runs/demo --prompt "a cat on a blue background" --num 4 --out cat.png
 """
@@ -16,7 +16,7 @@ from trainer.sampling import picture_grid
 def main(argv: list[str] | None = None) -> None:
     """Command line of the sampler."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="run folder or step folder")
+    parser.add_argument("checkpoint", type=Path, help="run folder, step folder or export")
     parser.add_argument("--prompt", action="append", required=True, help="caption; give it several times for several")
     parser.add_argument("--num", type=int, default=4, help="pictures per prompt")
     parser.add_argument("--seed", type=int, default=0)

@@ -2,6 +2,7 @@
 
     python -m trainer.train trainer/configs/debug.yaml
     torchrun --nproc-per-node 4 -m trainer.train trainer/configs/debug.yaml parallel.ep_size=2 train.micro_batch_size=2
+    python -m trainer.train RECIPE init_from=EXPORT            # a new run from the weights of another
 
 Also under `deepspeed --module`, `mpirun` and `srun`. SIGTERM, SIGUSR1 or Ctrl-C saves at the next step and ends the
 run; a second Ctrl-C ends it at once. Exit codes: 0 done or stopped, 1 failed, 2 refused.

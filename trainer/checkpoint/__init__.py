@@ -10,7 +10,9 @@ disk that differs between ZeRO stages and loses optimizer hyper-parameters on th
 """
 
 from trainer.checkpoint.agree import CheckpointError
+from trainer.checkpoint.export_reader import is_export, read_export, read_export_config
 from trainer.checkpoint.folder import checkpoint_dir, fault, find_checkpoint, list_checkpoints, newest_whole
+from trainer.checkpoint.init_from import check_init, check_init_whole, init_notes, load_init
 from trainer.checkpoint.load import load_checkpoint
 from trainer.checkpoint.reader import CheckpointReader, read_ema, tensor_hashes
 from trainer.checkpoint.resume import check_resumable, choose_checkpoint, find_candidate
@@ -24,6 +26,8 @@ __all__ = [
     "Saver",
     "Topology",
     "TrainState",
+    "check_init",
+    "check_init_whole",
     "check_resumable",
     "checkpoint_dir",
     "choose_checkpoint",
@@ -31,10 +35,15 @@ __all__ = [
     "find_candidate",
     "find_checkpoint",
     "git_commit",
+    "init_notes",
+    "is_export",
     "list_checkpoints",
     "load_checkpoint",
+    "load_init",
     "newest_whole",
     "read_ema",
+    "read_export",
+    "read_export_config",
     "read_state",
     "save_checkpoint",
     "tensor_hashes",

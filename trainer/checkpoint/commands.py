@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from trainer.checkpoint.export import CONFIG, DTYPES, KIND_OF, ExportOptions, check_target, export
+from trainer.checkpoint.export_reader import is_export
 from trainer.checkpoint.folder import checkpoint_dir, fault, find_checkpoint, list_checkpoints, read_manifest
 from trainer.checkpoint.reshape import reshape
 from trainer.checkpoint.state import Topology, read_state, topology_of
@@ -25,10 +27,10 @@ def add_list(commands: Any) -> None:
 
 
 def add_verify(commands: Any) -> None:
-    """`verify RUN_OR_STEP`: the same with all checksums, of a run or of one checkpoint."""
+    """`verify RUN_OR_STEP`: the same with all checksums, of a run, of one checkpoint or of an export."""
     parser: argparse.ArgumentParser = commands.add_parser("verify", help="read every byte and compare checksums")
-    parser.add_argument("path", type=Path, metavar="RUN_OR_STEP", help="run folder or step folder")
-    parser.set_defaults(run=lambda arguments: _show(_checkpoints(arguments.path), checksums=True))
+    parser.add_argument("path", type=Path, metavar="RUN_OR_STEP", help="run folder, step folder or export")
+    parser.set_defaults(run=_verify)
 
 
 def add_reshape(commands: Any) -> None:
@@ -42,6 +44,17 @@ def add_reshape(commands: Any) -> None:
     parser.add_argument("--out", type=Path, help="run folder to write to; default: in place")
     parser.add_argument("--verify", action="store_true", help="hash all logical tensors before and after")
     parser.set_defaults(run=_reshape)
+
+
+def add_export(commands: Any) -> None:
+    """`export RUN_OR_STEP OUT`: the weights as plain safetensors files."""
+    parser: argparse.ArgumentParser = commands.add_parser("export", help="write the weights as safetensors files")
+    parser.add_argument("path", type=Path, metavar="RUN_OR_STEP", help="run folder (newest whole one) or step folder")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new or empty folder")
+    parser.add_argument("--weights", choices=KIND_OF, default="ema", help="average or live weights (default ema)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of all tensors (default bf16)")
+    parser.add_argument("--shard-gb", type=float, default=4.0, help="largest file in GB (10^9 bytes); default 4")
+    parser.set_defaults(run=_export)
 
 
 def _checkpoints(path: Path) -> list[Path]:
@@ -97,6 +110,24 @@ def _reshape(arguments: argparse.Namespace) -> int:
         verdict = "equal" if after[kind, name] == value else "DIFFERENT"
         print(f"{kind:<10}  {value}  {after[kind, name]}  {verdict}  {name}")
     print(f"{final}: {old} -> {topology}" + (f", {len(before)} tensors equal" if arguments.verify else ""))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    if not is_export(arguments.path):
+        return _show(_checkpoints(arguments.path), checksums=True)
+    problem = fault(arguments.path, state=CONFIG)
+    print(f"{arguments.path}: {problem or 'whole'}")
+    return int(bool(problem))
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    options = ExportOptions(weights=arguments.weights, dtype=arguments.dtype, shard_bytes=int(arguments.shard_gb * 1e9))
+    check_target(arguments.out)
+    require(not is_export(arguments.path), f"{arguments.path} is an export already: name a run or a checkpoint")
+    source = find_checkpoint(arguments.path)
+    size = export(source, arguments.out, options)
+    print(f"{arguments.out}: {arguments.weights} weights of {source} in {arguments.dtype}, {_human(size)}")
     return 0
 
 

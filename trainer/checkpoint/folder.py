@@ -18,14 +18,14 @@ from typing import Any
 import xxhash
 
 from trainer.checkpoint.state import STATE
-from trainer.checkpoint.tensorfile import CHUNK_BYTES, Written
+from trainer.checkpoint.tensorfile import Written
 from trainer.config import ConfigError, require
 
 MANIFEST = "MANIFEST.json"
 LATEST = "latest"
 _NAME = re.compile(r"step_\d{8,}")
 _REPLACED, _DELETED = ".replaced.tmp", ".deleted.tmp"
-_HASH_THREADS = 4
+_HASH_THREADS, _HASH_BYTES = 4, 1 << 22
 logger = logging.getLogger("ec_dit")
 
 
@@ -86,28 +86,35 @@ def read_manifest(checkpoint: Path) -> dict[str, Written]:
 def checksum_of(path: Path) -> str:
     """XXH3-128 of a file."""
     hasher = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(_HASH_BYTES))  # one for all reads: several threads of an exporter hold one each
     with path.open("rb", buffering=0) as file:
-        while block := file.read(CHUNK_BYTES // 8):
-            hasher.update(block)
+        while count := file.readinto(buffer):
+            hasher.update(buffer[:count])
     return hasher.hexdigest()
 
 
 def fault(
-    checkpoint: Path, *, part: int = 0, num_parts: int = 1, checksums: bool = True, only: Collection[str] = ()
+    checkpoint: Path,
+    *,
+    part: int = 0,
+    num_parts: int = 1,
+    checksums: bool = True,
+    only: Collection[str] = (),
+    state: str = STATE,
 ) -> str:
     """What is wrong with a checkpoint, in a few words; empty if it is whole.
 
     Of `num_parts` parties each checks every `num_parts`-th file, so that together they read each file once.
-    Without `checksums` only names and sizes are compared, and the content of `state.json`. With `only` no other
-    files are looked at.
+    Without `checksums` only names and sizes are compared, and the content of `state`. With `only` no other
+    files are looked at. `state` is the small file that says what the others are.
     """
     try:
         manifest = read_manifest(checkpoint)
     except ConfigError as error:
         return str(error)
-    if STATE not in manifest:
-        return f"{STATE} is missing"
-    names = sorted(only or manifest, key=lambda name: (name == STATE, name))[part::num_parts]  # rank r: its own file
+    if state not in manifest:
+        return f"{state} is missing"
+    names = sorted(only or manifest, key=lambda name: (name == state, name))[part::num_parts]  # rank r: its own file
 
     def problem(name: str) -> str:
         path, expected = checkpoint / name, manifest[name]
@@ -115,7 +122,7 @@ def fault(
             size = path.stat().st_size
             if size != expected.size:
                 return f"{name} has {size} bytes instead of {expected.size}"
-            if (checksums or name == STATE) and checksum_of(path) != expected.checksum:
+            if (checksums or name == state) and checksum_of(path) != expected.checksum:
                 return f"{name} has a wrong checksum"
         except FileNotFoundError:
             return f"{name} is missing"

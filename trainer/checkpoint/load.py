@@ -1,5 +1,7 @@
 """Reading a checkpoint into an engine of any topology: each rank reads the ranges that ZeRO gives it."""
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +48,27 @@ def _fill(checkpoint: Path, engine: Any, ema: Ema, saved: dict[str, Any], world:
     prepare_moments(engine, saved["optimizer"]["moments"], saved["optimizer"]["step"])
     pieces = list(engine_pieces(engine, ema))
     reader = _reader(checkpoint, pieces, world)
+    fill((piece.values, piece.offset, partial(reader.read_into, piece.kind, piece.name)) for piece in pieces)
+    reader.close()
+
+
+@torch.no_grad()
+def fill(targets: Iterable[tuple[Tensor, int, Callable[[int, Tensor], None]]]) -> None:
+    """Fill flat fp32 tensors of any device: of each its values, where they begin in the full tensor, and a reader.
+
+    The reader fills a flat host tensor with the elements from a start on.
+    """
     buffer: Tensor | None = None
-    for piece in pieces:
-        if piece.values.device.type == "cpu":
-            reader.read_into(piece.kind, piece.name, piece.offset, piece.values)
+    for values, offset, read in targets:
+        if values.device.type == "cpu":
+            read(offset, values)
             continue
         if buffer is None:
             buffer = torch.empty(CHUNK_BYTES // 4, dtype=torch.float32, pin_memory=True)
-        for start in range(0, piece.values.numel(), buffer.numel()):
-            part = piece.values[start : start + buffer.numel()]
-            reader.read_into(piece.kind, piece.name, piece.offset + start, buffer[: part.numel()])
+        for start in range(0, values.numel(), buffer.numel()):
+            part = values[start : start + buffer.numel()]
+            read(offset + start, buffer[: part.numel()])
             part.copy_(buffer[: part.numel()])
-    reader.close()
 
 
 def _reader(checkpoint: Path, pieces: list[Piece], world: World) -> CheckpointReader:

@@ -168,10 +168,12 @@ class CheckpointReader:
             self._file(place.path).read_into(f"{kind}/{name}", position - place.start, part)
             position, number = stop, number + 1
 
-    def chunks(self, kind: str, name: str, start: int = 0, end: int | None = None) -> Iterator[Tensor]:
+    def chunks(
+        self, kind: str, name: str, start: int = 0, end: int | None = None, *, chunk_bytes: int = CHUNK_BYTES
+    ) -> Iterator[Tensor]:
         """Elements `start` to `end` of the flattened logical tensor in order, in parts of at most 64 MiB."""
         stop = self._count(name) if end is None else end
-        step = CHUNK_BYTES // 4
+        step = chunk_bytes // 4
         for first in range(start, stop, step):
             yield self.read_range(kind, name, first, min(first + step, stop))
 

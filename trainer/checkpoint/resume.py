@@ -16,6 +16,7 @@ from trainer.distributed import World
 RULES: dict[str, tuple[bool, str]] = {
     "run_dir": (True, "a run folder may be moved"),
     "seed": (False, "it keys the order of the data and all noise"),
+    "init_from": (True, "it is where a new run starts; a resumed one goes on from its own checkpoint"),
     "train": (True, "length, cadence and batch arithmetic; the global batch is compared by itself"),
     "train.precision": (False, "losses before and after would not compare"),
     "parallel": (True, "any topology reads any checkpoint"),

@@ -1,4 +1,4 @@
-"""One file of flat tensors in the safetensors format: streamed out with a checksum, read back by range.
+"""One file of tensors in the safetensors format: streamed out with a checksum, read back by flat range.
 
 The library's own writer wants every tensor in host memory at once, and its reader maps the file, so that what
 was read counts as memory of the process. Here one chunk is held at a time both ways. Files written here are
@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from trainer.config import ConfigError
 
 CHUNK_BYTES = 1 << 26
-_DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 
@@ -35,11 +36,15 @@ class Written:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """`length` elements that are to be written: `chunks` yields them in order as flat tensors of any device."""
+    """`length` elements that are to be written: `chunks` yields them in order as flat tensors of any device.
+
+    The file says that they are of `shape`, or without one that they are flat.
+    """
 
     dtype: torch.dtype
     length: int
     chunks: Callable[[], Iterable[Tensor]]
+    shape: tuple[int, ...] | None = None
 
 
 def tensor_source(tensor: Tensor) -> Source:
@@ -50,7 +55,7 @@ def tensor_source(tensor: Tensor) -> Source:
 
 
 def write_tensors(path: Path, sources: Mapping[str, Source], metadata: Mapping[str, str]) -> Written:
-    """Write flat fp32 or uint8 tensors, one chunk in host memory at a time, and flush to disk.
+    """Write fp32, bf16 or uint8 tensors, one chunk in host memory at a time, and flush to disk.
 
     Raises OSError as the file system does; the file is then incomplete.
     """
@@ -58,7 +63,8 @@ def write_tensors(path: Path, sources: Mapping[str, Source], metadata: Mapping[s
     end = 0
     for name, source in sources.items():
         start, end = end, end + source.length * source.dtype.itemsize
-        header[name] = {"dtype": _DTYPES[source.dtype], "shape": [source.length], "data_offsets": [start, end]}
+        shape = [source.length] if source.shape is None else list(source.shape)
+        header[name] = {"dtype": _DTYPES[source.dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     hasher = xxhash.xxh3_128()
@@ -76,13 +82,14 @@ def write_tensors(path: Path, sources: Mapping[str, Source], metadata: Mapping[s
 def _blocks(sources: Iterable[Source]) -> Iterator[memoryview]:
     for source in sources:
         for chunk in source.chunks():
-            yield chunk.cpu().numpy().data.cast("B")
+            yield chunk.cpu().view(torch.uint8).numpy().data
 
 
 class TensorFile:
     """The tensors of one file, read by range; holds one open file and no data.
 
-    `tensors[name]` is (length in elements, offset in the file in bytes); `metadata` is the writer's.
+    `tensors[name]` is (length in elements, offset in the file in bytes), `shapes[name]` and `dtypes[name]` are the
+    header's; `metadata` is the writer's.
     Raises ConfigError naming the file when its header is not readable or does not fit its size.
     """
 
@@ -97,8 +104,9 @@ class TensorFile:
             self.metadata: dict[str, str] = header.pop("__metadata__")
             start = 8 + length
             self.dtypes: dict[str, str] = {name: entry["dtype"] for name, entry in header.items()}
+            self.shapes: dict[str, tuple[int, ...]] = {name: tuple(entry["shape"]) for name, entry in header.items()}
             self.tensors: dict[str, tuple[int, int]] = {
-                name: (entry["shape"][0], start + entry["data_offsets"][0]) for name, entry in header.items()
+                name: (prod(entry["shape"]), start + entry["data_offsets"][0]) for name, entry in header.items()
             }
             end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
             if end != os.fstat(self.file.fileno()).st_size:
@@ -111,7 +119,7 @@ class TensorFile:
         """Fill the contiguous host tensor `out` with elements `start` to `start + out.numel()` of a tensor."""
         length, position = self.tensors[name]
         assert 0 <= start and start + out.numel() <= length, (name, start, out.numel(), length)
-        view = out.view(-1).numpy().data.cast("B")
+        view = out.view(-1).view(torch.uint8).numpy().data
         self.file.seek(position + start * out.element_size())
         while view:
             count = self.file.readinto(view)

@@ -1,0 +1,156 @@
+"""Export: the weights of a checkpoint as plain safetensors files, on a CPU, one part of a tensor in memory at a time.
+
+An export folder holds
+
+| file                                 | what                                                                    |
+|--------------------------------------|-------------------------------------------------------------------------|
+| `model-00001-of-00002.safetensors`   | whole tensors under their names in the model, all experts, bf16 or fp32 |
+| `model.safetensors.index.json`       | Hugging Face's index: in which file each tensor is, size of all         |
+| `config.json`                        | settings, description of the data, step: all that is needed to draw     |
+| `MANIFEST.json`                      | size and XXH3-128 of each file, as in a checkpoint                      |
+
+Equal checkpoints and options give equal bytes. The folder appears at once, when it is whole.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.folder import fault, flush, write_durable, write_manifest
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.state import read_state
+from trainer.checkpoint.tensorfile import Source, Written, write_tensors
+from trainer.config import ConfigError, require
+
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+FORMAT = 1
+KIND_OF = {"ema": "ema", "model": "weight"}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
+_PART_BYTES = 1 << 24  # of fp32 values held at a time; larger parts are not faster
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Which weights, in which dtype, in files of at most how many bytes (a larger tensor has a file of its own)."""
+
+    weights: str
+    dtype: str
+    shard_bytes: int
+
+    def __post_init__(self) -> None:
+        for name, known in (("weights", KIND_OF), ("dtype", DTYPES)):
+            value = getattr(self, name)
+            require(value in known, f"--{name} {value} is unknown: choose from {', '.join(known)}")
+        require(self.shard_bytes >= 1, f"--shard-gb {self.shard_bytes / 1e9:g}: use more than 0")
+
+
+def check_target(out: Path) -> None:
+    """Refuse a target that would be overwritten."""
+    require(
+        not out.exists() or (out.is_dir() and not any(out.iterdir())),
+        f"{out} exists and is not an empty folder: name a new one, or remove it",
+    )
+
+
+def export(source: Path, out: Path, options: ExportOptions) -> int:
+    """Write the checkpoint folder `source`, which is whole, as an export; returns the bytes of its tensors.
+
+    A crash leaves `out` as it was. Raises ConfigError for a target that is not empty and a disk that refuses.
+    """
+    out = Path(os.path.abspath(out))
+    check_target(out)
+    temporary = out.with_name(f".{out.name}.export.tmp")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a job that died
+        temporary.mkdir()
+        size = _write(source, temporary, options)
+        problem = fault(temporary, checksums=False, state=CONFIG)
+        if problem:
+            raise OSError(f"{temporary} is not complete on disk: {problem}")
+        flush(temporary)
+        check_target(out)
+        os.replace(temporary, out)
+        flush(out.parent)
+    except OSError as error:
+        raise ConfigError(f"{out} could not be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return size
+
+
+def _write(source: Path, folder: Path, options: ExportOptions) -> int:
+    reader = CheckpointReader(source)
+    dtype, kind = DTYPES[options.dtype], KIND_OF[options.weights]
+    shapes = {name: reader.shape(name) for name in reader.names(kind)}
+    require(bool(shapes), f"{source} has no {options.weights} weights: choose others with --weights")
+    sizes = {name: prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    shards = split_shards(sizes, options.shard_bytes)
+    files: dict[str, Written] = {}
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        sources = {
+            name: Source(
+                dtype=dtype,
+                length=prod(shapes[name]),
+                chunks=partial(_parts, reader, kind, name, dtype),
+                shape=shapes[name],
+            )
+            for name in names
+        }
+        files[file] = write_tensors(folder / file, sources, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    reader.close()
+    total = sum(sizes.values())
+    contents = {
+        INDEX: {"metadata": {"total_size": total}, "weight_map": weight_map},
+        CONFIG: _describe(read_state(source), options),
+    }
+    for file, content in contents.items():
+        files[file] = write_durable(folder / file, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    write_manifest(folder, files)
+    return total
+
+
+def _parts(reader: CheckpointReader, kind: str, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+    for part in reader.chunks(kind, name, chunk_bytes=_PART_BYTES):
+        yield part.to(dtype)
+
+
+def split_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in order, in groups of at most `limit` bytes; a larger tensor is a group of its own."""
+    groups: list[list[str]] = []
+    used = 0
+    for name, size in sizes.items():
+        if not groups or used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    return groups
+
+
+def _describe(state: dict[str, Any], options: ExportOptions) -> dict[str, Any]:
+    return {
+        "architectures": ["EcDit"],
+        "model_type": "ec_dit",
+        "torch_dtype": _NAMES[options.dtype],
+        "format": FORMAT,
+        "weights": options.weights,
+        "dtype": options.dtype,
+        "step": state["step"],
+        "data_info": state["data_info"],
+        "config": state["config"],
+        "git_commit": state.get("git_commit", ""),
+    }
