@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from trainer.checkpoint import choose_checkpoint
-from trainer.config import TrainConfig, save_config
+from trainer.config import ConfigError, TrainConfig, save_config
 from trainer.distributed import World, barrier, from_main, init_distributed
 from trainer.loop import Trainer
 from trainer.metrics import logger, setup_logging
@@ -25,6 +25,18 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
     """
     plan = plan_run(config, world)
     device = init_distributed(world)
+    try:
+        _train_locked(plan, device, stop)
+    except ConfigError:
+        # All ranks raise it together. A process that exits with its group alive may abort instead (gloo's threads).
+        torch.distributed.destroy_process_group()
+        raise
+    torch.distributed.destroy_process_group()
+
+
+def _train_locked(plan: Plan, device: torch.device, stop: StopSignal) -> None:
+    """Hold the run folder from the choice of the checkpoint to the end of the loop."""
+    config, world = plan.config, plan.world
     lock = RunLock(Path(config.run_dir))
     from_main(world, lock.acquire)
     try:
@@ -41,7 +53,6 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
         barrier()
     finally:
         lock.release()
-    torch.distributed.destroy_process_group()
 
 
 def _close_after(trainer: Trainer, error: Exception) -> None:
