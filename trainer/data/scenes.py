@@ -38,12 +38,12 @@ _READING_ORDER = ("left of", "above")  # of two objects without a relation, the 
 NUMBER_WORDS = ("one", "two", "three", "four")
 # Share of each category in the training scenes. single_object and colors differ in judging alone.
 CATEGORY_WEIGHTS = {
-    "single_object": 0.15,
-    "two_object": 0.20,
-    "counting": 0.15,
-    "colors": 0.15,
-    "position": 0.20,
-    "color_attr": 0.15,
+    "single_object": 0.19,
+    "two_object": 0.14,
+    "counting": 0.19,
+    "colors": 0.19,
+    "position": 0.15,
+    "color_attr": 0.14,
 }
 CATEGORIES = tuple(CATEGORY_WEIGHTS)
 
