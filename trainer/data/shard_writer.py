@@ -107,11 +107,16 @@ class _Latents:
 
     def add(self, mean: Tensor, std: Tensor | None) -> None:
         self.mean.append(mean.cpu().half().contiguous())
-        self.sums += self.mean[-1].double().sum((0, 2, 3))
-        self.square_sums += self.mean[-1].double().square().sum((0, 2, 3))
+        self.sums += _channel_sums(self.mean[-1].double())
+        self.square_sums += _channel_sums(self.mean[-1].double().square())
         if std is not None:
             self.std.append(std.cpu().half().contiguous())
-            self.square_sums += self.std[-1].double().square().sum((0, 2, 3))
+            self.square_sums += _channel_sums(self.std[-1].double().square())
+
+
+def _channel_sums(x_BCHW: Tensor) -> Tensor:
+    """Sums per channel, added by numpy: torch would add in an order that depends on the number of threads."""
+    return torch.from_numpy(x_BCHW.numpy().sum((0, 2, 3)))
 
 
 @torch.no_grad()
