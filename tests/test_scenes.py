@@ -96,10 +96,10 @@ def test_labels_agree_with_caption_and_layout(category: str) -> None:
 def test_captions_by_category() -> None:
     by_category = {scene.category: scene.caption for scene in reversed(TRAINING)}
     assert by_category == {
-        "single_object": "a tree on a purple background",
-        "two_object": "a banana and a fish on a white background",
-        "counting": "four bananas on a yellow background",
-        "colors": "a rocket on a red background",
+        "single_object": "a burger on a black background",
+        "two_object": "a ball and a rocket on a red background",
+        "counting": "three fishes on a purple background",
+        "colors": "a ghost on a blue background",
         "position": "a robot right of a frog on a blue background",
         "color_attr": "a ghost on a purple tile and a cat on a yellow tile",
     }

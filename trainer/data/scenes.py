@@ -38,12 +38,12 @@ _READING_ORDER = ("left of", "above")  # of two objects without a relation, the 
 NUMBER_WORDS = ("one", "two", "three", "four")
 # Share of each category in the training scenes. single_object and colors differ in judging alone.
 CATEGORY_WEIGHTS = {
-    "single_object": 0.19,
+    "single_object": 0.22,
     "two_object": 0.14,
-    "counting": 0.19,
-    "colors": 0.19,
+    "counting": 0.12,
+    "colors": 0.24,
     "position": 0.15,
-    "color_attr": 0.14,
+    "color_attr": 0.13,
 }
 CATEGORIES = tuple(CATEGORY_WEIGHTS)
 
