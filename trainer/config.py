@@ -95,9 +95,14 @@ class TrainLoopConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """`ep_size` ranks share the experts of a layer; `deepspeed_config` is a native DeepSpeed JSON file."""
+    """`ep_size` ranks share the experts of a layer; `deepspeed_config` is a native DeepSpeed JSON file.
+
+    With `elastic` a start on another number of processes adapts `ep_size` and the batch arithmetic of the recipe by
+    the rule of trainer/elastic.py, the global batch unchanged; without it, it is refused.
+    """
 
     ep_size: int = 1
+    elastic: bool = False
     deepspeed_config: str = "ds_configs/zero3.json"
 
     def __post_init__(self) -> None:

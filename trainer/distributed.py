@@ -22,11 +22,15 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process among all: global rank, rank on its node, number of processes."""
+    """This process among all: global rank, rank on its node, number of processes.
+
+    `local_size` processes run on each node; 0 where the launcher does not say.
+    """
 
     rank: int
     local_rank: int
     size: int
+    local_size: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -38,12 +42,18 @@ def detect_world() -> World:
     """Read the launcher's variables; connects to nothing."""
     env = os.environ
     if "RANK" in env:
-        return World(rank=int(env["RANK"]), local_rank=int(env.get("LOCAL_RANK", 0)), size=int(env["WORLD_SIZE"]))
+        return World(
+            rank=int(env["RANK"]),
+            local_rank=int(env.get("LOCAL_RANK", 0)),
+            size=int(env["WORLD_SIZE"]),
+            local_size=int(env.get("LOCAL_WORLD_SIZE", 0)),
+        )
     if "OMPI_COMM_WORLD_RANK" in env:
         return World(
             rank=int(env["OMPI_COMM_WORLD_RANK"]),
             local_rank=int(env["OMPI_COMM_WORLD_LOCAL_RANK"]),
             size=int(env["OMPI_COMM_WORLD_SIZE"]),
+            local_size=int(env["OMPI_COMM_WORLD_LOCAL_SIZE"]),
         )
     return World(rank=0, local_rank=0, size=1)
 
@@ -61,7 +71,8 @@ def init_distributed(world: World) -> torch.device:
         torch.cuda.set_device(world.local_rank)
     if "RANK" not in os.environ and world.size == 1:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
-    deepspeed.init_distributed(verbose=False)
+    # Where it discovers the processes through MPI it would take a port of its own, the same for all jobs of a node.
+    deepspeed.init_distributed(verbose=False, distributed_port=int(os.environ.get("MASTER_PORT", "29500")))
     return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 

@@ -28,6 +28,7 @@ from trainer.sample_grid import GridSampler
 from trainer.signals import StopSignal
 from trainer.skips import DivergedError, SkipPolicy
 from trainer.step import Prepared, StepResult, prepare, suspects, train_step
+from trainer.time_budget import TimeBudget
 
 logger = logging.getLogger("ec_dit")
 
@@ -68,35 +69,41 @@ class Trainer:
         )
         self.upcoming: list[Prepared] = []
         self.held = HeldErrors()
+        self.budget = TimeBudget.from_environment()
         self.arrivals = build_arrival_group()
         self.sound, self.agreed = True, False
 
-    def run(self) -> None:
-        """Steps until `max_steps`, `stop_at_step` or a stop signal; always ends with a checkpoint."""
+    def run(self) -> bool:
+        """Steps until `max_steps`, `stop_at_step` or a stop; always ends with a checkpoint.
+
+        A stop is a signal, or too little time left before the deadline. Returns whether the last step was reached.
+        """
         loop = self.config.train
         last = loop.stop_at_step or loop.max_steps
         if self.state.step >= last:
             self._say("nothing to do: the checkpoint is at step %d of %d", self.state.step, last)
-            return
+            return True
         try:
             stopped = self._run_until(last)
         except Exception as error:
             self._save_on_the_way_out(error)
             raise
-        self._say("ended after step %d of %d (%s)", self.state.step, loop.max_steps,
-                  "stop signal" if stopped else "last step")  # fmt: skip
+        why = "last step" if not stopped else "time limit near" if self.budget.is_spent() else "stop signal"
+        self._say("ended after step %d of %d (%s)", self.state.step, loop.max_steps, why)
+        return self.state.step >= last
 
     def close(self) -> None:
         """Close the log files."""
         self.reporter.close()
 
     def _run_until(self, last: int) -> bool:
-        """Step until `last` or a stop signal; returns whether it was a signal."""
+        """Step until `last` or a stop; returns whether it was a stop."""
         loop = self.config.train
         stopping = self._settle(self._prepare_and_exchange(more=True))
         while self.state.step < last and not stopping:
-            before = self.state.step
+            before, start = self.state.step, time.perf_counter()
             stopping = self._step(last)
+            self.budget.stepped(time.perf_counter() - start)
             step = self.state.step
             applied = step > before
             if applied and loop.sample_every and (step % loop.sample_every == 0 or step == loop.max_steps):
@@ -137,7 +144,11 @@ class Trainer:
             self.held.error = LockLostError(f"run_dir={self.config.run_dir} was taken over by another job")
         report = torch.zeros(4 + len(self.reporter.router_names))
         report[1:4] = torch.tensor(
-            [self.stop.received, self.held.error is not None, isinstance(self.held.error, LockLostError)]
+            [
+                self.stop.received or self.budget.is_spent(),
+                self.held.error is not None,
+                isinstance(self.held.error, LockLostError),
+            ]
         )
         report = report.to(self.device)
         if result is not None:
@@ -233,6 +244,7 @@ class Trainer:
         if self.saver.save(self.engine, self.ema, self.state, required=final):
             self.saved_step = self.state.step
         self.sound = True
+        self.budget.saved(time.perf_counter() - start)
         self.reporter.pause(time.perf_counter() - start)
 
     def _save_on_the_way_out(self, error: Exception) -> None:

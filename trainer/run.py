@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from trainer.checkpoint import check_init_whole, choose_checkpoint, init_notes
+from trainer.cluster.heartbeat import watch_peers
+from trainer.cluster.outcome import Outcome
 from trainer.config import ConfigError, TrainConfig, save_config
 from trainer.distributed import World, barrier, from_main, init_distributed
 from trainer.loop import Trainer
@@ -18,23 +20,25 @@ from trainer.run_plan import Plan, plan_run, rounded_capacities
 from trainer.signals import StopSignal
 
 
-def train(config: TrainConfig, world: World, stop: StopSignal) -> None:
-    """Train from the start or from the newest checkpoint. Collective over all ranks.
+def train(config: TrainConfig, world: World, stop: StopSignal) -> Outcome:
+    """Train from the start or from the newest checkpoint; returns how it ended. Collective over all ranks.
 
     Raises ConfigError for what the user can mend, before anything is written.
     """
     plan = plan_run(config, world)
     device = init_distributed(world)
     try:
-        _train_locked(plan, device, stop)
+        with watch_peers(world):
+            outcome = _train_locked(plan, device, stop)
     except ConfigError:
         # All ranks raise it together. A process that exits with its group alive may abort instead (gloo's threads).
         torch.distributed.destroy_process_group()
         raise
     torch.distributed.destroy_process_group()
+    return outcome
 
 
-def _train_locked(plan: Plan, device: torch.device, stop: StopSignal) -> None:
+def _train_locked(plan: Plan, device: torch.device, stop: StopSignal) -> Outcome:
     """Hold the run folder from the choice of the checkpoint to the end of the loop."""
     config, world = plan.config, plan.world
     lock = RunLock(Path(config.run_dir))
@@ -46,16 +50,17 @@ def _train_locked(plan: Plan, device: torch.device, stop: StopSignal) -> None:
             check_init_whole(plan.init_from, world)
         from_main(
             world,
-            lambda: prepare_run_folder(plan, [*notes, *init_notes(config, plan.dataset.info, checkpoint)]),
+            lambda: prepare_run_folder(plan, [*plan.notes, *notes, *init_notes(config, plan.dataset.info, checkpoint)]),
         )
         trainer = Trainer(plan, device, stop, lock)
         try:
-            trainer.run()
+            finished = trainer.run()
         except Exception as error:
             _close_after(trainer, error)
             raise
         trainer.close()
         barrier()
+        return Outcome(kind="finished" if finished else "stopped", step=trainer.state.step)
     finally:
         lock.release()
 

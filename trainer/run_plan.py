@@ -5,19 +5,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import Topology, check_init, check_resumable, find_candidate
+from trainer.checkpoint import Topology, check_init, check_resumable, find_candidate, read_state
 from trainer.config import ConfigError, TrainConfig, require
 from trainer.data.dataset import LatentDataset, LatentInfo, open_dataset
 from trainer.deepspeed_config import load_deepspeed_config, zero_stage
 from trainer.diffusion import num_kept_tokens
 from trainer.distributed import World
+from trainer.elastic import fit
 from trainer.run_lock import LOCK_NAME
 from trainer.sample_grid import GridSampler
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run that passed all checks. `checkpoint` is settled when the run folder is this job's."""
+    """A run that passed all checks. `checkpoint` is settled when the run folder is this job's.
+
+    `notes` says what `parallel.elastic` changed in the configuration.
+    """
 
     config: TrainConfig
     world: World
@@ -25,6 +29,7 @@ class Plan:
     dataset: LatentDataset
     topology: Topology
     checkpoint: Path | None
+    notes: tuple[str, ...] = ()
 
     @property
     def global_batch_size(self) -> int:
@@ -50,6 +55,11 @@ def full_tokens(config: TrainConfig, info: LatentInfo) -> int:
 
 def plan_run(config: TrainConfig, world: World) -> Plan:
     """Check everything a user can get wrong; ConfigError with one sentence."""
+    notes: list[str] = []
+    if config.parallel.elastic:
+        newest = find_candidate(Path(config.run_dir))
+        saved_batch = None if newest is None else int(read_state(newest)["global_batch_size"])
+        config, notes = fit(config, world_size=world.size, local_size=world.local_size, saved_batch=saved_batch)
     ep_size = config.parallel.ep_size
     require(
         world.size % ep_size == 0,
@@ -66,7 +76,7 @@ def plan_run(config: TrainConfig, world: World) -> Plan:
         check_init(Path(config.init_from), config, dataset.info)
     return Plan(
         config=config, world=world, deepspeed_config=deepspeed_config, dataset=dataset,
-        topology=topology, checkpoint=checkpoint,
+        topology=topology, checkpoint=checkpoint, notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -124,5 +134,5 @@ def find_resume(config: TrainConfig, topology: Topology, fingerprint: str) -> Pa
 
 
 def _is_leftover(path: Path) -> bool:
-    """What a job that died before its first write of `config.yaml` leaves."""
-    return path.name.startswith(LOCK_NAME) or path.name == "config.yaml.tmp"
+    """What a job that died before its first write of `config.yaml` leaves, and what batch scripts put beside it."""
+    return path.name.startswith(LOCK_NAME) or path.name in ("config.yaml.tmp", "logs", "failures.json", "bad_nodes")

@@ -5,7 +5,8 @@
     python -m trainer.train RECIPE init_from=EXPORT            # a new run from the weights of another
 
 Also under `deepspeed --module`, `mpirun` and `srun`. SIGTERM, SIGUSR1 or Ctrl-C saves at the next step and ends the
-run; a second Ctrl-C ends it at once. Exit codes: 0 done or stopped, 1 failed, 2 refused.
+run; a second Ctrl-C ends it at once. Exit codes: 0 done or stopped, 1 failed, 2 refused. A file named by the variable
+TRAIN_OUTCOME is told which of these it was; TRAIN_DEADLINE (Unix time) ends the run in time to save.
 """
 
 import argparse
@@ -38,20 +39,24 @@ def start(recipe: str, overrides: list[str], stop: StopSignal) -> None:
     """Import, read the configuration and train; ConfigError becomes one sentence for all ranks together."""
     import torch
 
+    from trainer.cluster.outcome import Recorder
     from trainer.config import load_config, run_cli
     from trainer.distributed import detect_world
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     world = detect_world()
 
+    recorder = Recorder(is_main=world.is_main)
+
     def body() -> None:
-        config = load_config(recipe, overrides)
-        import deepspeed.utils
+        with recorder.watching():
+            config = load_config(recipe, overrides)
+            import deepspeed.utils
 
-        from trainer.run import train
+            from trainer.run import train
 
-        deepspeed.utils.logger.setLevel("ERROR")
-        train(config, world, stop)
+            deepspeed.utils.logger.setLevel("ERROR")
+            recorder.record(train(config, world, stop))
 
     if world.is_main:
         run_cli(body)

@@ -1,0 +1,59 @@
+"""The rule that fits a recipe to the processes of a start, against brute force."""
+
+from itertools import product
+
+import pytest
+
+from trainer.config import ConfigError, TrainConfig, load_config
+from trainer.elastic import choose_ep_size, fit, split_share
+
+
+@pytest.mark.parametrize(
+    "wish,experts,world,local,expected",
+    [
+        (8, 8, 64, 8, 8),  # divides: kept
+        (8, 64, 24, 8, 8),
+        (16, 64, 16, 8, 16),  # the recipe wants it across nodes
+        (16, 64, 24, 8, 8),  # else inside a node
+        (8, 8, 4, 4, 4),  # fewer processes than the wish
+        (8, 8, 12, 4, 4),
+        (8, 8, 6, 3, 2),  # 3 does not divide 8; 2 spans nodes, since only 1 stays inside
+        (4, 8, 3, 3, 1),
+        (8, 12, 6, 6, 6),
+        (1, 8, 7, 7, 1),
+    ],
+)  # fmt: skip
+def test_ep_size(wish: int, experts: int, world: int, local: int, expected: int) -> None:
+    assert choose_ep_size(wish, num_experts=experts, world_size=world, local_size=local) == expected
+
+
+def test_ep_size_always_divides() -> None:
+    for nodes, local, experts, wish in product(range(1, 7), range(1, 9), (1, 4, 6, 8, 64), range(1, 9)):
+        if experts % wish:
+            continue
+        world = nodes * local
+        found = choose_ep_size(wish, num_experts=experts, world_size=world, local_size=local)
+        assert world % found == 0 and experts % found == 0 and found <= wish
+
+
+def test_shares_are_split_exactly_with_the_largest_micro_batch() -> None:
+    for share, largest in product(range(1, 65), range(1, 20)):
+        micro, steps = split_share(share, largest)
+        assert micro * steps == share and micro <= largest
+        assert not [m for m in range(micro + 1, largest + 1) if share % m == 0]
+
+
+def recipe(*overrides: str) -> TrainConfig:
+    return load_config("debug", ["parallel.elastic=true", "train.micro_batch_size=4", *overrides])
+
+
+def test_the_global_batch_stays() -> None:
+    config = recipe("parallel.ep_size=4")
+    assert fit(config, world_size=4, local_size=2, saved_batch=None) == (config, [])
+    assert fit(config, world_size=4, local_size=2, saved_batch=16) == (config, [])
+    for world, ep_size in ((1, 1), (2, 2), (8, 4), (16, 4)):
+        fitted, notes = fit(config, world_size=world, local_size=min(world, 8), saved_batch=16)
+        assert fitted.global_batch_size(world) == 16 and fitted.parallel.ep_size == ep_size and notes
+        assert fitted.train.micro_batch_size <= 4
+    with pytest.raises(ConfigError, match="3 processes cannot share the run's global batch of 16: start 2 or 4"):
+        fit(config, world_size=3, local_size=3, saved_batch=16)

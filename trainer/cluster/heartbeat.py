@@ -1,0 +1,171 @@
+"""Notices a process or node that is gone, and says which, where a collective would only wait.
+
+A node without power sends nothing, also no end of connection: a collective with it waits until its time-out. So each
+process sends a line to the main one at intervals, over a connection and a thread of its own, and gets lines back. One
+that is silent for `TRAIN_SILENCE_SECONDS`, or whose connection ends without a farewell, is lost: all processes
+log its rank and node, and end when the training thread has not got to its own error after a while.
+"""
+
+import asyncio
+import faulthandler
+import logging
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from trainer.distributed import World
+from trainer.emergency import ARRIVAL_SECONDS
+from trainer.errors import ConfigError
+
+SILENCE = "TRAIN_SILENCE_SECONDS"
+DEFAULT_SILENCE, BEATS = 60.0, 6  # BEATS: intervals within a silence
+GRACE_SECONDS = ARRIVAL_SECONDS + 30.0  # the way out after an error waits so long for others, see emergency.py
+_BEAT, _BYE, _LOST = b".\n", b"bye\n", b"lost "
+logger = logging.getLogger("ec_dit")
+
+
+def end_soon(message: str) -> None:
+    """Log which process is lost; this one ends after a while if the training thread hangs."""
+    logger.error("%s: this process ends within %.0f s", message, GRACE_SECONDS)
+
+    def end() -> None:
+        logger.error("%s: ending, stacks on stderr", message)
+        faulthandler.dump_traceback(sys.__stderr__ or 2)
+        os._exit(1)
+
+    timer = threading.Timer(GRACE_SECONDS, end)
+    timer.daemon = True
+    timer.start()
+
+
+class Heartbeat:
+    """Beats of one process on a thread of its own. `on_loss` gets one sentence, once."""
+
+    def __init__(self, silence: float, on_loss: Callable[[str], None] = end_soon) -> None:
+        self.silence, self.on_loss = silence, on_loss
+        self.loop = asyncio.new_event_loop()
+        self.ending = asyncio.Event()
+        self.farewell, self.lost = True, False
+        self.writers: set[asyncio.StreamWriter] = set()
+        self.thread: threading.Thread | None = None
+
+    def serve(self, listener: socket.socket) -> None:
+        """As the main process: watch all that connect."""
+        self._start(self._serve(listener))
+
+    def join(self, rank: int, address: str, port: int) -> None:
+        """As any other process: beat, and watch the main one."""
+        self._start(self._join(rank, address, port))
+
+    def close(self, *, farewell: bool) -> None:
+        """End; without a farewell the others take this process for lost."""
+        self.farewell = farewell
+        self.loop.call_soon_threadsafe(self.ending.set)
+        assert self.thread is not None
+        self.thread.join()
+        self.loop.close()
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        self.thread = threading.Thread(
+            target=self.loop.run_until_complete, args=(self._run(work),), name="heartbeat", daemon=True
+        )
+        self.thread.start()
+
+    async def _serve(self, listener: socket.socket) -> None:
+        server = await asyncio.start_server(self._greet, sock=listener)
+        await self.ending.wait()
+        server.close()
+
+    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.writers.add(writer)
+        who = (await reader.readline()).decode().strip()
+        await self._watch(who, reader, writer)
+        self.writers.discard(writer)
+
+    async def _join(self, rank: int, address: str, port: int) -> None:
+        reader, writer = await asyncio.open_connection(address, port)
+        self.writers.add(writer)
+        writer.write(f"rank {rank} on node {socket.gethostname()}\n".encode())
+        watching = asyncio.create_task(self._watch(f"rank 0 on node {address}", reader, writer))
+        await self.ending.wait()
+        watching.cancel()
+
+    async def _watch(self, who: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Until the other end says goodbye or is lost."""
+        beating = asyncio.create_task(self._beat(writer))
+        try:
+            while True:
+                line = await asyncio.wait_for(reader.readline(), self.silence)
+                if line == _BYE:
+                    return
+                if line.startswith(_LOST):
+                    self._lose(line.removeprefix(_LOST).decode().strip())
+                elif not line:
+                    return self._lose(f"{who} is lost (its process has ended)")
+        except TimeoutError:
+            self._lose(f"{who} is lost (silent for {self.silence:.0f} s)")
+        except ConnectionError as error:
+            self._lose(f"{who} is lost ({error.strerror})")
+        finally:
+            beating.cancel()
+
+    async def _beat(self, writer: asyncio.StreamWriter) -> None:
+        while not writer.is_closing():
+            writer.write(_BEAT)
+            await asyncio.sleep(self.silence / BEATS)
+
+    def _lose(self, sentence: str) -> None:
+        """Tell this process, and from the main process all others."""
+        if self.lost:
+            return
+        self.lost = True
+        for writer in self.writers:
+            writer.write(_LOST + sentence.encode() + b"\n")
+        self.on_loss(sentence)
+
+    async def _run(self, work: Coroutine[None, None, None]) -> None:
+        """Do the work, say goodbye, leave nothing behind in the loop."""
+        await work
+        for writer in self.writers:
+            if self.farewell:
+                writer.write(_BYE)
+            writer.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        closed = [asyncio.create_task(writer.wait_closed()) for writer in self.writers]
+        if closed:
+            await asyncio.wait(closed, timeout=1)
+
+
+@contextmanager
+def watch_peers(world: World) -> Iterator[None]:
+    """Within the block, all processes watch each other. Collective at its begin; the process group must exist."""
+    if world.size == 1:
+        yield
+        return
+    heartbeat = Heartbeat(float(os.environ.get(SILENCE) or DEFAULT_SILENCE))
+    address, port = os.environ["MASTER_ADDR"], [0]
+    if world.is_main:
+        family = socket.getaddrinfo(address, None)[0][0]
+        listener = socket.create_server(("", 0), family=family, backlog=world.size)
+        port[0] = listener.getsockname()[1]
+        heartbeat.serve(listener)
+    torch.distributed.broadcast_object_list(port, src=0)
+    if not world.is_main:
+        heartbeat.join(world.rank, address, port[0])
+    farewell = False
+    try:
+        yield
+        farewell = True
+    except ConfigError:  # all ranks raise it together
+        farewell = True
+        raise
+    finally:
+        heartbeat.close(farewell=farewell)

@@ -1,0 +1,95 @@
+"""What a batch script does after a start of a run has ended: leave, put the job back into the queue, or give up.
+
+| how the start ended                                              | verdict                                |
+|------------------------------------------------------------------|----------------------------------------|
+| finished                                                         | `done`                                 |
+| refused: a user error                                            | `fail`, never again                    |
+| stopped by a signal or the time limit, saved                     | `again`                                |
+| failed or died, and a checkpoint is newer than at the failure before | `again`                            |
+| failed or died twice in a row at the same checkpoint             | `fail`                                 |
+| died of being told to stop too late, five times at the same one  | `fail`                                 |
+
+A start that Slurm itself ends with its nodes asks nobody, and counts for nothing. `RUN/failures.json` counts; a new job
+begins anew.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from trainer.checkpoint.folder import list_checkpoints, step_of
+from trainer.cluster.outcome import Outcome
+
+FILE_NAME = "failures.json"
+LIMIT, LIMIT_TOLD = 2, 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failures:
+    """Failures of one job in a row at one checkpoint; `step` is -1 before the first."""
+
+    job: str
+    step: int
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What to do, and one sentence on why."""
+
+    action: Literal["done", "again", "fail"]
+    sentence: str
+
+
+def newest_step(run_dir: Path) -> int:
+    """Step of the newest checkpoint, -1 without one."""
+    return max((step_of(path) for path in list_checkpoints(run_dir / "checkpoints")), default=-1)
+
+
+def read_failures(run_dir: Path, job: str, step: int) -> Failures:
+    """The failures of this job at this checkpoint so far."""
+    try:
+        found = Failures(**json.loads((run_dir / FILE_NAME).read_text()))
+    except FileNotFoundError:
+        return Failures(job=job, step=step, count=0)
+    return found if (found.job, found.step) == (job, step) else Failures(job=job, step=step, count=0)
+
+
+def judge(outcome: Outcome | None, failures: Failures, *, told: bool) -> tuple[Verdict, Failures | None]:
+    """The verdict, and the failures counted now (None: it was no failure). `told`: the job was asked to stop."""
+    if outcome is not None and outcome.kind == "finished":
+        return Verdict(action="done", sentence=f"finished at step {outcome.step}"), None
+    if outcome is not None and outcome.kind == "refused":
+        return Verdict(action="fail", sentence=outcome.reason), None
+    if outcome is not None and outcome.kind == "stopped":
+        return Verdict(action="again", sentence=f"stopped and saved at step {outcome.step}"), None
+    counted = Failures(job=failures.job, step=failures.step, count=failures.count + 1)
+    what = f"failed ({outcome.reason})" if outcome is not None else "died"
+    where = f"at the checkpoint of step {counted.step}" if counted.step >= 0 else "before the first checkpoint"
+    limit = LIMIT_TOLD if told else LIMIT
+    if counted.count >= limit:
+        return Verdict(action="fail", sentence=f"{what} {counted.count} times in a row {where}: giving up"), counted
+    return Verdict(action="again", sentence=f"{what} {where}: try {counted.count + 1} of {limit} is next"), counted
+
+
+def settle(run_dir: Path, outcome: Outcome | None, *, job: str, told: bool) -> Verdict:
+    """The verdict on a start of a job, with its failures counted in the run folder."""
+    verdict, counted = judge(outcome, read_failures(run_dir, job, newest_step(run_dir)), told=told)
+    if counted is not None:
+        temporary = run_dir / f"{FILE_NAME}.tmp"
+        temporary.write_text(json.dumps(asdict(counted)) + "\n")
+        os.replace(temporary, run_dir / FILE_NAME)
+    return verdict
+
+
+def last_words(logs: list[Path], most: int = 8) -> list[str]:
+    """The last line of each rank's log that says something of an error, to name the culprit in the job's output."""
+    found = []
+    for path in logs:
+        lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        words = [line for line in lines if "rror" in line or "is lost" in line or "killed" in line.lower()]
+        if words:
+            found.append(f"{path}: {words[-1][:300]}")
+    return found[:most]
