@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from eval.board import log_scores
 from eval.compute_map import ComputeMaps, object_patches, trace_compute
 from eval.detector import detect
 from eval.generate import generate_pictures, read_pictures, write_text
@@ -208,6 +209,7 @@ def evaluate(config: EvalConfig) -> None:
         barrier()
     if world.is_main:
         report = score(config, _load(config, prompts, pipeline, folders), pipeline)
+        log_scores(report, run_folder(config.checkpoint.resolve()))
         print_summary(report, config.out)
 
 

@@ -39,5 +39,5 @@ class TimeBudget:
         return SLACK * (self.longest_step + self.longest_save) + self.margin
 
     def is_spent(self) -> bool:
-        """Whether there is no time for another step and a save after it."""
-        return time.time() + self.needed > self.deadline
+        """Whether there is no time for another step and a save after it. Never before the first step of a start."""
+        return self.longest_step > 0 and time.time() + self.needed > self.deadline

@@ -1,0 +1,158 @@
+"""What one process finds out about its node, without talking to any other."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from trainer.checkpoint import git_commit
+from trainer.config import ConfigError, TrainConfig, require
+from trainer.distributed import World
+from trainer.model import EcDit, ModelShape
+from trainer.run_plan import plan_run
+
+WRITE_BYTES = 1 << 26
+BYTES_PER_PARAMETER = 16  # of a checkpoint: fp32 weight, EMA and two moments
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Of one process; what concerns the node as a whole only its first process looks at.
+
+    `problems` are what is wrong, each with its remedy; an empty list is a healthy node. Sizes in GiB, speed in MiB/s.
+    """
+
+    rank: int
+    node: str
+    device: str
+    driver: str = ""
+    device_free: float = 0.0
+    memory: float = 0.0
+    disk_free: float = 0.0
+    write_speed: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+
+def gather_facts(config: TrainConfig, world: World) -> Facts:
+    """Look at this process's device, and as the first of its node at memory, disk, data and versions."""
+    problems: list[str] = []
+    device, driver, device_free = _device(world, problems)
+    shared: dict[str, float] = {}
+    if world.local_rank == 0:
+        with _noting(problems, "configuration and data"):
+            _check_run(config, world)
+        with _noting(problems, f"run_dir={config.run_dir}"):
+            shared["disk_free"], shared["write_speed"] = check_disk(Path(config.run_dir))
+        shared["memory"] = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    return Facts(
+        rank=world.rank,
+        node=socket.gethostname(),
+        device=device,
+        driver=driver,
+        device_free=device_free,
+        versions=_versions(),
+        problems=problems,
+        **shared,
+    )
+
+
+@contextmanager
+def _noting(problems: list[str], what: str) -> Iterator[None]:
+    """Whatever goes wrong in the block is a finding."""
+    try:
+        yield
+    except ConfigError as error:
+        problems.append(str(error))
+    except (OSError, RuntimeError) as error:
+        problems.append(f"{what}: {type(error).__name__}: {error}")
+
+
+def _device(world: World, problems: list[str]) -> tuple[str, str, float]:
+    """Name, driver and free memory of this process's GPU after a product on it; a CPU has none of these."""
+    if not torch.cuda.is_available():
+        if os.environ.get("SLURM_GPUS_ON_NODE") and shutil.which("nvidia-smi"):
+            problems.append("the job has GPUs that torch cannot use: see nvidia-smi on the node")
+        return "cpu", "", 0.0
+    if world.local_rank >= torch.cuda.device_count():
+        problems.append(f"{torch.cuda.device_count()} GPUs for process {world.local_rank}: one task per GPU")
+        return "none", "", 0.0
+    with _noting(problems, f"GPU {world.local_rank}"):
+        torch.cuda.set_device(world.local_rank)
+        ones = torch.ones(1024, 1024, device="cuda", dtype=torch.bfloat16)
+        require(bool(((ones @ ones) == 1024).all()), f"GPU {world.local_rank} multiplies wrongly: replace it")
+        free, _ = torch.cuda.mem_get_info()
+        return torch.cuda.get_device_name(), _driver(world.local_rank, problems), free / GIB
+    return "broken", "", 0.0
+
+
+def _driver(index: int, problems: list[str]) -> str:
+    """Driver version; an uncorrected memory error since the last reset is a problem."""
+    command = ["nvidia-smi", f"--id={index}", "--format=csv,noheader"]
+    query = "--query-gpu=driver_version,ecc.errors.uncorrected.volatile.total"
+    done = subprocess.run([*command, query], capture_output=True, text=True, timeout=30, check=False)
+    driver, _, errors = done.stdout.strip().partition(", ")
+    if errors.isdigit() and int(errors):
+        problems.append(f"GPU {index} has {errors} uncorrected memory errors: reset or replace it")
+    return driver
+
+
+def _check_run(config: TrainConfig, world: World) -> None:
+    """The checks of a start, a sample read from the data, and room for two checkpoints."""
+    plan = plan_run(config, world)
+    plan.dataset.read(world.rank % len(plan.dataset))
+    info = plan.dataset.info
+    shape = ModelShape(channels=info.channels, height=info.height, width=info.width, text_dim=info.text_dim)
+    with torch.device("meta"):
+        model = EcDit(config.model, config.moe, shape)
+    needed = 2 * BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in model.parameters())
+    free = shutil.disk_usage(nearest_folder(Path(config.run_dir))).free
+    require(
+        free >= needed,
+        f"run_dir={config.run_dir} has {free / GIB:.1f} GiB free, two checkpoints take {needed / GIB:.1f}: free space",
+    )
+
+
+def nearest_folder(path: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+def check_disk(run_dir: Path) -> tuple[float, float]:
+    """Free GiB and MiB/s written to the disk; checks that a file replaces another whole, and leaves nothing."""
+    folder = nearest_folder(run_dir)
+    old, new = (folder / f".doctor.{socket.gethostname()}.{os.getpid()}.{name}" for name in ("old", "new"))
+    try:
+        old.write_text("old")
+        content, start = os.urandom(WRITE_BYTES), time.perf_counter()
+        with new.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        seconds = time.perf_counter() - start
+        os.replace(new, old)
+        require(
+            old.stat().st_size == WRITE_BYTES and not new.exists(),
+            f"run_dir={run_dir}: a file does not replace another at once on this file system: choose another",
+        )
+    finally:
+        old.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
+    return shutil.disk_usage(folder).free / GIB, WRITE_BYTES / seconds / (1 << 20)
+
+
+def _versions() -> dict[str, str]:
+    """What must be the same on all nodes."""
+    found = {name: version(name) for name in ("torch", "deepspeed", "numpy")} | {"code": git_commit()}
+    if torch.cuda.is_available():
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
