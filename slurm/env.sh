@@ -25,6 +25,9 @@
 # Where nodes keep fast local disks; recipes may name it in data.stage_dir.
 : "${NODE_SCRATCH:=${TMPDIR:-/tmp}}"
 
+# Where encode and eval keep the logs of their processes (train: RUN/logs).
+: "${LOGS:=$PWD/slurm/logs}"
+
 # May a job put itself back into the queue? `no`: chain jobs instead (README.md, "Without requeue").
 : "${REQUEUE:=yes}"
 # Adapt ep_size and batch arithmetic to the number of nodes of each start (trainer/elastic.py).

@@ -2,12 +2,14 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # for tests_launcher
+sys.path.insert(0, str(Path(__file__).parent))  # for tests_launcher and slurm_cluster
+from slurm_cluster import Cluster, NoPackagesError, why_not
 from tests_launcher import Launcher
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,3 +22,16 @@ torch.set_num_threads(1)
 def launcher() -> Launcher:
     """Runs repository commands, on one or more processes."""
     return Launcher()
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A real Slurm with three nodes, for the whole session."""
+    if reason := why_not():
+        pytest.skip(reason)
+    try:
+        found = Cluster(nodes=3)
+    except NoPackagesError as error:
+        pytest.skip(f"Slurm's packages cannot be installed: {error}")
+    yield found
+    found.stop()

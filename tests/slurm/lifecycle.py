@@ -1,0 +1,311 @@
+"""Lives of a training job on a real Slurm: whatever ends it, it completes by itself, as if nothing had happened.
+
+    python tests/slurm/lifecycle.py                     # all scenarios, about a minute each; needs root
+    python tests/slurm/lifecycle.py head_dies shrink_and_grow
+
+In each scenario `metrics.jsonl` must have every step once and in order, with the losses of an unbroken run of two
+processes: equal bits where the topology stays, 1e-5 where it changes.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from slurm_cluster import Cluster, metrics
+from tests_launcher import ROOT, Launcher
+
+STEPS = 1200
+PAIR = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1")
+SETTINGS = (
+    "debug", "model.dim=16", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1", "moe.num_experts=4",
+    "data.image_size=8", "train.micro_batch_size=4", "parallel.ep_size=2", f"train.max_steps={STEPS}",
+    "train.checkpoint_every=200",
+)  # fmt: skip
+
+
+class Story:
+    """One run on the cluster."""
+
+    def __init__(self, cluster: Cluster, folder: Path, name: str) -> None:
+        self.cluster, self.folder = cluster, folder
+        self.run, self.reference = folder / name, folder / "reference"
+        self.job = ""
+
+    def train(self, *overrides: str, options: tuple[str, ...] = PAIR, **environment: str) -> str:
+        """Submit; the doctor is left out unless asked for."""
+        environment = {"DOCTOR": "no", "TRAIN_SILENCE_SECONDS": "6"} | environment
+        self.job = self.cluster.submit(
+            "train", *SETTINGS, f"run_dir={self.run}", *overrides, options=options, **environment
+        )
+        return self.job
+
+    def reach(self, step: int) -> None:
+        """Wait until a step is logged."""
+        self.cluster.until(lambda: (metrics(self.run) or [{"step": 0}])[-1]["step"] >= step, 240, self.job)
+
+    def cut(self, node: str) -> None:
+        """Power cut."""
+        self.cluster.power_off(node)
+
+    def nodes(self) -> list[str]:
+        """Where the job runs."""
+        return self.cluster.call("scontrol", "show", "hostnames", self.cluster.job(self.job)["NodeList"]).split()
+
+    def rank_logs(self) -> str:
+        """All that the processes said."""
+        return "\n".join(path.read_text() for path in sorted((self.run / "logs").glob("*.log")))
+
+    def complete(self, *, bitwise: bool = True, restarts: int | None = None) -> None:
+        """The job completes, and the trajectory is the unbroken one."""
+        states = self.cluster.wait(self.job, seconds=400)
+        assert states == ["COMPLETED"], (states, self.cluster.log(self.job))
+        self.compare(bitwise=bitwise)
+        if restarts is not None:
+            assert int(self.cluster.job(self.job)["Restarts"]) >= restarts, self.cluster.log(self.job)
+
+    def compare(self, *, bitwise: bool) -> None:
+        """Every step once, in order, as in the unbroken run."""
+        found, expected = metrics(self.run), metrics(self.reference)
+        assert [entry["step"] for entry in found] == list(range(1, STEPS + 1))
+        for a, b in zip(found, expected, strict=True):
+            difference = abs(a["loss"] - b["loss"])
+            assert difference <= (0 if bitwise else 1e-5 * abs(b["loss"])), (a, b)
+
+
+def administrator_requeues(story: Story) -> None:
+    """scontrol requeue from outside, while training."""
+    story.train()
+    story.reach(300)
+    story.cluster.call("scontrol", "requeue", story.job)
+    story.complete(restarts=1)
+
+
+def save_and_come_back(story: Story) -> None:
+    """The user's own warning signal."""
+    story.train()
+    story.reach(300)
+    story.cluster.call("scancel", "--batch", "--signal=USR1", story.job)
+    story.complete(restarts=1)
+
+
+def time_limit_comes(story: Story) -> None:
+    """A limit of one minute is too short; the run leaves in time each time."""
+    story.train(options=(*PAIR, "--time=1", "--signal=B:USR1@1"), TRAIN_DEADLINE_MARGIN="42")
+    story.complete(restarts=1)
+    assert "time limit near" in (story.run / "train.log").read_text()
+
+
+def node_dies(story: Story) -> None:
+    """Power cut of the second node while training: the first names it; another takes its place."""
+    story.train()
+    story.reach(500)
+    lost = story.nodes()[1]
+    story.cut(lost)
+    story.cluster.until(lambda: f"rank 1 on node {lost} is lost" in story.rank_logs(), 60, story.job)
+    story.complete(restarts=1)
+    story.cluster.power_on()
+
+
+def head_dies(story: Story) -> None:
+    """Power cut of the node with rank 0 and the batch script."""
+    story.train()
+    story.reach(500)
+    lost = story.nodes()[0]
+    story.cut(lost)
+    story.cluster.until(lambda: f"rank 0 on node {lost} is lost" in story.rank_logs(), 60, story.job)
+    story.complete(restarts=1)
+    story.cluster.power_on()
+
+
+def node_dies_while_saving(story: Story) -> None:
+    """Power cut in the middle of a checkpoint; the node comes back at once."""
+    story.train("train.checkpoint_every=10")
+    story.reach(300)
+    folder = story.run / "checkpoints"
+    end = time.monotonic() + 60
+    while not list(folder.glob("step_*.tmp")) and time.monotonic() < end:
+        pass
+    story.cut(story.nodes()[1])
+    story.cluster.power_on()
+    story.complete(restarts=1)
+
+
+def controller_restarts(story: Story) -> None:
+    """slurmctld is killed and started again: the job goes on."""
+    story.train()
+    story.reach(200)
+    story.cut("ctl")
+    time.sleep(3)
+    story.cluster.power_on()
+    story.complete(restarts=0)
+
+
+def shrink_and_grow(story: Story) -> None:
+    """Four ranks on two nodes, then two on one, then four again."""
+    four = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2")
+    story.train("train.micro_batch_size=2", options=four)
+    for step, nodes in ((150, 1), (600, 2)):
+        story.reach(step)
+        story.cluster.call("scancel", "--batch", "--signal=USR1", story.job)
+        story.cluster.until(lambda: "JobState=PENDING" in story.cluster.call("scontrol", "show", "job", story.job), 60)
+        story.cluster.call("scontrol", "update", f"JobId={story.job}", f"NumNodes={nodes}")
+    story.complete(bitwise=False, restarts=2)
+    topologies = [line for line in (story.run / "train.log").read_text().splitlines() if "processes, ep_size" in line]
+    assert [" 4 processes" in line or " 2 processes" in line for line in topologies].count(True) >= 3, topologies
+    assert "elastic: global batch 8 on 2 processes" in (story.run / "train.log").read_text()
+
+
+def launched_by_mpirun(story: Story) -> None:
+    """Open MPI inside the job, stopped once."""
+    story.train(LAUNCHER="mpirun", OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+    story.reach(300)
+    story.cluster.call("scancel", "--batch", "--signal=USR1", story.job)
+    story.complete(restarts=1)
+
+
+def launched_by_pmix(story: Story) -> None:
+    """srun with MPI's own plug-in."""
+    story.train(SRUN_ARGS="--mpi=pmix")
+    story.complete()
+
+
+def discovered_by_mpi4py(story: Story) -> None:
+    """mpirun by hand, no rank variables: DeepSpeed asks MPI."""
+    command = f"MASTER_PORT=15999 mpirun -np 2 --map-by ppr:1:node {sys.executable} -m trainer.train"
+    words = " ".join((*SETTINGS, f"run_dir={story.run}"))
+    story.job = story.cluster.call(
+        "sbatch", "--parsable", *PAIR[:2], "--mem=1G", f"--output={story.cluster.folder}/%j.log", "--wrap",
+        f"{command} {words}", OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1", PYTHONPATH=str(ROOT),
+    ).strip()  # fmt: skip
+    story.complete()
+
+
+def bad_node_is_left_out(story: Story) -> None:
+    """The data are missing on one node: the doctor names it, the next start avoids it."""
+    latents, images = story.folder / "latents", story.folder / "images"
+    data = ["debug", "data.source=shards", f"data.images={images}", f"data.latents={latents}", "data.image_size=8"]
+    launcher = Launcher()
+    launcher.run("-m", "trainer.data.scenes", "--out", str(images), "--num-images", "32", "--image-size", "8")
+    launcher.run("-m", "trainer.data.encode", *data)
+    local = story.cluster.folder / "local"
+    for number in (1, 3, 4):
+        place = story.cluster.folder / "spool" / f"n{number}" / "local"
+        subprocess.run(["cp", "-r", str(latents), str(place / "latents")], check=True)
+    story.train(*data[1:4], f"data.latents={local / 'latents'}", "train.max_steps=20", DOCTOR="yes",
+                options=("--nodelist=n1", *PAIR))  # fmt: skip
+    assert story.cluster.wait(story.job) == ["COMPLETED"], story.cluster.log(story.job)
+    log = story.cluster.log(story.job)
+    assert "fix: node n2: " in log and "back in the queue, without n2" in log, log
+    assert [entry["step"] for entry in metrics(story.run)] == list(range(1, 21))
+
+
+def crashes_twice(story: Story) -> None:
+    """A process that dies at the same step twice ends the job for good."""
+    story.train("train.checkpoint_every=0")
+    for start in range(2):
+        story.reach(30)
+        if start:
+            story.cluster.until(lambda: f"{story.job}.1: logs of" in story.cluster.log(story.job), 60, story.job)
+            time.sleep(8)
+        subprocess.run(["pkill", "-9", "-f", f"trainer.train .*run_dir={story.run}"], check=False)
+        if not start:
+            story.cluster.until(lambda: "back in the queue" in story.cluster.log(story.job), 120, story.job)
+    assert story.cluster.wait(story.job) == ["FAILED"]
+    assert "died 2 times in a row before the first checkpoint: giving up" in story.cluster.log(story.job)
+
+
+def chained_without_requeue(story: Story) -> None:
+    """Three links with one name; the first is stopped, the second finishes, the third has nothing to do."""
+    options = (*PAIR, "--job-name=chain", "--dependency=singleton")
+    jobs = [story.train(options=options, REQUEUE="no") for _ in range(3)]
+    story.reach(300)
+    story.cluster.call("scancel", "--batch", "--signal=USR1", jobs[0])
+    assert story.cluster.wait(*jobs) == ["FAILED", "COMPLETED", "COMPLETED"]
+    assert story.cluster.job(jobs[0])["ExitCode"] == "75:0"
+    assert "nothing to do" in story.cluster.log(jobs[2])
+    story.compare(bitwise=True)
+
+
+def array_of_runs(story: Story) -> None:
+    """Two runs in an array, one of them preempted."""
+    base = story.run
+    story.run = Path(f"{base}_%a")
+    story.train("seed=%a", "parallel.ep_size=1", options=("--array=0-1", "--nodes=1", *PAIR[1:3]))
+    story.run = Path(f"{base}_1")
+    story.reach(100)
+    story.cluster.call("scancel", "--batch", "--signal=USR1", f"{story.job}_1")
+    story.cluster.until(lambda: not story.cluster.call("squeue", "-h", "-j", story.job, check=False).strip(), 240)
+    for number in (0, 1):
+        assert len(metrics(Path(f"{base}_{number}"))) == STEPS
+    assert "seed: 1" in (Path(f"{base}_1") / "config.yaml").read_text()
+
+
+def within_salloc(story: Story) -> None:
+    """The script itself, in an interactive allocation."""
+    arguments = ["bash", "slurm/train.sbatch", *SETTINGS, f"run_dir={story.run}"]
+    output = story.cluster.call("salloc", *PAIR, "--mem=1G", *arguments, check=False, DOCTOR="yes")
+    assert "sound, checked 2 processes" in output and "verdict: done" in output, output
+    story.compare(bitwise=True)
+
+
+def mixed_names_and_an_interface(story: Story) -> None:
+    """Nodes whose names no pattern fits, rendezvous over a named interface."""
+    other = Cluster(nodes="gpu-a01,b7-x")
+    try:
+        story.cluster = other
+        story.train(NETWORK_INTERFACE="eth0", DOCTOR="yes")
+        story.complete()
+        assert "rendezvous at 198." in other.log(story.job)
+    finally:
+        other.stop()
+
+
+SCENARIOS: tuple[Any, ...] = (
+    administrator_requeues, save_and_come_back, time_limit_comes, node_dies, head_dies, node_dies_while_saving,
+    controller_restarts, shrink_and_grow, launched_by_mpirun, launched_by_pmix, discovered_by_mpi4py,
+    bad_node_is_left_out, crashes_twice, chained_without_requeue, array_of_runs, within_salloc,
+    mixed_names_and_an_interface,
+)  # fmt: skip
+
+
+def install_mpi() -> None:
+    """Open MPI and the library of Slurm's pmix plug-in, before Slurm starts."""
+    command = ["apt-get", "-y", "--no-install-recommends", "install", "openmpi-bin", "libpmix2"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def main() -> int:
+    """Run the scenarios; returns how many failed."""
+    names = [scenario.__name__ for scenario in SCENARIOS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenarios", nargs="*", choices=[*names, []])
+    chosen = parser.parse_args().scenarios or names
+    if any("mpi" in name for name in chosen):
+        install_mpi()
+    folder, cluster, failed = Path(tempfile.mkdtemp(prefix="lives")), Cluster(nodes=4), 0
+    print(f"runs in {folder}, Slurm in {cluster.folder}", flush=True)
+    reference = ["-m", "trainer.train", *SETTINGS, f"run_dir={folder / 'reference'}"]
+    assert Launcher().run(*reference, processes=2).returncode == 0
+    for scenario in SCENARIOS:
+        if scenario.__name__ in chosen:
+            start = time.monotonic()
+            try:
+                scenario(Story(cluster, folder, scenario.__name__))
+                result = "holds"
+            except (AssertionError, RuntimeError, TimeoutError) as error:
+                failed += 1
+                result = f"FAILED: {error}"
+                cluster.call("scancel", "-u", "root", check=False)
+                cluster.power_on()
+            print(f"{scenario.__name__:32} {time.monotonic() - start:6.0f} s  {result}", flush=True)
+    cluster.stop()
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
