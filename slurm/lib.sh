@@ -112,11 +112,11 @@ trap terminated TERM
 # --- Back into the queue ------------------------------------------------------------------------------------------------
 # again [RUN]: requeue this job, without the nodes that RUN knows as bad, and leave.
 again() {
-  local folder=${1:-} first='' exclude='' state
+  local folder=${1:-} first='' exclude='' reason
   trap '' TERM USR1                                            # requeueing ends this very script
-  state=$(squeue -h -j "$job" -o %T 2>/dev/null)
-  if [ "$told" = 0 ] && [ "$ended_by_slurm" = 1 ] || [ "$state" = CANCELLED ]; then
-    say "ended by Slurm ($state), which decides whether it starts again"; exit 143
+  reason=$(scontrol show job -o "$job" | sed -n 's/.* Reason=\([^ ]*\).*/\1/p')
+  if [ "$ended_by_slurm" = 1 ] && [ "$reason" != TimeLimit ]; then
+    say "ended by Slurm, which decides whether it starts again"; exit 143
   fi
   if [ "$REQUEUE" != yes ] || [ "${ENVIRONMENT:-}" != BATCH ]; then
     say "to be continued: submit the same command again (exit code 75)"; exit 75

@@ -5,16 +5,24 @@ from pathlib import Path
 
 import pytest
 
-from trainer.checkpoint import checkpoint_dir
+from trainer.checkpoint import checkpoint_dir, list_checkpoints
+from trainer.checkpoint.folder import step_of
 from trainer.cluster import bad_nodes
 from trainer.cluster.outcome import VARIABLE, Outcome, Recorder
-from trainer.cluster.verdict import last_words, settle
+from trainer.cluster.verdict import last_words, newest_step, settle, silent_nodes
 from trainer.config import ConfigError
 from trainer.time_budget import TimeBudget
 
 
 def checkpoint(run_dir: Path, step: int) -> None:
     checkpoint_dir(run_dir, step).mkdir(parents=True)
+
+
+def test_the_newest_checkpoint_is_found_as_the_trainer_finds_it(tmp_path: Path) -> None:
+    assert newest_step(tmp_path) == -1
+    for name in ("step_00000010", "step_00000007", "step_00000012.tmp", "step_x", "latest"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert newest_step(tmp_path) == 10 == step_of(list_checkpoints(tmp_path / "checkpoints")[-1])
 
 
 def action(run_dir: Path, kind: str | None, *, job: str = "7", told: bool = False) -> str:
@@ -65,6 +73,15 @@ def test_last_words_name_the_rank(tmp_path: Path) -> None:
     (tmp_path / "7.0.0.log").write_text("step 1\nstep 2\n")
     (tmp_path / "7.0.1.log").write_text("step 1\nRuntimeError: broken\n\n")
     assert last_words(sorted(tmp_path.iterdir())) == [f"{tmp_path}/7.0.1.log: RuntimeError: broken"]
+
+
+def test_nodes_that_fell_silent_are_named_but_not_processes_that_crashed(tmp_path: Path) -> None:
+    path = tmp_path / "7.0.1.log"
+    path.write_text(
+        "rank 0 on node n1 is lost (silent for 60 s): this process\nrank 2 on node b7-x is lost (silent for 60 s)\n"
+        "rank 3 on node n4 is lost (its process has ended): this process ends\n"
+    )
+    assert silent_nodes([path, path]) == ["b7-x"]
 
 
 def test_bad_nodes_expire_and_never_starve_a_job(tmp_path: Path) -> None:

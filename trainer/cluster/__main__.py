@@ -14,12 +14,12 @@ import os
 import sys
 from pathlib import Path
 
-from trainer.checkpoint.folder import list_checkpoints
-from trainer.checkpoint.state import read_state
 from trainer.cluster import bad_nodes
 from trainer.cluster.outcome import Outcome
-from trainer.cluster.verdict import last_words, newest_step, settle
+from trainer.cluster.verdict import last_words, newest_step, settle, silent_nodes
 from trainer.config import load_config, run_cli
+
+SILENT_HOURS = 1.0
 
 
 def check(args: argparse.Namespace) -> None:
@@ -44,7 +44,9 @@ def verdict(args: argparse.Namespace) -> None:
     found = settle(args.run, Outcome.read(args.outcome), job=args.job, told=args.told)
     print(found.sentence, file=sys.stderr)
     if found.action != "done":
-        print(*last_words([Path(name) for name in args.logs]), sep="\n", file=sys.stderr)
+        print(*last_words(args.logs), sep="\n", file=sys.stderr)
+        for node in silent_nodes(args.logs):  # Slurm may need minutes to notice
+            bad_nodes.add(args.run, node, "fell silent", SILENT_HOURS)
     print(found.action)
 
 
@@ -62,11 +64,12 @@ def report(args: argparse.Namespace) -> None:
 
 def state(args: argparse.Namespace) -> None:
     """Where a run is."""
-    paths = list_checkpoints(args.run / "checkpoints")
-    if not paths:
+    if newest_step(args.run) < 0:
         print(-1, -1)
         return
-    saved = read_state(paths[-1])
+    from trainer.checkpoint import checkpoint_dir, read_state
+
+    saved = read_state(checkpoint_dir(args.run, newest_step(args.run)))
     print(saved["step"], saved["config"]["train"]["stop_at_step"] or saved["config"]["train"]["max_steps"])
 
 
@@ -89,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--outcome", type=Path, required=True)
             sub.add_argument("--job", required=True)
             sub.add_argument("--told", type=int, default=0)
-            sub.add_argument("--logs", nargs="*", default=[])
+            sub.add_argument("--logs", nargs="*", type=Path, default=[])
         if command is exclude:
             sub.add_argument("--available", required=True)
             sub.add_argument("--needed", type=int, required=True)

@@ -10,20 +10,22 @@
 | died of being told to stop too late, five times at the same one  | `fail`                                 |
 
 A start that Slurm itself ends with its nodes asks nobody, and counts for nothing. `RUN/failures.json` counts; a new job
-begins anew.
+begins anew. Nothing here imports torch: a verdict is wanted within the grace time of a preemption.
 """
 
 import json
 import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainer.checkpoint.folder import list_checkpoints, step_of
 from trainer.cluster.outcome import Outcome
 
 FILE_NAME = "failures.json"
 LIMIT, LIMIT_TOLD = 2, 5
+_SILENT = re.compile(r"rank [1-9]\d* on node (\S+) is lost \(silent")  # trainer/cluster/heartbeat.py
+_CHECKPOINT = re.compile(r"step_(\d{8,})")  # trainer/checkpoint/folder.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,8 @@ class Verdict:
 
 def newest_step(run_dir: Path) -> int:
     """Step of the newest checkpoint, -1 without one."""
-    return max((step_of(path) for path in list_checkpoints(run_dir / "checkpoints")), default=-1)
+    names = (_CHECKPOINT.fullmatch(path.name) for path in (run_dir / "checkpoints").glob("step_*"))
+    return max((int(name[1]) for name in names if name), default=-1)
 
 
 def read_failures(run_dir: Path, job: str, step: int) -> Failures:
@@ -82,6 +85,12 @@ def settle(run_dir: Path, outcome: Outcome | None, *, job: str, told: bool) -> V
         temporary.write_text(json.dumps(asdict(counted)) + "\n")
         os.replace(temporary, run_dir / FILE_NAME)
     return verdict
+
+
+def silent_nodes(logs: list[Path]) -> list[str]:
+    """Nodes that fell silent, as the other processes' logs name them. Not the first: the script runs there."""
+    found = (_SILENT.findall(path.read_text(errors="replace")) for path in logs)
+    return sorted({node for nodes in found for node in nodes})
 
 
 def last_words(logs: list[Path], most: int = 8) -> list[str]:
