@@ -97,19 +97,23 @@ class Heartbeat:
 
     async def _watch(self, who: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Until the other end says goodbye or is lost."""
-        beating = asyncio.create_task(self._beat(writer))
+        beating, missed = asyncio.create_task(self._beat(writer)), 0
         try:
-            while True:
-                line = await asyncio.wait_for(reader.readline(), self.silence)
+            while missed <= BEATS:
+                try:
+                    line = await asyncio.wait_for(reader.readline(), self.silence / BEATS)
+                except TimeoutError:
+                    missed += 1  # counted, not timed: a job that was suspended as a whole has missed one beat
+                    continue
+                missed = 0
                 if line == _BYE:
                     return
                 if line.startswith(_LOST):
                     self._lose(line.removeprefix(_LOST).decode().strip())
                 elif not line:
                     return self._lose(f"{who} is lost (its process has ended)")
-        except TimeoutError:
             self._lose(f"{who} is lost (silent for {self.silence:.0f} s)")
-        except ConnectionError as error:
+        except OSError as error:
             self._lose(f"{who} is lost ({error.strerror})")
         finally:
             beating.cancel()
