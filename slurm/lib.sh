@@ -49,7 +49,8 @@ NODE_NAMES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd' ')
 export MASTER_PORT=$((15000 + (job * 10 + restart % 10) % 10000))
 if [ -n "$NETWORK_INTERFACE" ]; then
   export NCCL_SOCKET_IFNAME=$NETWORK_INTERFACE GLOO_SOCKET_IFNAME=$NETWORK_INTERFACE
-  MASTER_ADDR=$(srun --overlap -N1 -n1 -w "$head" ip -4 -o addr show dev "$NETWORK_INTERFACE" | awk '{ sub("/.*", "", $4); print $4; exit }')
+  MASTER_ADDR=$(srun --overlap -N1 -n1 -w "$head" ip -4 -o addr show dev "$NETWORK_INTERFACE" |
+    awk '{ sub("/.*", "", $4); print $4; exit }')
   [ -n "$MASTER_ADDR" ] || die "NETWORK_INTERFACE=$NETWORK_INTERFACE has no IPv4 address on $head: see ip addr there"
 fi
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}                          # silent unless something is wrong
@@ -81,6 +82,7 @@ launch() {
     *) die "LAUNCHER=$LAUNCHER is unknown: use srun or mpirun" ;;
   esac
   step=$!
+  [ "$told" = 0 ] || relay                                     # the warning came before there was anyone to tell
 }
 
 # await: until the processes have ended; $code is the launcher's, which says little (srun may report a victim's).
@@ -99,7 +101,10 @@ warned() {
   [ "$told" = 0 ] || return 0
   told=1
   say "asked to stop: telling the processes"
-  while [ -n "$step" ] && kill -0 "$step" 2>/dev/null; do
+  [ -z "$step" ] || relay
+}
+relay() {
+  while kill -0 "$step" 2>/dev/null; do
     if [ "$LAUNCHER" = mpirun ]; then kill -s "$warning" "$step"; else scancel --signal="$warning" "$job"; fi
     sleep 5
   done 2>/dev/null &

@@ -42,12 +42,13 @@ def check(args: argparse.Namespace) -> None:
 def verdict(args: argparse.Namespace) -> None:
     """Judge a start that has ended."""
     outcome = Outcome.read(args.outcome)
-    found = settle(args.run, outcome, job=args.job, told=args.told)
+    silent = silent_nodes(args.logs)
+    found = settle(args.run, outcome, job=args.job, told=bool(args.told or silent))
     print(found.sentence, file=sys.stderr)
     if outcome is None or outcome.kind == "failed":
         for line in last_words(args.logs):
             print(line, file=sys.stderr)
-        for node in silent_nodes(args.logs):  # Slurm may need minutes to notice
+        for node in silent:  # Slurm may need minutes to notice
             bad_nodes.add(args.run, node, "fell silent", SILENT_HOURS)
     print(found.action)
 

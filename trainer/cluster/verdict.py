@@ -7,7 +7,7 @@
 | stopped by a signal or the time limit, saved                     | `again`                                |
 | failed or died, and a checkpoint is newer than at the failure before | `again`                            |
 | failed or died twice in a row at the same checkpoint             | `fail`                                 |
-| died of being told to stop too late, five times at the same one  | `fail`                                 |
+| the same, but told to stop too late or by a lost node, five times    | `fail`                                 |
 
 A start that Slurm itself ends with its nodes asks nobody, and counts for nothing. `RUN/failures.json` counts; a new job
 begins anew. Nothing here imports torch: a verdict is wanted within the grace time of a preemption.
@@ -61,7 +61,10 @@ def read_failures(run_dir: Path, job: str, step: int) -> Failures:
 
 
 def judge(outcome: Outcome | None, failures: Failures, *, told: bool) -> tuple[Verdict, Failures | None]:
-    """The verdict, and the failures counted now (None: it was no failure). `told`: the job was asked to stop."""
+    """The verdict, and the failures counted now (None: it was no failure).
+
+    `told`: the job was asked to stop, or lost a node; neither need be the program's fault.
+    """
     if outcome is not None and outcome.kind == "finished":
         return Verdict(action="done", sentence=f"finished at step {outcome.step}"), None
     if outcome is not None and outcome.kind == "refused":
