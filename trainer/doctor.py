@@ -72,7 +72,11 @@ def examine(config: TrainConfig, world: World) -> tuple[list[Facts], Network | N
         health = judge_nodes(facts, missing)
         store.set("sound", "yes" if health.is_sound else "no")
     store.set_timeout(timedelta(seconds=2 * REPORT_SECONDS))
-    if store.get("sound") != b"yes" or world.size == 1:
+    sound = store.get("sound") == b"yes"
+    store.set(f"told/{world.rank}", "")
+    if not sound or world.size == 1:
+        if world.is_main:  # it ends last, the store with it
+            store.wait([f"told/{fact.rank}" for fact in facts])
         return facts, None, health
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")

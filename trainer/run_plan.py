@@ -15,6 +15,8 @@ from trainer.elastic import fit
 from trainer.run_lock import LOCK_NAME
 from trainer.sample_grid import GridSampler
 
+_LEFTOVERS = ("config.yaml.tmp", "logs", "failures.json", "bad_nodes")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -135,4 +137,4 @@ def find_resume(config: TrainConfig, topology: Topology, fingerprint: str) -> Pa
 
 def _is_leftover(path: Path) -> bool:
     """What a job that died before its first write of `config.yaml` leaves, and what batch scripts put beside it."""
-    return path.name.startswith(LOCK_NAME) or path.name in ("config.yaml.tmp", "logs", "failures.json", "bad_nodes")
+    return path.name.startswith((LOCK_NAME, ".doctor.")) or path.name in _LEFTOVERS
