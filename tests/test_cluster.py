@@ -72,7 +72,11 @@ def test_outcomes_are_taken_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_last_words_name_the_rank(tmp_path: Path) -> None:
     (tmp_path / "7.0.0.log").write_text("step 1\nstep 2\n")
     (tmp_path / "7.0.1.log").write_text("step 1\nRuntimeError: broken\n\n")
-    assert last_words(sorted(tmp_path.iterdir())) == [f"{tmp_path}/7.0.1.log: RuntimeError: broken"]
+    (tmp_path / "7.0.2.log").write_text("rank 1 on node n2 is lost (silent for 60 s)\nRuntimeError: reset by peer\n")
+    assert last_words(sorted(tmp_path.iterdir())) == [
+        f"{tmp_path}/7.0.1.log: RuntimeError: broken",
+        f"{tmp_path}/7.0.2.log: rank 1 on node n2 is lost (silent for 60 s)",
+    ]
 
 
 def test_nodes_that_fell_silent_are_named_but_not_processes_that_crashed(tmp_path: Path) -> None:

@@ -97,11 +97,12 @@ def silent_nodes(logs: list[Path]) -> list[str]:
 
 
 def last_words(logs: list[Path], most: int = 8) -> list[str]:
-    """The last line of each rank's log that says something of an error, to name the culprit in the job's output."""
+    """The line of each rank's log that names a lost peer, else its last error, to name the culprit in the job's output."""
     found = []
     for path in logs:
         lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
-        words = [line for line in lines if "rror" in line or "is lost" in line or "killed" in line.lower()]
+        lost = [line for line in lines if "is lost" in line]  # says more than the errors that follow from it
+        words = lost or [line for line in lines if "rror" in line or "killed" in line.lower()]
         if words:
             found.append(f"{path}: {words[-1][:300]}")
     return found[:most]
