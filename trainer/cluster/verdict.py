@@ -97,7 +97,7 @@ def silent_nodes(logs: list[Path]) -> list[str]:
 
 
 def last_words(logs: list[Path], most: int = 8) -> list[str]:
-    """The line of each rank's log that names a lost peer, else its last error, to name the culprit in the job's output."""
+    """The line of each rank's log that names a lost peer, else its last error: for the job's own output."""
     found = []
     for path in logs:
         lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
