@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # What the batch scripts share. Needs `root`, the repository. Sourced, never run.
 set -uo pipefail
+shopt -s nullglob   # no log is no log, not one named *
 say() { echo "$(date '+%F %T') job ${SLURM_JOB_ID:-none}.${SLURM_RESTART_COUNT:-0}: $*"; }
 die() { echo "error: $*" >&2; exit 2; }
 
