@@ -1,0 +1,53 @@
+"""Draw a standard prompt set from a checkpoint on all ranks, then score it: `eval.run CHECKPOINT --prompts geneval`."""
+
+import json
+from pathlib import Path
+
+from eval.generate import generate_pictures, write_text
+from eval.image_files import geneval_files
+from eval.prompt_files import read_prompts
+from eval.prompts import metadata_lines
+from eval.protocol import fingerprint, sampling_card
+from eval.scoring import ScoreConfig, check_all
+from eval.standard import score_pictures
+from trainer.config import ConfigError
+from trainer.distributed import barrier, detect_world, init_distributed
+from trainer.pipeline import Pipeline
+
+
+def draw_and_score(checkpoint: Path, prompt_set: str, config: ScoreConfig, batch_size: int, run_dir: Path) -> None:
+    """Everything: checks, pictures, features and detections, report. Collective; each part continues after a kill."""
+    prompts = read_prompts(prompt_set)
+    check_all(config, prompts)
+    if not checkpoint.exists():
+        raise ConfigError(
+            f"checkpoint {checkpoint} does not exist: give a run folder, a step folder in it or an export"
+        )
+    world = detect_world()
+    if world.size > 1:
+        init_distributed(world)
+    pipeline = Pipeline.load(checkpoint)
+    card = sampling_card(pipeline.config, pipeline.step, pipeline.origin, prompts, config.num_samples)
+    folder = config.out / "pictures" / f"{pipeline.origin.replace(' ', '_')}_{fingerprint(card)}"
+    if world.is_main:
+        write_text(folder / "evaluation_metadata.jsonl", metadata_lines(prompts))
+        write_text(folder / "sampling.json", json.dumps(card, indent=2) + "\n")
+    generate_pictures(
+        prompts,
+        folder,
+        pipeline.generate,
+        num_samples=config.num_samples,
+        batch_size=batch_size,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    step, size = pipeline.step, pipeline.config.data.image_size
+    del pipeline  # the scoring networks need the memory
+    if world.size > 1:
+        barrier()
+    files = geneval_files(folder, len(prompts), config.num_samples)
+    score_pictures(
+        config, prompts, files, world, name=f"{run_dir.name} at step {step:,}",
+        summary=f"{len(files)} pictures of {size} pixels for {len(prompts)} prompts of {prompt_set}",
+        step=step, sampling=card, run_dir=run_dir,
+    )  # fmt: skip
