@@ -20,6 +20,7 @@ from eval.compute_map import ComputeMaps, object_patches, trace_compute
 from eval.detector import detect
 from eval.generate import generate_pictures, read_pictures, write_text
 from eval.numbers import log_numbers, write_csv
+from eval.prompt_files import read_prompts
 from eval.prompts import Prompt, demo_prompts, metadata_lines, render_prompts
 from eval.protocol import fingerprint, package_versions, sampling_card
 from eval.report import ReportInput, render_report
@@ -224,7 +225,8 @@ def evaluate(config: EvalConfig) -> None:
     """Everything: draw on all ranks, score and report on the first."""
     if config.score is not None:
         run_dir = run_folder(config.checkpoint.resolve())
-        draw_and_score(config.checkpoint, config.prompts, config.score, config.batch_size, run_dir)
+        prompts = read_prompts(config.prompts)
+        draw_and_score(config.checkpoint, config.prompts, prompts, config.score, config.batch_size, run_dir)
         return
     for suite in config.suites:
         SUITES[suite].check()

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from eval.generate import generate_pictures, write_text
 from eval.image_files import geneval_files
-from eval.prompt_files import read_prompts
-from eval.prompts import metadata_lines
+from eval.prompts import Prompt, metadata_lines
 from eval.protocol import fingerprint, sampling_card
 from eval.scoring import ScoreConfig, check_all
 from eval.standard import score_pictures
@@ -15,9 +14,20 @@ from trainer.distributed import barrier, detect_world, init_distributed
 from trainer.pipeline import Pipeline
 
 
-def draw_and_score(checkpoint: Path, prompt_set: str, config: ScoreConfig, batch_size: int, run_dir: Path) -> None:
-    """Everything: checks, pictures, features and detections, report. Collective; each part continues after a kill."""
-    prompts = read_prompts(prompt_set)
+def draw_and_score(
+    checkpoint: Path,
+    prompt_set: str,
+    prompts: list[Prompt],
+    config: ScoreConfig,
+    batch_size: int,
+    run_dir: Path,
+    *,
+    log: bool = True,
+) -> None:
+    """Everything: checks, pictures, features and detections, report. Collective; each part continues after a kill.
+
+    `log` adds the numbers to the run's TensorBoard.
+    """
     check_all(config, prompts)
     if not checkpoint.exists():
         raise ConfigError(
@@ -49,5 +59,5 @@ def draw_and_score(checkpoint: Path, prompt_set: str, config: ScoreConfig, batch
     score_pictures(
         config, prompts, files, world, name=f"{run_dir.name} at step {step:,}",
         summary=f"{len(files)} pictures of {size} pixels for {len(prompts)} prompts of {prompt_set}",
-        step=step, sampling=card, run_dir=run_dir,
+        step=step, sampling=card, run_dir=run_dir if log else None,
     )  # fmt: skip
