@@ -12,10 +12,9 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,8 +35,7 @@ Item = TypeVar("Item")
 Ready = TypeVar("Ready")
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     shard: Path
     number: int
 
