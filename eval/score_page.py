@@ -19,8 +19,10 @@ _NAMES = {
     "fid": "FID", "fid_infinity/value": "FID extrapolated to infinitely many pictures", "kid/mean": "KID",
     "neighbours/precision": "precision", "neighbours/recall": "recall", "neighbours/density": "density",
     "neighbours/coverage": "coverage", "inception_score/mean": "Inception score", "cmmd": "CMMD",
-    "memorisation/share": "closer to a real picture than 99 % of those are to each other",
+    "memorisation/share": "memorised",
     "fd_dinov2": "FD-DINOv2", "score/cosine": "CLIP cosine", "score/score100": "CLIP score, 100 x",
+    "word_accuracy": "asked words that are read", "similarity": "similarity of the text that is read",
+    "all_words/value": "pictures with every word",
     "r_precision/value": "R-precision", "truncated_captions": "captions longer than CLIP reads",
 }  # fmt: skip
 _SPREADS = {
@@ -46,11 +48,16 @@ def _numbers(name: str, result: Mapping[str, Any]) -> list[str]:
             spread = _lookup(result, _SPREADS.get(path, "none"))
             rows.append([title, f"{value:.5g}", "" if spread is None else f"&plusmn; {spread:.2g}"])
     titles = {"fid": "Distance to real pictures", "clip": "Agreement with the captions", "cmmd": "Distance in CLIP's "
-              "space", "dino": "Distance in DINOv2's space"}  # fmt: skip
+              "space", "dino": "Distance in DINOv2's space", "text": "Rendered text"}  # fmt: skip
     parts = [f"<h2>{titles.get(name, escape(name))}</h2>"]
     if "note" in result:
         parts.append(f'<p class="muted">{escape(result["note"])}.</p>')
     parts.append(f'<div class="narrow">{table(["metric", "value", ""], rows)}</div>')
+    if "memorisation" in result:
+        parts.append(
+            '<p class="key">Memorised: share of pictures closer to a real picture than 99 % of the real ones are to '
+            "each other.</p>"
+        )
     return [*parts, *_skipped(result), card("Protocol of these numbers", result["card"])]
 
 

@@ -3,7 +3,7 @@
 fid      Frechet distance, FID-infinity, KID, precision, recall, density, coverage, Inception score, memorisation
 cmmd     CLIP-MMD          dino     Frechet distance and precision, recall in DINOv2's space
 clip     CLIP score and R-precision against the prompts
-geneval  GenEval with a detector
+geneval  GenEval with a detector        text    quoted text by OCR
 
 `check` runs before anything is drawn or written; `prepare` on every rank, on its own share of the pictures, and may
 be killed at any time; `score` on the first rank reads what is kept. A number that cannot be had is listed under
@@ -11,8 +11,9 @@ be killed at any time; `score` on the first rank reads what is kept. A number th
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from torch import Tensor
 from eval.clip import CMMD_CLIP, DEFAULT_CLIP, find_clip, load_clip, text_features
 from eval.encoders import SLIM, DinoEncoder, ImageEncoder, InceptionEncoder, classifier_weight
 from eval.feature_store import FeatureStore, add_picture_features, hash_files
+from eval.geneval import Rules
 from eval.image_files import folder_files, open_npz, unpack_npz
 from eval.metrics.clip_score import clip_score, cosines, r_precision
 from eval.metrics.frechet import FrechetReference, fid_infinity, inception_score
 from eval.metrics.kernel import cmmd, kid
 from eval.metrics.neighbours import memorisation, neighbours
 from eval.metrics.statistics import Statistics, moments_of, read_statistics
+from eval.objects.cache import FLOOR
 from eval.prompts import Prompt, prompts_sha256
 from eval.resize import CONVENTIONS, check_convention
 from eval.weights import find_weights_file
@@ -52,6 +55,7 @@ class ScoreConfig:
     colors: str = "clip"
     batch_size: int = 32
     num_neighbours: int = 5
+    rules: Rules = field(default_factory=Rules)
 
     def __post_init__(self) -> None:
         for suite in self.suites:
@@ -62,6 +66,10 @@ class ScoreConfig:
         for name in ("num_samples", "batch_size", "num_neighbours"):
             flag = "--samples" if name == "num_samples" else f"--{name.replace('_', '-')}"
             require(getattr(self, name) >= 1, f"{flag} is {getattr(self, name)}: use 1 or more")
+        for name in ("score", "counting_score"):
+            value = getattr(self.rules, name)
+            flag = "--min-score" if name == "score" else "--min-counting-score"
+            require(FLOOR <= value < 1, f"{flag} is {value}: use {FLOOR} (what is kept of detections) to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,15 +310,13 @@ class ScoreSuite:
     score: Callable[[Job], Result]
 
 
-def _geneval(name: str) -> Callable[..., Any]:
-    """A step of the GenEval suite, which is imported when it is used."""
+def _suite_of(module: str) -> ScoreSuite:
+    """The suite whose steps are functions of a module, which is imported when it is used."""
 
-    def run(*arguments: Any) -> Any:
-        from eval.objects import suite
+    def step(name: str) -> Callable[..., Any]:
+        return lambda *arguments: getattr(import_module(module), name)(*arguments)
 
-        return getattr(suite, name)(*arguments)
-
-    return run
+    return ScoreSuite(check=step("check"), prepare=step("prepare"), score=step("score"))
 
 
 SUITES = {
@@ -318,7 +324,8 @@ SUITES = {
     "cmmd": ScoreSuite(check=check_cmmd, prepare=prepare_cmmd, score=score_cmmd),
     "dino": ScoreSuite(check=check_dino, prepare=prepare_dino, score=score_dino),
     "clip": ScoreSuite(check=check_clip, prepare=prepare_clip, score=score_clip),
-    "geneval": ScoreSuite(check=_geneval("check"), prepare=_geneval("prepare"), score=_geneval("score")),
+    "geneval": _suite_of("eval.objects.suite"),
+    "text": _suite_of("eval.text_rendering"),
 }
 
 

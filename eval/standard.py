@@ -14,6 +14,7 @@ from typing import Any
 
 from eval.clip import CMMD_CLIP, DEFAULT_CLIP
 from eval.generate import write_text
+from eval.geneval import Rules
 from eval.numbers import flat_numbers, log_numbers, write_csv
 from eval.prompts import Prompt
 from eval.protocol import package_versions
@@ -35,6 +36,8 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
         "--detector", default="mask2former", help="mask2former, mask2former-hf:DIR, maskrcnn, yolov3-tiny"
     )
     parser.add_argument("--colors", default="clip", help="judge of colours: clip, or nearest (no weights, for checks)")
+    parser.add_argument("--min-score", type=float, default=Rules().score, help="GenEval's least detection score")
+    parser.add_argument("--min-counting-score", type=float, default=Rules().counting_score, help="the same for counts")
     parser.add_argument("--neighbours", type=int, default=5, help="k of precision, recall, density, coverage")
 
 
@@ -51,6 +54,7 @@ def score_config(given: argparse.Namespace, suites: tuple[str, ...], out: Path, 
         detector=given.detector,
         colors=given.colors,
         num_neighbours=given.neighbours,
+        rules=Rules(score=given.min_score, counting_score=given.min_counting_score),
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests_launcher import Launcher
 from torch import Tensor
 
 from eval.fid import frechet_from_features, frechet_from_moments, moments
@@ -199,3 +200,11 @@ def test_broken_statistics_are_one_sentence(tmp_path: Path) -> None:
     for message, path in {**cases, "cannot be read as npz": tmp_path / "e.npz"}.items():
         with pytest.raises(ConfigError, match=message):
             read_statistics(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_metrics_of_several_ranks_equal_one(launcher: Launcher, processes: int) -> None:
+    done = launcher.run(str(Path(__file__).parent / "metric_checks.py"), processes=processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "agreed" in done.stdout

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from eval.generate import picture_path, write_picture, write_text
 from eval.geneval import Rules
 from eval.image_files import read_picture
+from eval.objects import results
 from eval.objects.cache import LineCache, from_line, to_line
 from eval.objects.colors import NearestColors, crop
 from eval.objects.detectors import FoundObject, MaskRcnn, build_detector, build_maskrcnn
@@ -376,3 +377,29 @@ def test_real_photographs_through_a_real_detector(tmp_path: Path) -> None:
     assert [verdict.correct for verdict in scored.verdicts] == [expected for *_, expected in pairs]
     assert "left of" in scored.verdicts[5].reason
     write_text(tmp_path / "results.jsonl", result_lines(scored, prompts, files))
+
+
+def test_results_of_others_are_read_if_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"filename": f"{i}/{k}", "tag": row["tag"], "prompt": row["prompt"], "correct": (i + k) % 2 == 0, "reason": ""}
+        for i, row in enumerate(geneval_rows())
+        for k in range(2)
+    ]
+    path = tmp_path / "results.jsonl"
+
+    def write(part: list[dict[str, Any]]) -> None:
+        write_text(path, "".join(json.dumps(row) + "\n" for row in part))
+
+    write(rows)
+    results.main([str(path), "--samples", "2"])
+    said = capsys.readouterr().out
+    assert "overall         50.00%" in said and "prompts        100.00%" in said
+    write(rows[2:])
+    with pytest.raises(ConfigError, match=r"1 prompts have not 2 pictures each, first .*1104 rows where 1106 are due"):
+        results.check_complete(results.read_results(path), "geneval", 2)
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(ConfigError, match="line 1104 is no JSON object"):
+        results.read_results(path)
+    write([])
+    with pytest.raises(ConfigError, match="is empty"):
+        results.read_results(path)

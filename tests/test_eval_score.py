@@ -132,6 +132,7 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(
         (["--suite", "clip", "--clip", "ViT-L-14:openai"], "eval.weights fetch clip-vit-l-14-openai"),
         (["--suite", "geneval", "--detector", "x"], "--detector x is unknown"),
         (["--suite", "fid", "--samples", "0"], "--samples is 0"),
+        (["--suite", "fid", "--min-score", "0.01"], "--min-score is 0.01: use 0.05"),
         (["--suite", "fid", "--prompts", "demo"], "belongs to eval.run"),
         (["--suite", "geneval", "--detector", "yolov3-tiny", "--prompts", prompts], "yolov3-tiny"),
     ):

@@ -4,7 +4,6 @@ Only the last one depends on the judge's thresholds, and takes seconds. Rows and
 overall is the unweighted mean of the six tags' accuracies. Nothing is scored unless every prompt has all its pictures.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from eval.controls import judge_all
 from eval.feature_store import hash_files, num_workers, prefetched
-from eval.geneval import Detection, Rules, Summary, Verdict, result_row
+from eval.geneval import Detection, Rules, Summary, Verdict, result_row, select_objects
 from eval.image_files import read_picture
 from eval.objects.cache import FLOOR, Line, LineCache, from_line, to_line
 from eval.objects.colors import ColorJudge
@@ -150,14 +149,14 @@ def best_of(scored: Scored, samples: int) -> dict[str, float]:
     return {str(n): float(flags[:, :n].any(1).double().mean()) for n in range(1, samples + 1)}
 
 
-def result_lines(scored: Scored, prompts: Sequence[Prompt], files: Sequence[Path]) -> str:
+def result_lines(scored: Scored, prompts: Sequence[Prompt], files: Sequence[Path], rules: Rules | None = None) -> str:
     """results.jsonl in the official form; `details` lists what passed the threshold, as the official file does."""
+    rules = rules or Rules()
     samples = len(files) // len(prompts)
     rows = []
     for i, (file, verdict, found) in enumerate(zip(files, scored.verdicts, scored.detections, strict=True)):
         metadata = prompts[i // samples].metadata
-        threshold = Rules().counting_score if metadata["tag"] == "counting" else Rules().score
-        kept = [item for item in found if item.score > threshold]
+        kept = [item for group in select_objects(found, metadata["tag"], rules).values() for item in group]
         rows.append(result_row(str(file), metadata, verdict, kept) + "\n")
     return "".join(rows)
 
@@ -165,9 +164,3 @@ def result_lines(scored: Scored, prompts: Sequence[Prompt], files: Sequence[Path
 def summary_content(scored: Scored, samples: int) -> dict[str, Any]:
     """The summary for report.json."""
     return {**asdict(scored.summary), "best_of": best_of(scored, samples)}
-
-
-def detections_sha256(scored: Scored) -> str:
-    """Hash of all that was judged, to compare two runs."""
-    text = repr([[asdict(item) for item in found] for found in scored.detections])
-    return hashlib.sha256(text.encode()).hexdigest()

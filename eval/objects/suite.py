@@ -67,6 +67,8 @@ def departures(config: ScoreConfig, prompts: list[Prompt], comparable: str) -> l
         found.append(f"detector {config.detector}")
     if config.colors != "clip" or config.clip != DEFAULT_CLIP:
         found.append(f"colours by {config.clip if config.colors == 'clip' else config.colors}")
+    if config.rules != Rules():
+        found.append("other thresholds")
     if prompts_sha256(prompts) != OFFICIAL_SHA256:
         found.append("other prompts")
     if config.num_samples != OFFICIAL_SAMPLES:
@@ -81,8 +83,8 @@ def score(job: Job) -> dict[str, Any]:
     cache = open_detections(config.out, detector.card)
     judge = _color_judge(config) if _wants_colors(prompts) else None
     colors = open_colors(config.out, judge, cache) if judge else None
-    scored = score_files(cache, colors, prompts, job.files)
-    write_text(config.out / "results.jsonl", result_lines(scored, prompts, job.files))
+    scored = score_files(cache, colors, prompts, job.files, config.rules)
+    write_text(config.out / "results.jsonl", result_lines(scored, prompts, job.files, config.rules))
     differs = departures(config, prompts, detector.comparable)
     shown = [
         {
@@ -91,7 +93,7 @@ def score(job: Job) -> dict[str, Any]:
             "boxes": [
                 [item.name, round(item.score, 3), *(round(value, 1) for value in item.box)]
                 for item in found
-                if item.score > Rules().score
+                if item.score > config.rules.score
             ][:12],
         }
         for verdict, found in zip(scored.verdicts, scored.detections, strict=True)
@@ -102,7 +104,7 @@ def score(job: Job) -> dict[str, Any]:
         "departures": differs or "none",
         **detector.card,
         "colors": judge.card["colors"] if judge else "not asked for",
-        "rules": asdict(Rules()),
+        "rules": asdict(config.rules),
         "interval": "95 %, Wilson per tag, MOVER for the mean",
         "pictures": len(job.files),
         "prompts_sha256": prompts_sha256(prompts),
