@@ -137,13 +137,16 @@ def _pictures(report: Mapping[str, Any], prompts: Sequence[Prompt], files: Seque
     return parts
 
 
-def render_scores(report: Mapping[str, Any], prompts: Sequence[Prompt], files: Sequence[Path]) -> str:
-    """The page as one HTML text."""
+def render_scores(
+    report: Mapping[str, Any], prompts: Sequence[Prompt], files: Sequence[Path], sections: Sequence[str] = ()
+) -> str:
+    """The page as one HTML text; `sections` are ready parts about the run, after the pictures."""
     body = [f"<h1>{escape(report['run'])}</h1>", f'<p class="lead">{escape(report["summary"])}</p>']
     for name, result in report["results"].items():
         body += _geneval(result) if name == "geneval" else _numbers(name, result)
     if prompts:
         body += _pictures(report, prompts, files)
+    body += sections
     if report["sampling"]:
         body += ["<h2>How the pictures were drawn</h2>", card("Sampling", report["sampling"])]
     body.append(card("Versions", report["versions"]))

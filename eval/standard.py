@@ -8,7 +8,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ def score_pictures(
     step: int = 0,
     sampling: Mapping[str, Any] | None = None,
     run_dir: Path | None = None,
+    sections: Sequence[str] = (),
 ) -> None:
     """Compute on every rank, then score and report on the first. Collective."""
     start = time.perf_counter()
@@ -94,7 +95,7 @@ def score_pictures(
     }
     write_text(config.out / "report.json", json.dumps(report, indent=2, default=str) + "\n")
     write_csv(config.out / "report.csv", report)
-    write_text(config.out / "report.html", render_scores(report, prompts, files))
+    write_text(config.out / "report.html", render_scores(report, prompts, files, sections))
     if run_dir is not None:
         log_numbers(run_dir, report)
     numbers = flat_numbers(report["results"])

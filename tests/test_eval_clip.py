@@ -6,13 +6,21 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
 from PIL import Image
 
 from eval.clip import ClipModel, find_clip, load_clip, text_features
+from eval.encoders import DinoEncoder
+from eval.fid import frechet_from_features
+from eval.generate import picture_path, write_picture
+from eval.image_files import read_picture
+from eval.metrics.kernel import cmmd
 from eval.objects.colors import TEMPLATES, ClipColors
 from eval.objects.detectors import FoundObject
 from eval.objects.names import COLORS
+from eval.prompts import Prompt
+from eval.scoring import Job, ScoreConfig, check_all, prepare_all, score_all
 from trainer.config import ConfigError
 
 ARCH = "ViT-tiny-test"
@@ -100,3 +108,52 @@ def test_wrong_or_missing_models_are_one_sentence(
 
 def clip_stub() -> torch.nn.Module:
     return torch.nn.Identity()
+
+
+def test_clip_and_cmmd_suites_end_to_end(weights: Path, clip: ClipModel, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    prompts = [Prompt(id=str(i), text=f"caption {i}" + " word" * 90 * (i == 3), tag="", metadata={}) for i in range(6)]
+    files = [picture_path(tmp_path / "drawn", i, k) for i in range(6) for k in range(2)]
+    real = [tmp_path / "real" / f"{i}.png" for i in range(5)]
+    for file in [*files, *real]:
+        write_picture(file, torch.from_numpy(draw.integers(0, 256, (20, 20, 3), dtype=np.uint8)))
+    spec = f"{ARCH}:{weights}"
+    config = ScoreConfig(
+        suites=("clip", "cmmd"),
+        out=tmp_path / "out",
+        num_samples=2,
+        reference=tmp_path / "real",
+        clip=spec,
+        cmmd_clip=spec,
+    )
+    check_all(config, prompts)
+    for rank in (1, 0):  # the second rank may be first
+        prepare_all(Job(config=config, prompts=prompts, files=files, rank=rank, world_size=2))
+    results = score_all(Job(config=config, prompts=prompts, files=files))
+    images = clip.encode(torch.stack([clip.prepare(read_picture(file)) for file in files]))
+    texts = clip.encode_texts([prompts[i // 2].text for i in range(12)])
+    expected = torch.nn.functional.cosine_similarity(images, texts).double()
+    assert results["clip"]["score"]["cosine"] == pytest.approx(float(expected.mean()), abs=1e-5)
+    assert results["clip"]["score"]["count"] == 12 and results["clip"]["truncated_captions"] == 1
+    assert results["clip"]["r_precision"]["distractors"] == 5
+    reference = clip.encode(torch.stack([clip.prepare(read_picture(file)) for file in real]))
+    assert results["cmmd"]["cmmd"] == pytest.approx(cmmd(images, reference), abs=1e-3)
+    assert results["clip"]["card"]["weights_sha256"] == clip.key["weights_sha256"]
+
+
+def test_dino_suite_with_a_small_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, depth=1)
+    monkeypatch.setattr("eval.scoring.DinoEncoder", lambda: DinoEncoder(model))
+    draw = np.random.default_rng(0)
+    files = [tmp_path / name / f"{i}.png" for name in ("drawn", "real") for i in range(4)]
+    for file in files:
+        write_picture(file, torch.from_numpy(draw.integers(0, 256, (20, 20, 3), dtype=np.uint8)))
+    config = ScoreConfig(suites=("dino",), out=tmp_path / "out", reference=tmp_path / "real", num_neighbours=2)
+    job = Job(config=config, prompts=[], files=files[:4])
+    prepare_all(job)
+    found = score_all(job)["dino"]
+    encoder = DinoEncoder(model)
+    features = encoder.encode(torch.stack([encoder.prepare(read_picture(file)) for file in files]))
+    assert found["fd_dinov2"] == pytest.approx(frechet_from_features(features[:4], features[4:]), rel=1e-4)
+    assert set(found["neighbours"]) == {"precision", "recall", "density", "coverage", "k"}

@@ -17,6 +17,7 @@ from eval.fid import frechet_from_features
 from eval.generate import write_picture
 from eval.image_files import folder_files, geneval_files, read_picture, unpack_npz, write_npz
 from eval.inception import build_inception, fidelity_layers, read_torchscript
+from eval.metrics import statistics
 from eval.metrics.frechet import inception_score
 from eval.resize import CONVENTIONS, fid_input
 from eval.weights import find_weights_file
@@ -186,6 +187,21 @@ def test_picture_sets_are_complete_or_refused(tmp_path: Path) -> None:
 def _empty(folder: Path) -> Path:
     folder.mkdir()
     return folder
+
+
+@pytest.mark.slow
+def test_reference_builder_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = _pictures(tmp_path / "pictures", 3)
+    write_npz(tmp_path / "batch.npz", files)
+    for source, out in ((tmp_path / "pictures", "a.npz"), (tmp_path / "batch.npz", "b.npz")):
+        statistics.main([str(source), "--out", str(tmp_path / out), "--convention", "clean"])
+    a, b = (statistics.read_statistics(tmp_path / name, "clean") for name in ("a.npz", "b.npz"))
+    assert a.moments.count == 3 and a.source == "3 pictures of pictures"
+    torch.testing.assert_close(a.moments.covariance_DD, b.moments.covariance_DD)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        statistics.main([str(tmp_path / "pictures"), "--out", str(tmp_path / "a.npy")])
+    assert "must end in .npz" in capsys.readouterr().err
 
 
 @pytest.mark.slow
