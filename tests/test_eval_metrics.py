@@ -203,8 +203,7 @@ def test_broken_statistics_are_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3])
-def test_metrics_of_several_ranks_equal_one(launcher: Launcher, processes: int) -> None:
-    done = launcher.run(str(Path(__file__).parent / "metric_checks.py"), processes=processes)
+def test_metrics_of_three_ranks_equal_one(launcher: Launcher) -> None:
+    done = launcher.run(str(Path(__file__).parent / "metric_checks.py"), processes=3)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "agreed" in done.stdout

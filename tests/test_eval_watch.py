@@ -8,9 +8,11 @@ import pytest
 import torch
 from tests_launcher import Launcher
 
+from eval import run as score_run
 from eval.validation_loss import TIMES, fixed_noise, fixed_samples, validation_loss
 from eval.watch import finished_steps, log_file, main, parse
 from trainer.config import ConfigError, load_config
+from trainer.data import encode, scenes
 from trainer.data.dataset import open_dataset
 from trainer.pipeline import Pipeline
 
@@ -73,14 +75,11 @@ def test_a_run_is_watched_and_scored_on_a_file_of_prompts(tmp_path: Path, launch
     ]  # fmt: skip
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     real = tmp_path / "real"
-    for command in (
-        ["-m", "trainer.data.scenes", "--out", str(images), "--num-images", "64"],
-        ["-m", "trainer.data.encode", "debug", *overrides],
-        ["-m", "trainer.train", "debug", *overrides],
-        ["-m", "eval.watch", str(run), "--loss-samples", "8"],
-    ):
-        done = launcher.run(*command)
-        assert done.returncode == 0, done.stderr[-3000:]
+    scenes.main(["--out", str(images), "--num-images", "64"])
+    encode.main(["debug", *overrides])
+    done = launcher.run("-m", "trainer.train", "debug", *overrides)
+    assert done.returncode == 0, done.stderr[-3000:]
+    main([str(run), "--loss-samples", "8"])
     lines = [json.loads(line) for line in log_file(run).read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
     assert all(0 < line["validation_loss/mean"] < 10 for line in lines)
@@ -89,8 +88,7 @@ def test_a_run_is_watched_and_scored_on_a_file_of_prompts(tmp_path: Path, launch
     for i in range(2):
         (real / f"{i}.png").write_bytes(_png(i))
     options = ["--prompts", str(tmp_path / "prompts.txt"), "--samples", "2", "--suite", "fid", "--reference", str(real)]
-    done = launcher.run("-m", "eval.run", str(run), *options)
-    assert done.returncode == 0, done.stderr[-3000:]
+    score_run.main([str(run), *options])
     report = json.loads((run / "eval" / "prompts" / "report.json").read_text())
     assert report["step"] == 4 and report["pictures"] == 4 and report["sampling"]["checkpoint_step"] == 4
     assert report["results"]["fid"]["fid"] > 0 and "bias" in report["results"]["fid"]["note"]
