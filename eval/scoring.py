@@ -7,7 +7,7 @@ geneval  GenEval with a detector        text    quoted text by OCR
 
 `check` runs before anything is drawn or written; `prepare` on every rank, on its own share of the pictures, and may
 be killed at any time; `score` on the first rank reads what is kept. A number that cannot be had is listed under
-`skipped` with the reason. Shapes: N pictures, D features.
+`skipped` with the reason. To add a suite, write a module with these three functions and name it in _MODULES.
 """
 
 from collections.abc import Callable
@@ -18,27 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from eval.clip import CMMD_CLIP, DEFAULT_CLIP, find_clip, load_clip, text_features
-from eval.encoders import SLIM, DinoEncoder, ImageEncoder, InceptionEncoder, classifier_weight
+from eval.clip import CMMD_CLIP, DEFAULT_CLIP
+from eval.encoders import ImageEncoder
 from eval.feature_store import FeatureStore, add_picture_features, hash_files
 from eval.geneval import Rules
 from eval.image_files import folder_files, open_npz, unpack_npz
-from eval.metrics.clip_score import clip_score, cosines, r_precision
-from eval.metrics.frechet import FrechetReference, fid_infinity, inception_score
-from eval.metrics.kernel import cmmd, kid
-from eval.metrics.neighbours import memorisation, neighbours
-from eval.metrics.statistics import Statistics, moments_of, read_statistics
 from eval.objects.cache import FLOOR
-from eval.prompts import Prompt, prompts_sha256
+from eval.prompts import Prompt
 from eval.resize import CONVENTIONS, check_convention
-from eval.weights import find_weights_file
 from trainer.config import require
-
-FEW = 10_000  # pictures below which FID's bias is worth a note
-MANY = 100_000  # pictures beyond which metrics of whole sets use a part: 800 MB of features
-_SHOWN = 8  # closest pairs of the memorisation check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +82,7 @@ class Job:
     def reference_files(self) -> list[Path]:
         """The reference's pictures; empty for statistics."""
         path = self.config.reference
-        if path is None or _is_statistics(path):
+        if path is None or is_statistics(path):
             return []
         return unpack_npz(path, self.config.out / "reference") if path.suffix == ".npz" else folder_files(path)
 
@@ -118,7 +107,7 @@ class Job:
 Result = dict[str, Any]
 
 
-def _is_statistics(path: Path) -> bool:
+def is_statistics(path: Path) -> bool:
     """Whether the reference is an npz with moments; ADM's have pictures too, which are not read then."""
     if path.suffix != ".npz":
         return False
@@ -126,20 +115,20 @@ def _is_statistics(path: Path) -> bool:
         return "mu" in content or "arr_0" not in content
 
 
-def _needs_reference(config: ScoreConfig, *, pictures: bool) -> Path:
+def needs_reference(config: ScoreConfig, *, pictures: bool) -> Path:
     path = config.reference
     require(path is not None, "--reference is missing: give the folder of real pictures, or an npz of their statistics")
     assert path is not None
     require(path.exists(), f"--reference {path} does not exist")
     require(
-        not (pictures and _is_statistics(path)),
+        not (pictures and is_statistics(path)),
         f"--reference {path} holds statistics of another feature space: give a folder of pictures, or leave out cmmd "
         "and dino",
     )
     return path
 
 
-def _try(result: Result, skipped: dict[str, str], name: str, compute: Callable[[], Any]) -> None:
+def attempt(result: Result, skipped: dict[str, str], name: str, compute: Callable[[], Any]) -> None:
     """Add a number, or the reason why these pictures have none."""
     try:
         found = compute()
@@ -147,173 +136,6 @@ def _try(result: Result, skipped: dict[str, str], name: str, compute: Callable[[
         skipped[name] = str(error)
         return
     result[name] = asdict(found) if hasattr(found, "__dataclass_fields__") else found
-
-
-def check_fid(config: ScoreConfig, prompts: list[Prompt]) -> None:
-    """Weights and reference must be here, and of the same convention."""
-    del prompts
-    find_weights_file(SLIM)
-    path = _needs_reference(config, pictures=False)
-    if _is_statistics(path):
-        read_statistics(path, config.convention)
-
-
-def prepare_fid(job: Job) -> None:
-    """Inception features."""
-    job.add(InceptionEncoder(job.config.convention))
-
-
-def score_fid(job: Job) -> Result:
-    """All numbers of the FID network's features; those that need real pictures only with a reference of pictures."""
-    encoder, config = InceptionEncoder(job.config.convention), job.config
-    store, names = job.store(encoder), job.hashes
-    features_ND = store.matrix(_thinned(names))
-    real_MD: Tensor | None = None
-    if job.reference_files:
-        real_names = hash_files(job.reference_files)
-        real_MD = store.matrix(_thinned(real_names))
-        statistics = Statistics(moments=moments_of(store.read(real_names)), convention=config.convention)
-    else:
-        assert config.reference is not None
-        statistics = read_statistics(config.reference, config.convention)
-        require(
-            len(statistics.moments.mean_D) == encoder.dim,
-            f"{config.reference} has {len(statistics.moments.mean_D)} features, the FID network {encoder.dim}",
-        )
-    reference = FrechetReference(statistics.moments)
-    skipped: dict[str, str] = {}
-    result: Result = {}
-    streamed = len(names) >= encoder.dim
-    result["fid"] = (
-        reference.distance(moments_of(store.read(names))) if streamed else reference.distance_to_rows(features_ND)
-    )
-    _try(result, skipped, "fid_infinity", lambda: fid_infinity(features_ND, reference))
-    if real_MD is None:
-        skipped["kid, neighbours, memorisation"] = "the reference holds statistics, not pictures"
-    else:
-        real = real_MD
-        _try(result, skipped, "kid", lambda: kid(features_ND, real))
-        _try(result, skipped, "neighbours", lambda: neighbours(features_ND, real, k=config.num_neighbours))
-        _try(result, skipped, "memorisation", lambda: _memorisation(job, features_ND, real))
-    weight = classifier_weight()
-    if weight is None:
-        skipped["inception_score"] = (
-            "the classifier is not here: python -m eval.weights fetch inception-2015-12-05-full"
-        )
-    else:
-        logits_NK = features_ND.double() @ weight.double().T
-        _try(result, skipped, "inception_score", lambda: inception_score(logits_NK))
-    if len(names) < FEW:
-        result["note"] = f"{len(names)} pictures bias FID upwards: compare it only with values of as many pictures"
-    card = {
-        "metric": "fid-2", "convention": config.convention, **encoder.key, "pictures": len(names),
-        "reference": str(config.reference), "reference_pictures": statistics.moments.count or "not stated",
-        "pictures_of_set_metrics": len(features_ND),
-    }  # fmt: skip
-    return {**result, "skipped": skipped, "card": card}
-
-
-def _thinned(names: list[str]) -> list[str]:
-    """All names, or MANY evenly spaced ones: FID itself streams, the other numbers need their rows in memory."""
-    if len(names) <= MANY:
-        return names
-    return [names[i * len(names) // MANY] for i in range(MANY)]
-
-
-def _memorisation(job: Job, features_ND: Tensor, real_MD: Tensor) -> Result:
-    found = memorisation(features_ND, real_MD)
-    if len(features_ND) < len(job.files) or len(real_MD) < len(job.reference_files):
-        return {"share": found.share, "threshold": found.threshold, "quantile": found.quantile, "closest": []}
-    closest = found.distance_N.argsort()[:_SHOWN].tolist()
-    pairs = [
-        [str(job.files[i]), str(job.reference_files[int(found.nearest_N[i])]), round(float(found.distance_N[i]), 4)]
-        for i in closest
-    ]
-    return {"share": found.share, "threshold": found.threshold, "quantile": found.quantile, "closest": pairs}
-
-
-def check_cmmd(config: ScoreConfig, prompts: list[Prompt]) -> None:
-    """Model and reference pictures must be here."""
-    del prompts
-    find_clip(config.cmmd_clip)
-    _needs_reference(config, pictures=True)
-
-
-def prepare_cmmd(job: Job) -> None:
-    """CLIP features of pictures and reference."""
-    job.add(load_clip(job.config.cmmd_clip))
-
-
-def score_cmmd(job: Job) -> Result:
-    """CLIP-MMD."""
-    clip = load_clip(job.config.cmmd_clip)
-    store = job.store(clip)
-    value = cmmd(store.matrix(job.hashes), store.matrix(hash_files(job.reference_files)))
-    card = {"metric": "cmmd-1", **clip.key, "pictures": len(job.files), "reference": str(job.config.reference),
-            "reference_pictures": len(job.reference_files), "sigma": 10, "scale": 1000}  # fmt: skip
-    return {"cmmd": value, "skipped": {}, "card": card}
-
-
-def check_dino(config: ScoreConfig, prompts: list[Prompt]) -> None:
-    """Weights and reference pictures must be here."""
-    del prompts
-    find_weights_file("dinov2-vit-l-14")
-    _needs_reference(config, pictures=True)
-
-
-def prepare_dino(job: Job) -> None:
-    """DINOv2 features of pictures and reference."""
-    job.add(DinoEncoder())
-
-
-def score_dino(job: Job) -> Result:
-    """Frechet distance, precision and recall in DINOv2's space."""
-    encoder = DinoEncoder()
-    store = job.store(encoder)
-    features_ND, real_MD = store.matrix(job.hashes), store.matrix(hash_files(job.reference_files))
-    reference = FrechetReference(moments_of([real_MD]))
-    skipped: dict[str, str] = {}
-    result: Result = {"fd_dinov2": reference.distance_to_rows(features_ND)}
-    _try(result, skipped, "neighbours", lambda: neighbours(features_ND, real_MD, k=job.config.num_neighbours))
-    card = {"metric": "fd-dinov2-1", **encoder.key, "pictures": len(job.files), "reference": str(job.config.reference),
-            "reference_pictures": len(job.reference_files)}  # fmt: skip
-    return {**result, "skipped": skipped, "card": card}
-
-
-def check_clip(config: ScoreConfig, prompts: list[Prompt]) -> None:
-    """The model must be here."""
-    find_clip(config.clip)
-    require(bool(prompts), "--suite clip needs --prompts: CLIP score compares pictures with their captions")
-
-
-def prepare_clip(job: Job) -> None:
-    """Picture features on every rank, caption features on the first."""
-    clip = load_clip(job.config.clip)
-    add_picture_features(
-        job.store(clip), clip, job.files, rank=job.rank, world_size=job.world_size,
-        batch_size=job.config.batch_size, progress=job.progress,
-    )  # fmt: skip
-    if job.rank == 0:
-        text_features(job.config.out / "features", clip, [prompt.text for prompt in job.prompts])
-
-
-def score_clip(job: Job) -> Result:
-    """CLIP score, R-precision, and how many captions were cut."""
-    clip, captions = load_clip(job.config.clip), job.texts()
-    images_ND = job.store(clip).matrix(job.hashes)
-    texts_ND = text_features(job.config.out / "features", clip, captions)
-    skipped: dict[str, str] = {}
-    result: Result = {}
-    _try(result, skipped, "score", lambda: clip_score(cosines(images_ND, texts_ND)))
-    try:
-        share, distractors = r_precision(images_ND, texts_ND, captions)
-        result["r_precision"] = {"value": share, "distractors": distractors}
-    except ValueError as error:
-        skipped["r_precision"] = str(error)
-    result["truncated_captions"] = sum(clip.is_truncated(prompt.text) for prompt in job.prompts)
-    card = {"metric": "clip-score-1", "model": job.config.clip, **clip.key, "pictures": len(job.files),
-            "prompts_sha256": prompts_sha256(job.prompts)}  # fmt: skip
-    return {**result, "skipped": skipped, "card": card}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,14 +156,9 @@ def _suite_of(module: str) -> ScoreSuite:
     return ScoreSuite(check=step("check"), prepare=step("prepare"), score=step("score"))
 
 
-SUITES = {
-    "fid": ScoreSuite(check=check_fid, prepare=prepare_fid, score=score_fid),
-    "cmmd": ScoreSuite(check=check_cmmd, prepare=prepare_cmmd, score=score_cmmd),
-    "dino": ScoreSuite(check=check_dino, prepare=prepare_dino, score=score_dino),
-    "clip": ScoreSuite(check=check_clip, prepare=prepare_clip, score=score_clip),
-    "geneval": _suite_of("eval.objects.suite"),
-    "text": _suite_of("eval.text_rendering"),
-}
+_MODULES = {name: f"eval.score_suites.{name}" for name in ("fid", "cmmd", "dino", "clip")}
+_MODULES |= {"geneval": "eval.objects.suite", "text": "eval.text_rendering"}
+SUITES = {name: _suite_of(module) for name, module in _MODULES.items()}
 
 
 def check_all(config: ScoreConfig, prompts: list[Prompt]) -> None:

@@ -144,7 +144,7 @@ def test_clip_and_cmmd_suites_end_to_end(weights: Path, clip: ClipModel, tmp_pat
 def test_dino_suite_with_a_small_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, depth=1)
-    monkeypatch.setattr("eval.scoring.DinoEncoder", lambda: DinoEncoder(model))
+    monkeypatch.setattr("eval.score_suites.dino.DinoEncoder", lambda: DinoEncoder(model))
     draw = np.random.default_rng(0)
     files = [tmp_path / name / f"{i}.png" for name in ("drawn", "real") for i in range(4)]
     for file in files:

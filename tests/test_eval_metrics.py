@@ -39,15 +39,17 @@ def test_streamed_and_merged_moments_equal_the_whole() -> None:
 @pytest.mark.parametrize(("count", "reference_count"), [(300, 400), (10, 400), (300, 9), (10, 9)])
 def test_reference_gives_the_same_distance_in_every_rank(count: int, reference_count: int) -> None:
     a, b = _features(count, 24, 1), _features(reference_count, 24, 2, 0.3)
-    reference = FrechetReference(moments(b))
     expected = frechet_from_features(a, b)
-    assert reference.distance(moments(a)) == pytest.approx(expected, rel=1e-6)
-    assert reference.distance_to_rows(a) == pytest.approx(expected, rel=1e-6)
+    for reference in (FrechetReference.from_moments(moments(b)), FrechetReference.from_rows(b)):
+        assert reference.distance(moments(a)) == pytest.approx(expected, rel=1e-6)
+        assert reference.distance_to_rows(a) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="1 pictures"):
+        FrechetReference.from_rows(b[:1])
 
 
 def test_fid_infinity_finds_the_limit_of_a_biased_distance() -> None:
     a, b = _features(4000, 8, 3), _features(100_000, 8, 3)
-    reference = FrechetReference(moments(b))
+    reference = FrechetReference.from_moments(moments(b))
     found = fid_infinity(a, reference, points=8)
     assert abs(found.value) < abs(reference.distance_to_rows(a[:400])) / 4
     assert found == fid_infinity(a, reference, points=8)

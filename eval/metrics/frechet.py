@@ -36,22 +36,36 @@ class FidInfinity:
 
 
 class FrechetReference:
-    """A reference whose covariance is factored once, for distances to many sets."""
+    """A reference whose covariance L L' is factored once, for distances to many sets; L is [D, R] of rank R."""
 
-    def __init__(self, reference: Moments) -> None:
-        self.reference = reference
-        covariance_DD = reference.covariance_DD.double()
+    def __init__(self, mean_D: Tensor, factor_DR: Tensor) -> None:
+        self.mean_D, self.factor_DR = mean_D, factor_DR
+        self.trace = float(factor_DR.square().sum())
+
+    @classmethod
+    def from_moments(cls, moments: Moments) -> "FrechetReference":
+        """Factor by `eigh`; directions without spread are left out, which makes later problems smaller."""
+        covariance_DD = moments.covariance_DD.double()
         values, vectors = torch.linalg.eigh((covariance_DD + covariance_DD.T) / 2)
         kept = values > values[-1].clamp_min(0) * values.numel() * torch.finfo(torch.float64).eps
-        # Directions without spread add nothing; leaving them out makes the inner problem smaller.
-        self.factor_DR = vectors[:, kept] * values[kept].sqrt()
-        self.trace = float(covariance_DD.trace())
+        return cls(moments.mean_D.double(), vectors[:, kept] * values[kept].sqrt())
+
+    @classmethod
+    def from_rows(cls, x_ND: Tensor) -> "FrechetReference":
+        """From features; fewer pictures than features are a factor themselves. ValueError below two pictures."""
+        if len(x_ND) >= x_ND.shape[1]:
+            return cls.from_moments(moments_of([x_ND]))
+        if len(x_ND) < 2:
+            raise ValueError(f"{len(x_ND)} pictures: statistics need 2 or more")
+        x_ND = x_ND.double()
+        mean_D = x_ND.mean(0)
+        return cls(mean_D, (x_ND - mean_D).T / (len(x_ND) - 1) ** 0.5)
 
     def distance(self, other: Moments) -> float:
         """Squared Frechet distance to a Gaussian of these moments."""
         inner_RR = self.factor_DR.T @ other.covariance_DD.double() @ self.factor_DR
         cross = torch.linalg.eigvalsh((inner_RR + inner_RR.T) / 2).clamp_min(0).sqrt().sum()
-        shift = (self.reference.mean_D - other.mean_D).square().sum()
+        shift = (self.mean_D - other.mean_D).square().sum()
         return float(shift + self.trace + other.covariance_DD.trace() - 2 * cross)
 
     def distance_to_rows(self, x_ND: Tensor) -> float:
@@ -63,7 +77,7 @@ class FrechetReference:
         rows_ND = (x_ND - mean_D) / (len(x_ND) - 1) ** 0.5
         inner_NR = rows_ND @ self.factor_DR
         cross = torch.linalg.eigvalsh(inner_NR @ inner_NR.T).clamp_min(0).sqrt().sum()
-        shift = (self.reference.mean_D - mean_D).square().sum()
+        shift = (self.mean_D - mean_D).square().sum()
         return float(shift + self.trace + rows_ND.square().sum() - 2 * cross)
 
 
