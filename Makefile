@@ -58,7 +58,7 @@ demo: $(STAMP)
 	python -m trainer.data.encode $(DEMO)
 	torchrun --standalone --nproc-per-node 2 -m trainer.train $(DEMO) train.stop_at_step=300
 	torchrun --standalone --nproc-per-node 2 -m trainer.train $(DEMO)
-	OMP_NUM_THREADS=$$(nproc) python -m eval.run runs/demo  # one process: all cores
+	OMP_NUM_THREADS=$$(env -u OMP_NUM_THREADS nproc) python -m eval.run runs/demo  # one process: all cores
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache data/demo runs/demo

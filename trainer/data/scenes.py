@@ -53,7 +53,7 @@ _LOW, _MIDDLE, _HIGH = 0.26, 0.5, 0.74  # centres of the cells of a 2 x 2 arrang
 _CORNERS = tuple(product((_LOW, _HIGH), (_LOW, _HIGH)))
 _PAIR_SIZE = 0.46
 _TILE_OBJECT_SIZE = 0.44
-_SINGLE_SIZES = (0.60, 0.70)
+_SINGLE_SIZES = (0.72, 0.84)
 _GRID = 32  # sizes and corners are whole pixels of a picture of this size: small drawings stay sharp
 _COUNT_SIZES = {1: 0.62, 2: 0.46, 3: 0.43, 4: 0.42}
 
