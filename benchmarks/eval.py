@@ -6,7 +6,7 @@
 features    pictures of 256 pixels on disk: `store` is eval.feature_store with hashing, decoding, resizing and writing,
             `bare` the Inception network alone on what is already in memory
 detection   the same for eval.objects.score and YOLOv3-tiny (if its weights are here)
-frechet     distance of 2048 features from moments: `ours` (eigh, eigvalsh), scipy's sqrtm, torchmetrics (eigvals)
+frechet     distance of 2048 features from moments: `ours`, scipy's sqrtm, torchmetrics (general eigenvalues)
 memory      peak of a process that streams 30,000 pictures' features into moments, and that indexes 10^6 of them
 """
 

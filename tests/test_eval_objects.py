@@ -218,7 +218,8 @@ def test_instances_equal_a_loop() -> None:
 def test_mask_rcnn_maps_cocos_numbers() -> None:
     torch.manual_seed(0)
     model = build_maskrcnn()
-    model.roi_heads.score_thresh, model.transform.min_size = 0.0, (128,)
+    model.roi_heads.score_thresh, model.roi_heads.detections_per_img = 0.0, 5
+    model.transform.min_size, model.rpn._post_nms_top_n["testing"] = (128,), 20
     found = MaskRcnn(model).detect(torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8))
     assert all(0 <= item.class_number < 80 for item in found)
 

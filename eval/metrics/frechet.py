@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.fid import Moments
+from eval.fid import Moments, covariance_factor
 from eval.metrics.statistics import moments_of
 
 
@@ -44,11 +44,8 @@ class FrechetReference:
 
     @classmethod
     def from_moments(cls, moments: Moments) -> "FrechetReference":
-        """Factor by `eigh`; directions without spread are left out, which makes later problems smaller."""
-        covariance_DD = moments.covariance_DD.double()
-        values, vectors = torch.linalg.eigh((covariance_DD + covariance_DD.T) / 2)
-        kept = values > values[-1].clamp_min(0) * values.numel() * torch.finfo(torch.float64).eps
-        return cls(moments.mean_D.double(), vectors[:, kept] * values[kept].sqrt())
+        """From mean and covariance."""
+        return cls(moments.mean_D.double(), covariance_factor(moments.covariance_DD))
 
     @classmethod
     def from_rows(cls, x_ND: Tensor) -> "FrechetReference":
