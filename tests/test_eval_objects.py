@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mmdet_names import mmdet_state
 from torch import Tensor, nn
 
 from eval.generate import picture_path, write_picture, write_text
@@ -77,90 +78,6 @@ def test_patch_merging_equals_mmdets_unfold() -> None:
     x = x_NCHW.permute(0, 2, 3, 1)  # transformers, SwinPatchMerging: the four neighbours behind each other
     joined = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], -1).flatten(1, 2)
     torch.testing.assert_close(joined @ reorder_merging(projection).T, expected)
-
-
-def _unfold_order(value: Tensor) -> Tensor:
-    """Inverse of `reorder_merging`, found by solving for it."""
-    order = reorder_merging(torch.arange(value.shape[-1]).float()[None])[0].long()
-    out = torch.empty_like(value)
-    out[..., order] = value
-    return out
-
-
-def mmdet_state(state: dict[str, Tensor], depths: tuple[int, ...], old: bool) -> dict[str, Tensor]:
-    """Weights of a transformers model under mmdet's names, written down from mmdet's own module tree."""
-    swin, pixels, queries = (
-        "model.pixel_level_module.encoder.swin.", "model.pixel_level_module.decoder.", "model.transformer_module.",
-    )  # fmt: skip
-    head = "panoptic_head."
-    out: dict[str, Tensor] = {}
-
-    def both(new: str, theirs: str) -> None:
-        for part in ("weight", "bias"):
-            out[f"{new}.{part}"] = state[f"{theirs}.{part}"]
-
-    both("backbone.patch_embed.projection", swin + "embeddings.patch_embeddings.projection")
-    both("backbone.patch_embed.norm", swin + "embeddings.norm")
-    for stage, depth in enumerate(depths):
-        both(f"backbone.norm{stage}", f"model.pixel_level_module.encoder.hidden_states_norms.stage{stage + 1}")
-        for block in range(depth):
-            mine, theirs = f"backbone.stages.{stage}.blocks.{block}.", f"{swin}encoder.layers.{stage}.blocks.{block}."
-            both(mine + "norm1", theirs + "layernorm_before")
-            both(mine + "norm2", theirs + "layernorm_after")
-            both(mine + "ffn.layers.0.0", theirs + "mlp.fc1")
-            both(mine + "ffn.layers.1", theirs + "mlp.fc2")
-            both(mine + "attn.w_msa.proj", theirs + "attention.o_proj")
-            for part in ("weight", "bias"):
-                parts = [state[f"{theirs}attention.{c}_proj.{part}"] for c in "qkv"]
-                out[f"{mine}attn.w_msa.qkv.{part}"] = torch.cat(parts)
-            table = "relative_position_bias_table"
-            out[f"{mine}attn.w_msa.{table}"] = state[f"{theirs}attention.relative_position_bias.{table}"]
-            out[f"{mine}attn.w_msa.relative_position_index"] = torch.zeros(1)
-        if stage < len(depths) - 1:
-            theirs = f"{swin}encoder.layers.{stage}.downsample."
-            mine = f"backbone.stages.{stage}.downsample."
-            for name in ("norm.weight", "norm.bias", "reduction.weight"):
-                out[mine + name] = _unfold_order(state[theirs + name])
-    attention = "attentions.0" if old else "self_attn"
-    ffn = "ffns.0" if old else "ffn"
-    for i in range(6):
-        mine, theirs = f"{head}pixel_decoder.encoder.layers.{i}.", f"{pixels}encoder.layers.{i}."
-        for name in ("sampling_offsets", "attention_weights", "value_proj", "output_proj"):
-            both(f"{mine}{attention}.{name}", f"{theirs}self_attn.{name}")
-        for name, other in (("norms.0", "self_attn_layer_norm"), ("norms.1", "final_layer_norm")):
-            both(mine + name, theirs + other)
-        both(f"{mine}{ffn}.layers.0.0", theirs + "fc1")
-        both(f"{mine}{ffn}.layers.1", theirs + "fc2")
-    for i in range(3):
-        both(f"{head}pixel_decoder.input_convs.{i}.conv", f"{pixels}input_projections.{i}.0")
-        both(f"{head}pixel_decoder.input_convs.{i}.gn", f"{pixels}input_projections.{i}.1")
-    for name, other in (("lateral", "adapter_1"), ("output", "layer_1")):
-        out[f"{head}pixel_decoder.{name}_convs.0.conv.weight"] = state[f"{pixels}{other}.0.weight"]
-        both(f"{head}pixel_decoder.{name}_convs.0.gn", f"{pixels}{other}.1")
-    out[f"{head}pixel_decoder.level_encoding.weight"] = state[pixels + "level_embed"]
-    both(f"{head}pixel_decoder.mask_feature", pixels + "mask_projection")
-    for i in range(9):
-        mine, theirs = f"{head}transformer_decoder.layers.{i}.", f"{queries}decoder.layers.{i}."
-        cross, own = ("attentions.0", "attentions.1") if old else ("cross_attn", "self_attn")
-        for part in ("weight", "bias"):
-            out[f"{mine}{cross}.attn.in_proj_{part}"] = state[f"{theirs}cross_attn.in_proj_{part}"]
-            parts = [state[f"{theirs}self_attn.{c}_proj.{part}"] for c in "qkv"]
-            out[f"{mine}{own}.attn.in_proj_{part}"] = torch.cat(parts)
-        both(f"{mine}{cross}.attn.out_proj", f"{theirs}cross_attn.out_proj")
-        both(f"{mine}{own}.attn.out_proj", f"{theirs}self_attn.out_proj")
-        both(f"{mine}{ffn}.layers.0.0", theirs + "fc1")
-        both(f"{mine}{ffn}.layers.1", theirs + "fc2")
-        norms = ("cross_attn_layer_norm", "self_attn_layer_norm", "final_layer_norm")
-        for number, other in enumerate(norms):
-            both(f"{mine}norms.{number}", theirs + other)
-    both(f"{head}transformer_decoder.post_norm", queries + "decoder.layernorm")
-    for mine, theirs in (("query_embed", "queries_embedder"), ("query_feat", "queries_features"), ("level_embed",) * 2):
-        out[f"{head}{mine}.weight"] = state[f"{queries}{theirs}.weight"]
-    both(f"{head}cls_embed", "class_predictor")
-    for number in range(3):
-        both(f"{head}mask_embed.{2 * number}", f"{queries}decoder.mask_predictor.mask_embedder.{number}.0")
-    out[f"{head}loss_cls.class_weight"] = torch.zeros(81)
-    return out
 
 
 @pytest.fixture(scope="module")
