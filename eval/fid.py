@@ -3,7 +3,8 @@
 For Gaussians with means m and covariances S the squared distance is |m1 - m2|^2 + tr S1 + tr S2 -
 2 tr (S1 S2)^(1/2). The last trace is the nuclear norm of L1' L2 for any factors S = L L'. With fewer
 pictures than features the centred features themselves are such factors, which is exact and fast;
-otherwise L1 comes from `eigh` and the trace from `eigvalsh` of L1' S2 L1: symmetric, never complex.
+otherwise L1 comes from Cholesky, or from `eigh` where S1 is not safely positive definite, and the trace from
+`eigvalsh` of L1' S2 L1: symmetric, never complex.
 Shapes: N pictures, D features.
 """
 
@@ -35,12 +36,26 @@ def _check_count(features_ND: Tensor) -> None:
         raise ValueError(f"features of shape {tuple(features_ND.shape)}: need [N, D] with N of 2 or more")
 
 
+def covariance_factor(covariance_DD: Tensor) -> Tensor:
+    """L [D, R] in float64 with L L' = covariance; directions without spread are left out of it."""
+    covariance_DD = covariance_DD.double()
+    negligible = len(covariance_DD) * torch.finfo(torch.float64).eps
+    factor_DD: Tensor
+    factor_DD, failed = torch.linalg.cholesky_ex(covariance_DD)
+    pivots = factor_DD.diagonal().square()
+    if not failed and pivots.min() > negligible * covariance_DD.diagonal().max():
+        return factor_DD
+    values, vectors = torch.linalg.eigh((covariance_DD + covariance_DD.T) / 2)
+    kept = values > negligible * values[-1].clamp_min(0)
+    found: Tensor = vectors[:, kept] * values[kept].sqrt()
+    return found
+
+
 def frechet_from_moments(a: Moments, b: Moments) -> float:
     """Squared Frechet distance of two Gaussians, float64."""
-    values, vectors = torch.linalg.eigh(a.covariance_DD.double())
-    factor_DD = vectors * values.clamp_min(0).sqrt()
-    inner_DD = factor_DD.T @ b.covariance_DD.double() @ factor_DD
-    cross = torch.linalg.eigvalsh((inner_DD + inner_DD.T) / 2).clamp_min(0).sqrt().sum()
+    factor_DR = covariance_factor(a.covariance_DD)
+    inner_RR = factor_DR.T @ b.covariance_DD.double() @ factor_DR
+    cross = torch.linalg.eigvalsh((inner_RR + inner_RR.T) / 2).clamp_min(0).sqrt().sum()
     traces = a.covariance_DD.trace() + b.covariance_DD.trace()
     return float((a.mean_D - b.mean_D).square().sum() + traces - 2 * cross)
 

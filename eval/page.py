@@ -46,6 +46,7 @@ tr.total td { font-weight: 650; border-bottom: 0; border-top: 1.5px solid var(--
 .grid { display: grid; grid-template-columns: repeat(8, 1fr); gap: 16px 12px; margin: 8px 0 4px; }
 figure { margin: 0; break-inside: avoid; }
 .grid img { width: 100%; display: block; border-radius: 3px; image-rendering: pixelated; }
+.shot { position: relative; } .shot svg { position: absolute; inset: 0; width: 100%; height: 100%; }
 figcaption { font-size: 11.5px; line-height: 1.35; margin-top: 5px; }
 .pass::before { content: "\\2713\\a0"; color: var(--green); font-weight: 700; }
 .fail::before { content: "\\2717\\a0"; color: var(--red); font-weight: 700; }

