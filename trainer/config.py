@@ -240,6 +240,12 @@ class TrainConfig:
             f"parallel.ep_size={self.parallel.ep_size} does not divide moe.num_experts={self.moe.num_experts}: "
             "each rank of an expert group holds the same number of experts",
         )
+        group, micro = self.moe.group_size if self.moe.every else 0, self.train.micro_batch_size
+        require(
+            group == 0 or micro % group == 0,
+            f"moe.pool={self.moe.pool} and train.micro_batch_size={micro}: a pool lies within one rank's micro-batch, "
+            f"so use a multiple of {group} images, or moe.pool=batch",
+        )
 
     def global_batch_size(self, world_size: int) -> int:
         """Samples per optimizer step, over all ranks and accumulation steps."""

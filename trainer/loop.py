@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moe.layer import set_capacity_factor
 from trainer.checkpoint import Saver, TrainState, list_checkpoints, load_checkpoint, load_init, newest_whole
 from trainer.data.dataset import DataState, build_loader
 from trainer.distributed import all_reduce_mean, from_main
@@ -112,6 +113,7 @@ class Trainer:
         self.sound = False
         rate = learning_rate(self.state.step, self.config.optim, self.config.train.max_steps)
         used = self.upcoming
+        set_capacity_factor(self.engine.module, self.config.moe.factor_at(self.state.step))
         result = train_step(self.engine, used, rate, self.config, self.device)
         if result.applied:
             self.ema.update(self.engine, self.state.step + 1)

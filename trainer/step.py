@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe.layer import auxiliary_loss
 from trainer.config import TrainConfig
 from trainer.data.dataset import Batch
 from trainer.diffusion import NoisedBatch, noise_batch, training_loss
@@ -62,7 +63,10 @@ def poisoned(loss: Tensor) -> Tensor:
 def train_step(
     engine: Any, micro_batches: list[Prepared], rate: float, config: TrainConfig, device: torch.device
 ) -> StepResult:
-    """Run one optimizer step at a learning rate. Collective over all ranks."""
+    """Run one optimizer step at a learning rate. Collective over all ranks.
+
+    Routers may add a loss of their own; the losses that are reported are without it, so that routers compare.
+    """
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     losses, router = [], []
@@ -70,9 +74,11 @@ def train_step(
         noised = micro.noised.to(device)
         prediction, stats = engine(noised.x_BCHW, noised.t_B, noised.text_BLD, noised.text_mask_BL, noised.keep_BS)
         loss = training_loss(prediction, noised, config.model.patch_size)
-        engine.backward(poisoned(loss))
+        own = auxiliary_loss(stats)
+        total = loss if own is None else loss + own
+        engine.backward(poisoned(total))
         engine.step()
-        losses.append(loss.detach())
+        losses.append(torch.where(total.isfinite(), loss, total).detach())
         router.append(router_values(stats).to(device))
     return StepResult(applied=engine.was_step_applied(), losses=torch.stack(losses), router=torch.stack(router).mean(0))
 
