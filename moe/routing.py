@@ -30,15 +30,21 @@ class RoutingStats:
 
     `experts_per_token_BS` int32, how many experts took each token of each image. `gate_entropy` mean entropy of the
     softmax over experts, in nats (log E is uniform). `affinity_kept` share of the softmax's mass that
-    lies on chosen (token, expert) pairs. `load_E` share of the rows that each expert took; `together_EE` share of the
-    tokens that both experts took. `dropped` share of a token's choices that found their expert full.
+    lies on chosen (token, expert) pairs; `entropy_B` and `kept_B` are both for each image. `load_E` share of the rows
+    that each expert took, `mass_E` share of the kept mass. `together_EE` share of the tokens that both experts took;
+    `alike_EE` cosine of two experts' affinities over all tokens. `dropped` share of a token's choices that found
+    their expert full.
     `auxiliary_loss` is the router's own loss, weighted, to be added to the model's.
     """
 
     experts_per_token_BS: Tensor
     gate_entropy: Tensor
     affinity_kept: Tensor
+    entropy_B: Tensor = field(default_factory=lambda: torch.zeros(0))
+    kept_B: Tensor = field(default_factory=lambda: torch.zeros(0))
     load_E: Tensor = field(default_factory=lambda: torch.zeros(0))
+    mass_E: Tensor = field(default_factory=lambda: torch.zeros(0))
+    alike_EE: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     together_EE: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     dropped: Tensor = field(default_factory=lambda: torch.zeros(()))
     auxiliary_loss: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -150,12 +156,19 @@ def routing_stats(
     B, S, _ = affinity_BSE.shape
     mask_BSE = chosen_mask(routing.index_BEC, routing.valid_BEC, S)
     flat_NE = mask_BSE.flatten(0, 1)
-    entropy = -(affinity_BSE * affinity_BSE.clamp_min(1e-30).log()).sum(-1).mean()
+    entropy_BS = -(affinity_BSE * affinity_BSE.clamp_min(1e-30).log()).sum(-1)
+    kept_BSE = affinity_BSE * mask_BSE
+    mass_E = kept_BSE.sum((0, 1))
+    direction_NE = affinity_BSE.flatten(0, 1) / affinity_BSE.flatten(0, 1).norm(dim=0).clamp_min(1e-12)
     zero = affinity_BSE.new_zeros(())
     return RoutingStats(
         experts_per_token_BS=mask_BSE.sum(-1).to(torch.int32).view(num_images or B, -1),
-        gate_entropy=entropy,
-        affinity_kept=(affinity_BSE * mask_BSE).sum() / (B * S),
+        gate_entropy=entropy_BS.mean(),
+        affinity_kept=mass_E.sum() / (B * S),
+        entropy_B=entropy_BS.view(num_images or B, -1).mean(1),
+        kept_B=kept_BSE.sum(-1).view(num_images or B, -1).mean(1),
+        mass_E=mass_E / mass_E.sum().clamp_min(1e-12),
+        alike_EE=direction_NE.T @ direction_NE,
         load_E=flat_NE.sum(0) / flat_NE.sum().clamp_min(1),
         together_EE=flat_NE.T @ flat_NE / (B * S),
         dropped=zero if dropped is None else dropped,

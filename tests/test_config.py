@@ -30,6 +30,8 @@ from trainer.train import main
         ("moe.pool=group(3)", "moe.pool=group(3) and train.micro_batch_size=8"),
         ("moe.pool=group(16)", "moe.pool=group(16) and train.micro_batch_size=8: a pool lies within one rank's"),
         ("moe.router=hash", "moe.router"),
+        ("diffusion.unmask_at_step=5", "diffusion.unmask_at_step=5 ends the masking, but diffusion.mask_ratio=0"),
+        ("diffusion.unmask_at_step=-1", "diffusion.unmask_at_step is -1"),
         ("train.max_bad_steps=0", "train.max_bad_steps is 0: use 1 or more"),
         ("train.max_rollbacks=-1", "train.max_rollbacks is -1: use 0 (never) or more"),
         ("train.emergency_save_seconds=0", "train.emergency_save_seconds is 0"),

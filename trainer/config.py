@@ -182,6 +182,8 @@ class DiffusionConfig:
 
     `time_shift` s moves timesteps towards noise, t -> s t / (1 + (s - 1) t), in training and sampling alike:
     the larger a picture, the more noise it takes to hide its layout (arXiv 2403.03206, equation 23).
+    `mask_ratio` of the image tokens are left out in training up to step `unmask_at_step`, from which on all are seen
+    (0: masked to the end); MaskDiT (arXiv 2306.09305) ends with such a stage.
     `guidance_scale` 1 switches classifier-free guidance off; it acts for timesteps in
     [guidance_start, guidance_end] (1 is pure noise).
     """
@@ -190,6 +192,7 @@ class DiffusionConfig:
     logit_std: float = 1.0
     time_shift: float = 1.0
     mask_ratio: float = 0.0
+    unmask_at_step: int = 0
     sampler: Literal["euler", "heun"] = "euler"
     sampling_steps: int = 25
     guidance_scale: float = 3.0
@@ -200,12 +203,22 @@ class DiffusionConfig:
         require(self.logit_std > 0, f"diffusion.logit_std is {self.logit_std}: use more than 0")
         require(self.time_shift > 0, f"diffusion.time_shift is {self.time_shift}: use more than 0")
         require(0 <= self.mask_ratio < 1, f"diffusion.mask_ratio is {self.mask_ratio}: use 0 to below 1")
+        require(self.unmask_at_step >= 0, f"diffusion.unmask_at_step is {self.unmask_at_step}: use 0 (never) or more")
+        require(
+            self.unmask_at_step == 0 or self.mask_ratio > 0,
+            f"diffusion.unmask_at_step={self.unmask_at_step} ends the masking, but diffusion.mask_ratio=0 masks none: "
+            "set a ratio, or leave out the step",
+        )
         require(self.sampling_steps >= 1, f"diffusion.sampling_steps is {self.sampling_steps}: use 1 or more")
         require(
             0 <= self.guidance_start <= self.guidance_end <= 1,
             f"diffusion.guidance_start={self.guidance_start} and guidance_end={self.guidance_end}: "
             "use 0 <= start <= end <= 1",
         )
+
+    def mask_ratio_at(self, step: int) -> float:
+        """Share of image tokens left out in optimizer step number `step` (from 0)."""
+        return 0.0 if 0 < self.unmask_at_step <= step else self.mask_ratio
 
 
 @dataclass(frozen=True, kw_only=True)

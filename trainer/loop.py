@@ -121,7 +121,7 @@ class Trainer:
         batch_size = self.plan.global_batch_size
         data = self.state.data.advance(batch_size, len(self.plan.dataset), batch_size)
         if result.applied:
-            self._advance(data, found, rate)
+            self._advance(data, found, rate, result)
         else:
             self._skip(data, found, suspects(result, used))
         self.sound = True
@@ -134,10 +134,11 @@ class Trainer:
         """
         if more:
             with self.held.held():
-                self.upcoming = prepare(self.batches, self.config)
+                next_step = self.state.step + (result is not None and result.applied)
+                self.upcoming = prepare(self.batches, self.config, next_step)
         if self.lock.lost and self.held.error is None:
             self.held.error = LockLostError(f"run_dir={self.config.run_dir} was taken over by another job")
-        report = torch.zeros(4 + len(self.reporter.router_names))
+        report = torch.zeros(4 + self.reporter.router_size)
         report[1:4] = torch.tensor(
             [self.stop.received, self.held.error is not None, isinstance(self.held.error, LockLostError)]
         )
@@ -154,7 +155,7 @@ class Trainer:
             self.held.raise_everywhere()
         return found.stop
 
-    def _advance(self, data: DataState, found: Exchange, rate: float) -> None:
+    def _advance(self, data: DataState, found: Exchange, rate: float, result: StepResult) -> None:
         """Count an applied step, report at the interval."""
         step, every = self.state.step + 1, self.config.train.log_every
         total = self.state.interval_loss + found.loss
@@ -165,6 +166,7 @@ class Trainer:
                 self.reporter.report(
                     step, loss=total / every, norm=self.engine.get_global_grad_norm(), rate=rate,
                     epoch=data.epoch, bad_steps=self.skips.num_skipped, router=found.router,
+                    stats=result.stats,
                 )  # fmt: skip
             self.reporter.advance()
 

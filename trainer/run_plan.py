@@ -36,10 +36,9 @@ class Plan:
         """The export whose weights the run starts from; None if it resumes or starts fresh."""
         return Path(self.config.init_from) if self.config.init_from and self.checkpoint is None else None
 
-    @property
-    def num_tokens(self) -> int:
-        """Image tokens that the model sees in training: the kept ones, if masked."""
-        return num_kept_tokens(full_tokens(self.config, self.dataset.info), self.config.diffusion.mask_ratio)
+    def num_tokens(self, step: int) -> int:
+        """Image tokens that the model sees in optimizer step number `step`: the kept ones, if masked."""
+        return num_kept_tokens(full_tokens(self.config, self.dataset.info), self.config.diffusion.mask_ratio_at(step))
 
 
 def full_tokens(config: TrainConfig, info: LatentInfo) -> int:

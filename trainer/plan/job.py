@@ -88,10 +88,10 @@ class Job:
 
     @property
     def num_tokens(self) -> int:
-        """Image tokens of a training sample: the kept ones, if masked."""
-        patch = self.config.model.patch_size
+        """Image tokens of a training sample: the kept ones if masked to the end, else all (the heaviest stage)."""
+        patch, diffusion = self.config.model.patch_size, self.config.diffusion
         whole = (self.shape.height // patch) * (self.shape.width // patch)
-        return num_kept_tokens(whole, self.config.diffusion.mask_ratio)
+        return num_kept_tokens(whole, 0.0 if diffusion.unmask_at_step else diffusion.mask_ratio)
 
     @property
     def num_bytes(self) -> int:
