@@ -55,6 +55,7 @@ class TrainLoopConfig:
     A step whose loss or gradient norm is not finite is skipped; after `max_bad_steps` in a row the run goes back
     to its newest checkpoint and on past those samples, at most `max_rollbacks` times to the same checkpoint.
     `emergency_save_seconds` bounds the attempt to save when something else fails between two steps.
+    Every `profile_every`-th step is measured section by section, and is slower for it (trainer/step_timer.py).
     """
 
     micro_batch_size: int = 8
@@ -68,6 +69,7 @@ class TrainLoopConfig:
     on_save_error: Literal["abort", "continue"] = "abort"
     async_save: bool = False
     sample_every: int = 0
+    profile_every: int = 0
     max_bad_steps: int = 3
     max_rollbacks: int = 2
     emergency_save_seconds: float = 600.0
@@ -79,7 +81,7 @@ class TrainLoopConfig:
             "micro_batch_size", "gradient_accumulation_steps", "max_steps", "log_every", "keep_last", "max_bad_steps",
         ):  # fmt: skip
             require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}: use 1 or more")
-        for name in ("checkpoint_every", "sample_every", "keep_every"):
+        for name in ("checkpoint_every", "sample_every", "keep_every", "profile_every"):
             require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}: use 0 (off) or more")
         require(self.max_rollbacks >= 0, f"train.max_rollbacks is {self.max_rollbacks}: use 0 (never) or more")
         require(

@@ -29,6 +29,7 @@ from trainer.sample_grid import GridSampler
 from trainer.signals import StopSignal
 from trainer.skips import DivergedError, SkipPolicy
 from trainer.step import Prepared, StepResult, prepare, suspects, train_step
+from trainer.step_timer import StepTimer
 
 logger = logging.getLogger("ec_dit")
 
@@ -69,6 +70,7 @@ class Trainer:
         )
         self.upcoming: list[Prepared] = []
         self.held = HeldErrors()
+        self.timer = StepTimer(device)
         self.arrivals = build_arrival_group()
         self.sound, self.agreed = True, False
 
@@ -114,10 +116,13 @@ class Trainer:
         rate = learning_rate(self.state.step, self.config.optim, self.config.train.max_steps)
         used = self.upcoming
         set_capacity_factor(self.engine.module, self.config.moe.factor_at(self.state.step))
-        result = train_step(self.engine, used, rate, self.config, self.device)
-        if result.applied:
-            self.ema.update(self.engine, self.state.step + 1)
-        found = self._prepare_and_exchange(more=self.state.step + result.applied < last, result=result)
+        every = self.config.train.profile_every
+        with self.timer.measuring(self.engine, bool(every) and (self.state.step + 1) % every == 0):
+            result = train_step(self.engine, used, rate, self.config, self.device, self.timer)
+            if result.applied:
+                with self.timer.section("optimizer"):
+                    self.ema.update(self.engine, self.state.step + 1)
+            found = self._prepare_and_exchange(more=self.state.step + result.applied < last, result=result)
         batch_size = self.plan.global_batch_size
         data = self.state.data.advance(batch_size, len(self.plan.dataset), batch_size)
         if result.applied:
@@ -135,7 +140,8 @@ class Trainer:
         if more:
             with self.held.held():
                 next_step = self.state.step + (result is not None and result.applied)
-                self.upcoming = prepare(self.batches, self.config, next_step)
+                with self.timer.section("data"):
+                    self.upcoming = prepare(self.batches, self.config, next_step)
         if self.lock.lost and self.held.error is None:
             self.held.error = LockLostError(f"run_dir={self.config.run_dir} was taken over by another job")
         report = torch.zeros(4 + self.reporter.router_size)
@@ -166,7 +172,7 @@ class Trainer:
                 self.reporter.report(
                     step, loss=total / every, norm=self.engine.get_global_grad_norm(), rate=rate,
                     epoch=data.epoch, bad_steps=self.skips.num_skipped, router=found.router,
-                    stats=result.stats,
+                    stats=result.stats, times=self.timer.take(),
                 )  # fmt: skip
             self.reporter.advance()
 
@@ -237,7 +243,7 @@ class Trainer:
         if self.saver.save(self.engine, self.ema, self.state, required=final):
             self.saved_step = self.state.step
         self.sound = True
-        self.reporter.pause(time.perf_counter() - start)
+        self.reporter.pause(time.perf_counter() - start, save=True)
 
     def _save_on_the_way_out(self, error: Exception) -> None:
         """After an error: a last checkpoint if the state is sound and every rank gets here. `error` stays the error."""

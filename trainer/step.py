@@ -27,6 +27,7 @@ from trainer.config import TrainConfig
 from trainer.data.dataset import Batch
 from trainer.diffusion import NoisedBatch, noise_batch, training_loss
 from trainer.routing_metrics import router_vector
+from trainer.step_timer import StepTimer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ def poisoned(loss: Tensor) -> Tensor:
 
 
 def train_step(
-    engine: Any, micro_batches: list[Prepared], rate: float, config: TrainConfig, device: torch.device
+    engine: Any, micro_batches: list[Prepared], rate: float, config: TrainConfig, device: torch.device, timer: StepTimer
 ) -> StepResult:
     """Run one optimizer step at a learning rate. Collective over all ranks.
 
@@ -77,12 +78,15 @@ def train_step(
     losses, router, last = [], [], []
     for micro in micro_batches:
         noised = micro.noised.to(device)
-        prediction, stats = engine(noised.x_BCHW, noised.t_B, noised.text_BLD, noised.text_mask_BL, noised.keep_BS)
-        loss = training_loss(prediction, noised, config.model.patch_size)
-        own = auxiliary_loss(stats)
-        total = loss if own is None else loss + own
-        engine.backward(poisoned(total))
-        engine.step()
+        with timer.section("forward"):
+            prediction, stats = engine(noised.x_BCHW, noised.t_B, noised.text_BLD, noised.text_mask_BL, noised.keep_BS)
+            loss = training_loss(prediction, noised, config.model.patch_size)
+            own = auxiliary_loss(stats)
+            total = loss if own is None else loss + own
+        with timer.section("backward"):
+            engine.backward(poisoned(total))
+        with timer.section("optimizer"):
+            engine.step()
         losses.append(torch.where(total.isfinite(), loss, total).detach())
         router.append(router_vector(stats, noised.t_B).to(device))
         last = [replace(item, auxiliary_loss=item.auxiliary_loss.detach()) for item in stats]
