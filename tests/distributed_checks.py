@@ -18,7 +18,7 @@ import deepspeed
 import deepspeed.comm
 import torch
 
-from benchmarks.parity import SHAPE, parity_config, random_value
+from benchmarks.parity import ROUTERS, SHAPE, parity_config, random_value
 from moe.layer import ExpertChoiceMoe
 from trainer.checkpoint import (
     CheckpointError,
@@ -72,6 +72,25 @@ def all_to_all_count(world: World) -> None:
     moe_layers = 2
     assert len(sizes) == 4 * moe_layers, sizes
     assert set(sizes) == {4 * 16 * 2 * 32}, sizes  # images * tokens * capacity factor * width
+
+
+def routers_sample_alike_with_and_without_expert_parallelism(world: World) -> None:
+    """Evaluation, where learned thresholds give experts unequal numbers of tokens, and ranks different ones."""
+    for router in ROUTERS:
+        config = parity_config("sgd", 2, world.size, router)
+        engine: Any = engine_of(config, 3, world)
+        model = EcDit(config.model, config.moe, SHAPE, ExpertChoiceMoe)
+        model.load_state_dict(gather_master(engine))
+        x, t, text, mask = inputs(4)
+        text = text * (1 + world.rank)
+        with torch.no_grad():
+            engine.eval()
+            expected, plain = model.eval()(x, t, text, mask)
+            drawn, stats = engine(x, t, text, mask)
+        torch.testing.assert_close(drawn, expected, rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(stats, plain, strict=True):
+            assert torch.equal(ours.experts_per_token_BS, theirs.experts_per_token_BS), router
+        engine.destroy()
 
 
 def ema_is_the_average_of_the_weights(world: World) -> None:

@@ -42,6 +42,7 @@ def test_upstream_stage_0_still_clips_expert_gradients_wrongly(launcher: Any) ->
     "check",
     [
         "all_to_all_count",
+        "routers_sample_alike_with_and_without_expert_parallelism",
         "ema_is_the_average_of_the_weights",
         "construction_holds_one_layer_at_a_time",
         "topology_does_not_change_the_start",
