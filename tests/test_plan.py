@@ -143,6 +143,13 @@ def test_partition_divides_state_by_the_ranks_that_share_it() -> None:
     assert peaks[8, 1, 1] > peaks[8, 8, 1] > peaks[16, 8, 1]
 
 
+def test_offloaded_optimizer_takes_nothing_of_the_device() -> None:
+    offload = "parallel.deepspeed_config=ds_configs/zero3_offload.json"
+    here, there = (planned("ec_dit_m_64e", "--nodes", "16", *more)["configured"]["terms"] for more in ((), (offload,)))
+    assert there["optimizer"] == there["average"] == there["optimizer step"] == 0 < here["optimizer"]
+    assert there["weights"] == here["weights"] and there["peak"] < here["peak"]
+
+
 def test_97_billion_parameters_fit_on_sixteen_nodes_and_not_on_four() -> None:
     report = planned("ec_dit_m_64e", "--nodes", "16", "--device", "h100")
     assert report["configured"]["fits"] and 0.2 < report["configured"]["mfu"] < 0.5

@@ -38,8 +38,7 @@ def state_terms(job: Job, layout: Layout) -> list[Term]:
     terms = [
         _bytes("weights", s * kept, "s (q + small ones)" if stage == 3 else "s p", f"{s} x {kept:.4g}"),
         _bytes("gradients", s * grads, "s p" if stage == 1 else "s q", f"{s} x {grads:.4g}"),
-        _bytes("optimizer", (MASTER + moments) * q, "(4 + moments) q", f"({MASTER} + {moments}) x {q:.4g}"),
-        _bytes("average", EMA * q, "4 q", f"{EMA} x {q:.4g}"),
+        *_optimizer_terms(q, moments, offloaded=is_offloaded(job)),
         _bytes("reduce bucket", s * bucket, "s reduce_bucket_size", f"{s} x {bucket:.4g}"),
     ]
     if stage == 3:
@@ -51,6 +50,20 @@ def state_terms(job: Job, layout: Layout) -> list[Term]:
         formula = "s min(p, max_live_parameters + prefetch_bucket_size)"
         terms.append(_bytes("gathered weights", s * live, formula, f"{s} x {live:.4g}"))
     return terms
+
+
+def is_offloaded(job: Job) -> bool:
+    """Whether DeepSpeed keeps optimizer state, and with it the average, in host memory."""
+    return str(job.zero.get("offload_optimizer", {}).get("device", "none")) != "none"
+
+
+def _optimizer_terms(q: float, moments: int, *, offloaded: bool) -> list[Term]:
+    if offloaded:
+        return [_bytes(name, 0.0, "in host memory", "") for name in ("optimizer", "average")]
+    return [
+        _bytes("optimizer", (MASTER + moments) * q, "(4 + moments) q", f"({MASTER} + {moments}) x {q:.4g}"),
+        _bytes("average", EMA * q, "4 q", f"{EMA} x {q:.4g}"),
+    ]
 
 
 def block_bytes(job: Job, micro_batch_size: int, *, moe: bool) -> float:
@@ -106,6 +119,8 @@ def optimizer_step_term(job: Job, layout: Layout) -> Term:
     """fp32 copies while the optimizer steps, when activations are gone."""
     _, q = held(job, layout)
     at_once = min(q, float(job.zero.get("sub_group_size", 1e9))) if layout.stage == 3 else q
+    if is_offloaded(job):
+        return _bytes("optimizer step", 0.0, "in host memory", "")
     return _bytes("optimizer step", 12 * at_once, "12 min(q, sub_group_size)", f"12 x {at_once:.4g}")
 
 

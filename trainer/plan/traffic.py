@@ -48,9 +48,9 @@ def time_terms(job: Job, layout: Layout, device: Device, eff: Efficiency) -> lis
         exchange,
         Term(name="ZeRO exposed", value=synced - hidden, unit="s", formula="gathers and reductions - hidden part",
              figures=f"{synced:.4g} - {hidden:.4g}"),
-        Term(name="optimizer", value=update, unit="s", formula="40 q / (HBM x share)",
+        Term(name="update", value=update, unit="s", formula="40 q / (HBM x share)",
              figures=f"40 x {q:.4g} / ({device.hbm:.4g} x {eff.hbm})"),
-        Term(name="step", value=step, unit="s", formula="compute + all-to-all + ZeRO exposed + optimizer", figures=""),
+        Term(name="step", value=step, unit="s", formula="compute + all-to-all + ZeRO exposed + update", figures=""),
         Term(name="MFU bound", value=useful / step / device.flops, unit="", formula="model FLOPs / step / peak",
              figures=f"{useful:.4g} / {step:.4g} / {device.flops:.4g}"),
     ]  # fmt: skip
