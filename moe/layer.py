@@ -126,7 +126,7 @@ class ExpertChoiceMoe(nn.Module):
             y_BSD = y_BSD + self.shared(x_BSD)
         loss = None if choice.loss is None else self.config.auxiliary_weight * choice.loss
         stats = routing_stats(
-            logits_BSE.softmax(-1), routing, num_images=B, dropped=choice.dropped, auxiliary_loss=loss
+            logits_BSE.detach().softmax(-1), routing, num_images=B, dropped=choice.dropped, auxiliary_loss=loss
         )  # fmt: skip
         return y_BSD, stats
 
