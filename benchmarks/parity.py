@@ -91,7 +91,7 @@ def parity_config(
     )
 
 
-def reference_trace(config: TrainConfig) -> Trace:
+def reference_trace(config: TrainConfig, steps: int) -> Trace:
     """One process, plain loops, stock optimizer and clipping."""
     model = EcDit(config.model, config.moe, SHAPE, ReferenceMoe)
     with torch.no_grad():
@@ -101,7 +101,7 @@ def reference_trace(config: TrainConfig) -> Trace:
     optimizer = build_optimizer(model.named_parameters(), config.optim)
     batches = _batches(config, World(rank=0, local_rank=0, size=1))
     losses, norms, accumulation = [], [], config.train.gradient_accumulation_steps
-    for _ in range(STEPS):
+    for _ in range(steps):
         total = 0.0
         for _ in range(accumulation):
             loss = _loss(model, config, next(batches))
@@ -126,7 +126,7 @@ def _loss(model: Any, config: TrainConfig, batch: Any) -> Tensor:
     return loss if own is None else loss + own
 
 
-def engine_trace(config: TrainConfig, stage: int, world: World, start: dict[str, Tensor]) -> Trace:
+def engine_trace(config: TrainConfig, stage: int, world: World, start: dict[str, Tensor], steps: int) -> Trace:
     """The same steps through the DeepSpeed engine. Collective."""
     config = replace(config, parallel=replace(config.parallel, deepspeed_config=f"ds_configs/zero{max(stage, 1)}.json"))
     content = load_deepspeed_config(config, world.size)
@@ -136,7 +136,7 @@ def engine_trace(config: TrainConfig, stage: int, world: World, start: dict[str,
     engine = build_engine(config, content, SHAPE, torch.device("cpu"), random_value)
     batches = _batches(config, world)
     losses, norms = [], []
-    for _ in range(STEPS):
+    for _ in range(steps):
         total = torch.zeros(1, dtype=torch.float64)
         for _ in range(ACCUMULATION):
             loss = _loss(engine, config, next(batches))
@@ -170,6 +170,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--ep-sizes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--optimizers", nargs="+", default=["sgd", "adamw"], choices=["sgd", "adamw"])
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--routers", nargs="+", default=["expert_choice"], choices=list(ROUTERS))
     arguments = parser.parse_args(argv)
     world = detect_world()
@@ -184,13 +185,15 @@ def main(argv: list[str] | None = None) -> None:
     for optimizer, router in itertools.product(arguments.optimizers, arguments.routers):
         competing = router != "expert_choice"
         accumulation = ACCUMULATION * (world.size if competing else 1)
-        reference = reference_trace(parity_config(optimizer, 1, 1, router, accumulation=accumulation))
+        reference = reference_trace(parity_config(optimizer, 1, 1, router, accumulation=accumulation), arguments.steps)
         assert min(reference.norms) > 0.1, "clipping must be active"
         for ep_size, stage in itertools.product(arguments.ep_sizes, arguments.stages):
             if world.size % ep_size:
                 continue
             config = parity_config(optimizer, ep_size, world.size, router)
-            loss, norm, update = differences(reference, engine_trace(config, stage, world, reference.start))
+            loss, norm, update = differences(
+                reference, engine_trace(config, stage, world, reference.start, arguments.steps)
+            )
             good = loss <= LOSS_BOUND and norm <= NORM_BOUND and update <= UPDATE_BOUND
             failed |= not good
             if world.is_main:
