@@ -33,9 +33,10 @@ def bytes_of(tensors: Iterable[Any]) -> dict[int, int]:
 
 
 def everything() -> dict[int, int]:
-    """All storages that a Python object reaches."""
+    """All storages that a Python object reaches, gradients of parameters included."""
     gc.collect()
-    return bytes_of(o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter))
+    found = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    return bytes_of([*found, *(o.grad for o in found if o.is_leaf and o.grad is not None)])
 
 
 def backward(engine: Any) -> None:
@@ -48,7 +49,7 @@ def compare(world: World, ep_size: int, stage: int, precision: Any) -> str:
     config = replace(
         config,
         model=replace(config.model, dim=128),
-        train=replace(config.train, precision=precision, gradient_accumulation_steps=1),
+        train=replace(config.train, precision=precision, gradient_accumulation_steps=2),
         parallel=replace(config.parallel, deepspeed_config=f"ds_configs/zero{stage}.json"),
     )
     content = load_deepspeed_config(config, world.size)
@@ -57,9 +58,10 @@ def compare(world: World, ep_size: int, stage: int, precision: Any) -> str:
     before = everything()
     engine = build_engine(config, content, SHAPE, torch.device("cpu"))
     ema = Ema(engine, config.ema)
-    backward(engine)
-    engine.step()
-    backward(engine)
+    for _ in range(2):
+        backward(engine)
+        engine.step()
+    backward(engine)  # the first of two: what is accumulated, before stage 1 reduces it
     held = {key: size for key, size in everything().items() if key not in before}
     layout = Layout(
         world_size=world.size, ep_size=ep_size, stage=stage, micro_batch_size=4, accumulation=1, recompute=False
