@@ -96,12 +96,20 @@ def parse(argv: list[str] | None) -> CompareConfig:
 
 
 def command(arguments: list[str], log: Path) -> None:
-    """Run a program, its output appended to `log`; RuntimeError naming the log if it fails."""
+    """Run a program, its output appended to `log`; RuntimeError naming the log if it fails.
+
+    Ctrl-C reaches the program too, and training then saves before it ends: it is waited for.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as output:
-        done = subprocess.run([sys.executable, *arguments], stdout=output, stderr=output, check=False)
-    if done.returncode:
-        raise RuntimeError(f"`python {' '.join(arguments)}` ended with code {done.returncode}: see {log}")
+    with log.open("a") as output, subprocess.Popen([sys.executable, *arguments], stdout=output, stderr=output) as child:
+        try:
+            child.wait()
+        except KeyboardInterrupt:
+            print("stopping: the run is saved first", flush=True)
+            child.wait()
+            raise
+    if child.returncode:
+        raise RuntimeError(f"`python {' '.join(arguments)}` ended with code {child.returncode}: see {log}")
 
 
 def prepare_data(config: CompareConfig) -> None:
@@ -185,8 +193,12 @@ def compare(config: CompareConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Compare; exit code 2 and one sentence on a wrong option."""
-    run_cli(lambda: compare(parse(argv)))
+    """Compare; exit code 2 and one sentence on a wrong option, 130 when stopped."""
+    try:
+        run_cli(lambda: compare(parse(argv)))
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -165,6 +165,9 @@ def test_command_says_whether_and_where_it_fits(capsys: pytest.CaptureFixture[st
     assert run(["debug", "--world-size", "4", "--explain"]) == 0
     text = capsys.readouterr().out
     assert "fits: ep_size 1, ZeRO 3" in text and "s q = 4 x" in text and "best layout for each ep_size" in text
+    assert "compute is that of bf16" in text and "fills every expert" not in text
+    assert run(["debug", "moe.router=expert_race", "moe.pool=batch"]) == 0
+    assert "moe.router=expert_race fills every expert up to the fullest" in capsys.readouterr().out
     assert run(["ec_dit_3xl_32e", "--nodes", "1", "--json", "train.micro_batch_size=1"]) == 1
     captured = capsys.readouterr()
     report = json.loads(captured.out)

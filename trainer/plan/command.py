@@ -151,6 +151,19 @@ def verdict(report: dict[str, Any], mine: Outcome, outcomes: list[Outcome]) -> s
     return f"does not fit: {why}; {remedy}{smallest}"
 
 
+def notes(job: Job) -> list[str]:
+    """What the formulas leave out for this configuration."""
+    found = []
+    if job.counts.num_moe and not job.config.moe.has_equal_splits:
+        found.append(
+            f"  note: moe.router={job.config.moe.router} fills every expert up to the fullest; exchanges and experts "
+            "cost as many times more as it has tokens above the mean"
+        )
+    if job.config.train.precision != "bf16":
+        found.append("  note: compute is that of bf16; train.precision=fp32 is several times slower")
+    return found
+
+
 def text(report: dict[str, Any], job: Job, mine: Outcome, outcomes: list[Outcome], *, explain: bool) -> str:
     """The report for a person."""
     counts, device = job.counts, report["device"]
@@ -164,6 +177,7 @@ def text(report: dict[str, Any], job: Job, mine: Outcome, outcomes: list[Outcome
         *(show(term, explain=explain) for term in mine.time),
         f"  {mine.images_per_second:.0f} images/s on all ranks; a checkpoint takes "
         f"{report['checkpoint_bytes'] / 1e9:.1f} GB on disk",
+        *notes(job),
         "best layout for each ep_size (equal global batch):",
     ]
     for outcome in best_per_ep_size(outcomes):
