@@ -45,6 +45,7 @@ def test_upstream_stage_0_still_clips_expert_gradients_wrongly(launcher: Any) ->
         "routers_sample_alike_with_and_without_expert_parallelism",
         "ema_is_the_average_of_the_weights",
         "construction_holds_one_layer_at_a_time",
+        "construction_allocates_one_layer_beside_the_shards",
         "topology_does_not_change_the_start",
         "one_rank_cannot_write",
         "background_save_keeps_its_step",

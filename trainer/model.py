@@ -229,12 +229,10 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int, first_expert: in
     if name.endswith(zero) or name.startswith("final_modulation"):
         return torch.zeros(shape)
     if ".experts." in name:
-        rows = [
-            torch.randn(shape[1:], generator=keyed_generator(seed, "init", name, first_expert + i))
-            for i in range(shape[0])
-        ]
-        experts: Tensor = torch.stack(rows) * float(shape[-1]) ** -0.5
-        return experts
+        experts = torch.empty(shape)  # filled in place: at scale this is most of what a rank holds while building
+        for i in range(shape[0]):
+            experts[i].normal_(generator=keyed_generator(seed, "init", name, first_expert + i))
+        return experts.mul_(float(shape[-1]) ** -0.5)
     std = 0.02 if name.endswith("router.weight") else float(shape[-1]) ** -0.5
     value: Tensor = std * torch.randn(shape, generator=keyed_generator(seed, "init", name))
     return value
