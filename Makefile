@@ -3,12 +3,13 @@
 #   make check   format, lint, types, import direction, fast tests (under three minutes)
 #   make test    the whole test suite
 #   make demo    train on the embedded data with EP 2 x ZeRO-3 on two processes, stop, resume, evaluate
+#   make compare dense, token choice, expert choice and two successors at equal FLOPs; goes on where it stopped
 #   make clean   remove the environment, caches and what the demo wrote
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := check
-.PHONY: .venv check lint test demo clean
+.PHONY: .venv check lint test demo compare clean
 
 # The first that runs: a version manager may put names on the path that start nothing.
 ifndef PYTHON
@@ -60,6 +61,9 @@ demo: $(STAMP)
 	torchrun --standalone --nproc-per-node 2 -m trainer.train $(DEMO)
 	OMP_NUM_THREADS=$$(env -u OMP_NUM_THREADS nproc) python -m eval.run runs/demo  # one process: all cores
 
+compare: $(STAMP)
+	python -m benchmarks.compare --out runs/compare
+
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache data/demo runs/demo
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache data/demo runs/demo runs/compare
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -91,7 +91,7 @@ class Mlp(nn.Module):
 
 def one_hot_forward(layer: ExpertChoiceMoe, x_BSD: Tensor) -> Tensor:
     """What `layer` computes, with dispatch and combine as products with one-hot matrices."""
-    affinity_BSE = layer.router(x_BSD)
+    affinity_BSE = layer.router(x_BSD).softmax(-1)
     routing = expert_choice(affinity_BSE, layer.config.capacity(x_BSD.shape[1]))
     pick_BECS = functional.one_hot(routing.index_BEC, x_BSD.shape[1]).to(x_BSD.dtype)
     x_EBCD = torch.einsum("becs,bsd->ebcd", pick_BECS, x_BSD)

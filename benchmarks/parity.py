@@ -1,12 +1,13 @@
 """Parity of training under ZeRO and expert parallelism with one plain process, as a table.
 
     torchrun --nproc-per-node 4 -m benchmarks.parity
-    torchrun --nproc-per-node 2 -m benchmarks.parity
+    torchrun --nproc-per-node 2 -m benchmarks.parity --routers token_choice expert_race --optimizers sgd --stages 3
 
 fp32, 5 optimizer steps with gradient accumulation 2 and clipping that is always active. The reference is
 the same model with the plain-loop MoE (`moe.reference`), a stock torch optimizer and one process. SGD shows
 errors in the scale of gradients, which AdamW hides. Columns: largest relative difference of loss and of
 global gradient norm over the steps; largest difference of a parameter, relative to its own update.
+Where images of a batch compete (pools, balance losses) the reference takes each rank's micro-batch by itself.
 Exits 1 if a row is outside the bounds.
 """
 
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe.config import MoeConfig
+from moe.layer import auxiliary_loss
 from moe.reference import ReferenceMoe
 from trainer.config import DataConfig, DiffusionConfig, OptimConfig, ParallelConfig, TrainConfig, TrainLoopConfig
 from trainer.config import ModelConfig as Size
@@ -34,6 +37,17 @@ from trainer.randomness import keyed_generator
 from trainer.shards import gather_master
 
 GLOBAL_BATCH, ACCUMULATION, STEPS = 16, 2, 5
+ROUTERS: dict[str, dict[str, Any]] = {
+    "expert_choice": {},
+    "group": {"pool": "group(2)", "gate": "sigmoid"},
+    "token_choice": {"router": "token_choice", "auxiliary_weight": 0.1},
+    "diffmoe": {"router": "diffmoe", "pool": "batch", "auxiliary_weight": 0.1},
+    "expert_race": {"router": "expert_race", "pool": "batch", "gate": "identity", "auxiliary_weight": 0.1},
+    "nucleus": {
+        "gate": "sigmoid", "router_input": "unmodulated", "normalize_gates": True, "gate_scale": 2.5,
+        "num_shared_experts": 1,
+    },
+}  # fmt: skip
 LOSS_BOUND, NORM_BOUND, UPDATE_BOUND = 1e-6, 1e-6, 1e-4
 SHAPE = ModelShape(channels=3, height=8, width=8, text_dim=32)
 
@@ -58,13 +72,16 @@ def random_value(name: str, shape: tuple[int, ...], seed: int, first_expert: int
     return 1 + 0.1 * value if "_norm" in name else scale * value
 
 
-def parity_config(optimizer: str, ep_size: int, world_size: int) -> TrainConfig:
+def parity_config(
+    optimizer: str, ep_size: int, world_size: int, router: str = "expert_choice", *, accumulation: int = ACCUMULATION
+) -> TrainConfig:
     """The small model of the comparison; its clipping threshold lies below every gradient norm."""
-    micro = GLOBAL_BATCH // ACCUMULATION // world_size
+    micro = GLOBAL_BATCH // accumulation // world_size
     rate = 0.1 if optimizer == "sgd" else 1e-3
     return TrainConfig(
-        train=TrainLoopConfig(micro_batch_size=micro, gradient_accumulation_steps=ACCUMULATION, max_steps=STEPS),
+        train=TrainLoopConfig(micro_batch_size=micro, gradient_accumulation_steps=accumulation, max_steps=STEPS),
         parallel=ParallelConfig(ep_size=ep_size),
+        moe=MoeConfig(**ROUTERS[router]),
         model=Size(dim=32, num_layers=4, num_heads=2, num_kv_heads=1, patch_size=2, pooled_text=True),
         optim=OptimConfig(
             name="sgd" if optimizer == "sgd" else "adamw", learning_rate=rate, eps=1e-6, max_grad_norm=0.1
@@ -74,7 +91,7 @@ def parity_config(optimizer: str, ep_size: int, world_size: int) -> TrainConfig:
     )
 
 
-def reference_trace(config: TrainConfig) -> Trace:
+def reference_trace(config: TrainConfig, steps: int) -> Trace:
     """One process, plain loops, stock optimizer and clipping."""
     model = EcDit(config.model, config.moe, SHAPE, ReferenceMoe)
     with torch.no_grad():
@@ -83,13 +100,13 @@ def reference_trace(config: TrainConfig) -> Trace:
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = build_optimizer(model.named_parameters(), config.optim)
     batches = _batches(config, World(rank=0, local_rank=0, size=1))
-    losses, norms = [], []
-    for _ in range(STEPS):
+    losses, norms, accumulation = [], [], config.train.gradient_accumulation_steps
+    for _ in range(steps):
         total = 0.0
-        for _ in range(ACCUMULATION):
+        for _ in range(accumulation):
             loss = _loss(model, config, next(batches))
-            (loss / ACCUMULATION).backward()
-            total += float(loss.detach()) / ACCUMULATION
+            (loss / accumulation).backward()
+            total += float(loss.detach()) / accumulation
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)))
         optimizer.step()
         optimizer.zero_grad()
@@ -104,11 +121,12 @@ def _batches(config: TrainConfig, world: World) -> Any:
 
 def _loss(model: Any, config: TrainConfig, batch: Any) -> Tensor:
     noised = noise_batch(batch, config.diffusion, seed=config.seed, patch_size=config.model.patch_size)
-    prediction, _ = model(noised.x_BCHW, noised.t_B, noised.text_BLD, noised.text_mask_BL)
-    return training_loss(prediction, noised, config.model.patch_size)
+    prediction, stats = model(noised.x_BCHW, noised.t_B, noised.text_BLD, noised.text_mask_BL)
+    loss, own = training_loss(prediction, noised, config.model.patch_size), auxiliary_loss(stats)
+    return loss if own is None else loss + own
 
 
-def engine_trace(config: TrainConfig, stage: int, world: World, start: dict[str, Tensor]) -> Trace:
+def engine_trace(config: TrainConfig, stage: int, world: World, start: dict[str, Tensor], steps: int) -> Trace:
     """The same steps through the DeepSpeed engine. Collective."""
     config = replace(config, parallel=replace(config.parallel, deepspeed_config=f"ds_configs/zero{max(stage, 1)}.json"))
     content = load_deepspeed_config(config, world.size)
@@ -118,7 +136,7 @@ def engine_trace(config: TrainConfig, stage: int, world: World, start: dict[str,
     engine = build_engine(config, content, SHAPE, torch.device("cpu"), random_value)
     batches = _batches(config, world)
     losses, norms = [], []
-    for _ in range(STEPS):
+    for _ in range(steps):
         total = torch.zeros(1, dtype=torch.float64)
         for _ in range(ACCUMULATION):
             loss = _loss(engine, config, next(batches))
@@ -152,6 +170,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--ep-sizes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--optimizers", nargs="+", default=["sgd", "adamw"], choices=["sgd", "adamw"])
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--routers", nargs="+", default=["expert_choice"], choices=list(ROUTERS))
     arguments = parser.parse_args(argv)
     world = detect_world()
     import deepspeed.utils
@@ -160,19 +180,25 @@ def main(argv: list[str] | None = None) -> None:
     init_distributed(world)
     failed = False
     if world.is_main:
-        print("| optimizer | processes | ep_size | ZeRO | loss | grad norm | update |\n|---|---|---|---|---|---|---|")
-    for optimizer in arguments.optimizers:
-        reference = reference_trace(parity_config(optimizer, 1, 1))
+        print("| optimizer | router | processes | ep_size | ZeRO | loss | grad norm | update |")
+        print("|---|---|---|---|---|---|---|---|")
+    for optimizer, router in itertools.product(arguments.optimizers, arguments.routers):
+        competing = router != "expert_choice"
+        accumulation = ACCUMULATION * (world.size if competing else 1)
+        reference = reference_trace(parity_config(optimizer, 1, 1, router, accumulation=accumulation), arguments.steps)
         assert min(reference.norms) > 0.1, "clipping must be active"
         for ep_size, stage in itertools.product(arguments.ep_sizes, arguments.stages):
             if world.size % ep_size:
                 continue
-            config = parity_config(optimizer, ep_size, world.size)
-            loss, norm, update = differences(reference, engine_trace(config, stage, world, reference.start))
+            config = parity_config(optimizer, ep_size, world.size, router)
+            loss, norm, update = differences(
+                reference, engine_trace(config, stage, world, reference.start, arguments.steps)
+            )
             good = loss <= LOSS_BOUND and norm <= NORM_BOUND and update <= UPDATE_BOUND
             failed |= not good
             if world.is_main:
-                row = f"| {optimizer} | {world.size} | {ep_size} | {stage} | {loss:.1e} | {norm:.1e} | {update:.1e} |"
+                row = f"| {optimizer} | {router} | {world.size} | {ep_size} | {stage} |"
+                row += f" {loss:.1e} | {norm:.1e} | {update:.1e} |"
                 print(row + ("" if good else " outside the bounds"), flush=True)
     if failed:
         sys.exit(1)

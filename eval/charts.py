@@ -202,3 +202,21 @@ def region_chart(maps: ComputeMaps, inside_TL: Tensor, outside_TL: Tensor) -> st
         axes[0].set_ylabel("experts per patch")
         axes[0].legend(loc="best")
         return _to_uri(figure)
+
+
+def moved_chart(maps: ComputeMaps) -> str:
+    """Share of the compute that the caption moves, over sampling time, one line per layer."""
+    assert maps.moved_TL is not None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.0, 2.2), layout="constrained")
+        axis = figure.subplots()
+        colors = (BLUE, RED, GREEN, AMBER)
+        for i, layer in enumerate(maps.layers):
+            axis.plot(maps.times, maps.moved_TL[:, i], color=colors[i % len(colors)], label=f"block {layer}")
+        axis.invert_xaxis()
+        axis.set_xlabel("time (1 = noise, 0 = picture)")
+        axis.set_ylabel("share moved")
+        axis.set_ylim(bottom=0)
+        if len(maps.layers) <= len(colors):
+            axis.legend(loc="best")
+        return _to_uri(figure)

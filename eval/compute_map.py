@@ -10,16 +10,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eval.allocation import WordShares, moved_share, word_shares
 from eval.generate import picture_seed
 from eval.geneval import Detection
 from eval.prompts import Prompt
 from moe.routing import RoutingStats
 from trainer.pipeline import Pipeline
 
+WORD_CAPTIONS = 6  # each word of a caption costs three evaluations
+
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeMaps:
-    """Experts per patch while pictures were drawn. `layers` are block numbers, `times` run from 1 to 0."""
+    """Experts per patch while pictures were drawn. `layers` are block numbers, `times` run from 1 to 0.
+
+    `moved_TL` is the share of the compute that lies elsewhere with the caption than with empty text (NaN where only
+    the caption was evaluated); `words` the importance of each word (eval/allocation.py). Both may be left out.
+    """
 
     captions: tuple[str, ...]
     pictures_NHWC: Tensor
@@ -28,6 +35,8 @@ class ComputeMaps:
     experts_NTLhw: Tensor
     capacity_factor: float
     num_experts: int
+    moved_TL: Tensor | None = None
+    words: tuple[WordShares, ...] = ()
 
 
 def trace_compute(pipeline: Pipeline, prompts: Sequence[Prompt]) -> ComputeMaps | None:
@@ -39,12 +48,16 @@ def trace_compute(pipeline: Pipeline, prompts: Sequence[Prompt]) -> ComputeMaps 
     grid = (pipeline.shape.height // config.model.patch_size, pipeline.shape.width // config.model.patch_size)
     times: list[float] = []
     counts: list[Tensor] = []
+    moved: list[Tensor] = []
 
     def observe(time: float, stats: list[RoutingStats]) -> None:
         # With guidance the second half of the rows belongs to the empty caption.
-        rows = [item.experts_per_token_BS[: len(prompts)].cpu().float() for item in stats]
+        rows_BLS = torch.stack([item.experts_per_token_BS.cpu().float() for item in stats], 1)
+        captioned_NLS, empty_NLS = rows_BLS[: len(prompts)], rows_BLS[len(prompts) :]
         times.append(time)
-        counts.append(torch.stack(rows, 1).unflatten(-1, grid))
+        counts.append(captioned_NLS.unflatten(-1, grid))
+        unknown = torch.full((len(layers),), torch.nan)
+        moved.append(moved_share(captioned_NLS, empty_NLS) if len(empty_NLS) else unknown)
 
     captions = [prompt.text for prompt in prompts]
     seeds = [picture_seed(prompt.id, 0) for prompt in prompts]
@@ -57,6 +70,8 @@ def trace_compute(pipeline: Pipeline, prompts: Sequence[Prompt]) -> ComputeMaps 
         experts_NTLhw=torch.stack(counts, 1),
         capacity_factor=config.moe.capacity_factor,
         num_experts=config.moe.num_experts,
+        moved_TL=torch.stack(moved),
+        words=word_shares(pipeline, captions[:WORD_CAPTIONS], pictures, seeds),
     )
 
 

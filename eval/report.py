@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.charts import compute_chart, coverage_chart, region_chart, training_chart
+from eval.allocation import word_lines
+from eval.charts import compute_chart, coverage_chart, moved_chart, region_chart, training_chart
 from eval.compute_map import ComputeMaps, compute_by_region
 from eval.generate import write_text
 from eval.geneval import FAULTS
@@ -246,7 +247,14 @@ def _compute(content: ReportInput) -> list[str]:
             f"the others by {outside.mean():.2f}.</p>",
             image(region_chart(maps, inside, outside), "experts per patch on objects and background"),
         ]
-    return parts
+    if maps.moved_TL is not None and not maps.moved_TL.isnan().all():
+        parts += [
+            "<h3>With the caption and without</h3>",
+            "<p>Share of the compute that lies on other patches with the caption than with empty text, while both "
+            "are evaluated for guidance.</p>",
+            image(moved_chart(maps), "share of compute moved by the caption"),
+        ]
+    return parts + word_lines(maps.words)
 
 
 def _closing(content: ReportInput) -> list[str]:

@@ -50,6 +50,19 @@ class _AllToAll(torch.autograd.Function):
         return output, None
 
 
+def largest(value: int, group: ExpertGroup | None, device: torch.device) -> int:
+    """The largest `value` among the ranks of the group. Synchronises the host: only for routers without equal splits.
+
+    Each rank sends its value to all: an exchange that the group has already.
+    """
+    if group is None or group.size == 1:
+        return value
+    mine = torch.full((group.size,), value, dtype=torch.int64, device=device)
+    all_values = torch.empty_like(mine)
+    group.exchange(all_values, mine)
+    return int(all_values.max())
+
+
 def to_local_experts(x_END: Tensor, group: ExpertGroup | None) -> Tensor:
     """Send each expert's rows to the rank that holds it: [E, N, D] -> [e, R * N, D].
 

@@ -67,3 +67,17 @@ class Experts(nn.Module):
         bias1_e1F, bias2_e1D = self.w3.split([self.hidden_dim, x_eMD.shape[-1]], dim=-1)
         hidden_eMF = functional.gelu(grouped_linear(x_eMD, self.w1, bias1_e1F))
         return grouped_linear(hidden_eMF, self.w2, bias2_e1D)
+
+
+class SharedExpert(nn.Module):
+    """A GELU MLP that sees every token, beside the chosen experts (as in Nucleus-Image); not expert parallel."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, hidden_dim)
+        self.down = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        out: Tensor = self.down(functional.gelu(self.up(x)))
+        return out

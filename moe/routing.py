@@ -1,9 +1,10 @@
-"""Expert-choice routing as pure functions (EC-DIT, arXiv 2410.02098, section 3, equations 5-6, algorithm 1).
+"""Routing as pure functions: affinities, expert choice, gates, and what a router did.
 
-Shapes: B images, S image tokens, E experts, C capacity (tokens that an expert takes from an image).
+Expert choice is EC-DIT's (arXiv 2410.02098, section 3, equations 5-6, algorithm 1).
+Shapes: B pools (images, or groups of them), S image tokens of a pool, E experts, C capacity (rows of an expert).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -14,25 +15,39 @@ from torch import Tensor
 class Routing:
     """Which tokens each expert takes, and how much its output counts.
 
-    `index_BEC` int64 positions in the image's S tokens; `gate_BEC` fp32 weights with gradient.
+    `index_BEC` int64 positions in the pool's S tokens; `gate_BEC` fp32 weights with gradient. Where `valid_BEC` is
+    False a row only fills up an expert's share: its gate is 0. None: all rows count.
     """
 
     index_BEC: Tensor
     gate_BEC: Tensor
+    valid_BEC: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingStats:
-    """What a router did to one batch; detached, on the device of the tokens.
+    """What a router did to one batch; detached except `auxiliary_loss`, on the device of the tokens.
 
-    `experts_per_token_BS` int32, how many experts took each token. `gate_entropy` mean entropy of the
-    affinity over experts, in nats (log E is uniform). `affinity_kept` share of the affinity mass that
-    lies on chosen (token, expert) pairs.
+    `experts_per_token_BS` int32, how many experts took each token of each image. `gate_entropy` mean entropy of the
+    softmax over experts, in nats (log E is uniform). `affinity_kept` share of the softmax's mass that
+    lies on chosen (token, expert) pairs; `entropy_B` and `kept_B` are both for each image. `load_E` share of the rows
+    that each expert took, `mass_E` share of the kept mass. `together_EE` share of the tokens that both experts took;
+    `alike_EE` cosine of two experts' affinities over all tokens. `dropped` share of a token's choices that found
+    their expert full.
+    `auxiliary_loss` is the router's own loss, weighted, to be added to the model's.
     """
 
     experts_per_token_BS: Tensor
     gate_entropy: Tensor
     affinity_kept: Tensor
+    entropy_B: Tensor = field(default_factory=lambda: torch.zeros(0))
+    kept_B: Tensor = field(default_factory=lambda: torch.zeros(0))
+    load_E: Tensor = field(default_factory=lambda: torch.zeros(0))
+    mass_E: Tensor = field(default_factory=lambda: torch.zeros(0))
+    alike_EE: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    together_EE: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    dropped: Tensor = field(default_factory=lambda: torch.zeros(()))
+    auxiliary_loss: Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def coverage(self, max_experts: int) -> Tensor:
         """Share of tokens taken by 0, 1, ..., `max_experts` experts or more, [max_experts + 1]."""
@@ -41,8 +56,17 @@ class RoutingStats:
         return share.scatter_add_(0, count, torch.ones_like(count, dtype=share.dtype)) / count.numel()
 
 
+def affinity_of(logits_BSE: Tensor, gate: Literal["softmax", "sigmoid", "identity"]) -> Tensor:
+    """Affinity of each token for each expert, fp32: softmax over the experts (EC-DIT equation 5), sigmoid (as
+    Nucleus-Image) or the logit itself (as Expert Race, arXiv 2503.16057, section 4).
+    """
+    if gate == "softmax":
+        return logits_BSE.softmax(dim=-1)
+    return logits_BSE.sigmoid() if gate == "sigmoid" else logits_BSE
+
+
 def choose_tokens(affinity_BSE: Tensor, capacity: int) -> Tensor:
-    """Top-`capacity` tokens of each expert in each image (equation 6), [B, E, C] int64.
+    """Top-`capacity` tokens of each expert in each pool (equation 6), [B, E, C] int64.
 
     The positions are sorted, so that the gather reads rows in order; which expert output comes first
     does not matter to the sum.
@@ -79,20 +103,74 @@ def expert_choice(
     if index_BEC is None:
         choose = choose_tokens_in_turn if tie_break == "rotate" else choose_tokens
         index_BEC = choose(affinity_BSE, capacity)
+    return gated(affinity_BSE, index_BEC)
+
+
+def gated(
+    affinity_BSE: Tensor,
+    index_BEC: Tensor,
+    valid_BEC: Tensor | None = None,
+    *,
+    normalize: bool = False,
+    scale: float = 1.0,
+) -> Routing:
+    """Routing with the affinities of the chosen pairs as gates.
+
+    `normalize` divides a token's gates by their sum over the experts that took it, `scale` multiplies all
+    (Nucleus-Image: raw softmax affinities shrink as experts are added).
+    """
     gate_BEC = affinity_BSE.transpose(1, 2).gather(2, index_BEC)
-    return Routing(index_BEC=index_BEC, gate_BEC=gate_BEC)
+    if valid_BEC is not None:
+        gate_BEC = gate_BEC * valid_BEC
+    if normalize:
+        B, S, _ = affinity_BSE.shape
+        flat = index_BEC.flatten(1)
+        sum_BS = gate_BEC.new_zeros(B, S).scatter_add(1, flat, gate_BEC.flatten(1))
+        gate_BEC = gate_BEC / (sum_BS.gather(1, flat).view_as(gate_BEC) + 1e-12)
+    if scale != 1:
+        gate_BEC = gate_BEC * scale
+    return Routing(index_BEC=index_BEC, gate_BEC=gate_BEC, valid_BEC=valid_BEC)
+
+
+def chosen_mask(index_BEC: Tensor, valid_BEC: Tensor | None, num_tokens: int) -> Tensor:
+    """Which expert took which token, [B, S, E] fp32 zeros and ones; a token's rows for one expert count once."""
+    B, E, _ = index_BEC.shape
+    taken = torch.ones_like(index_BEC, dtype=torch.float32) if valid_BEC is None else valid_BEC.float()
+    mask_BES = taken.new_zeros(B, E, num_tokens).scatter_add(2, index_BEC, taken)
+    return mask_BES.clamp(max=1).transpose(1, 2)
 
 
 @torch.no_grad()
-def routing_stats(affinity_BSE: Tensor, routing: Routing) -> RoutingStats:
-    """Coverage, entropy and kept affinity of one routing; no host synchronisation."""
+def routing_stats(
+    affinity_BSE: Tensor,
+    routing: Routing,
+    *,
+    num_images: int | None = None,
+    dropped: Tensor | None = None,
+    auxiliary_loss: Tensor | None = None,
+) -> RoutingStats:
+    """Coverage, entropy, kept affinity and sharing of one routing; no host synchronisation.
+
+    `affinity_BSE` is the softmax over the experts; `num_images` the images of all pools together (default: one each).
+    """
     B, S, _ = affinity_BSE.shape
-    index = routing.index_BEC.flatten(1)
-    count_BS = torch.zeros(B, S, dtype=torch.int32, device=index.device)
-    count_BS.scatter_add_(1, index, torch.ones_like(index, dtype=torch.int32))
-    entropy = -(affinity_BSE * affinity_BSE.clamp_min(1e-30).log()).sum(-1).mean()
+    mask_BSE = chosen_mask(routing.index_BEC, routing.valid_BEC, S)
+    flat_NE = mask_BSE.flatten(0, 1)
+    entropy_BS = -(affinity_BSE * affinity_BSE.clamp_min(1e-30).log()).sum(-1)
+    kept_BSE = affinity_BSE * mask_BSE
+    mass_E = kept_BSE.sum((0, 1))
+    direction_NE = affinity_BSE.flatten(0, 1) / affinity_BSE.flatten(0, 1).norm(dim=0).clamp_min(1e-12)
+    zero = affinity_BSE.new_zeros(())
     return RoutingStats(
-        experts_per_token_BS=count_BS,
-        gate_entropy=entropy,
-        affinity_kept=routing.gate_BEC.sum() / (B * S),
+        experts_per_token_BS=mask_BSE.sum(-1).to(torch.int32).view(num_images or B, -1),
+        gate_entropy=entropy_BS.mean(),
+        affinity_kept=mass_E.sum() / (B * S),
+        entropy_B=entropy_BS.view(num_images or B, -1).mean(1),
+        kept_B=kept_BSE.sum(-1).view(num_images or B, -1).mean(1),
+        mass_E=mass_E / mass_E.sum().clamp_min(1e-12),
+        alike_EE=direction_NE.T @ direction_NE,
+        load_E=flat_NE.sum(0) / flat_NE.sum().clamp_min(1),
+        together_EE=flat_NE.T @ flat_NE / (B * S),
+        dropped=zero if dropped is None else dropped,
+        auxiliary_loss=zero if auxiliary_loss is None else auxiliary_loss,
     )

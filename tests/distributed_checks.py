@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 tests/distributed_checks.py all_to_all_count
 """
 
+import itertools
 import resource
 import shutil
 import sys
@@ -18,7 +19,8 @@ import deepspeed
 import deepspeed.comm
 import torch
 
-from benchmarks.parity import SHAPE, parity_config, random_value
+from benchmarks.parity import ROUTERS, SHAPE, parity_config, random_value
+from moe.deepspeed_expert import build_expert_group
 from moe.layer import ExpertChoiceMoe
 from trainer.checkpoint import (
     CheckpointError,
@@ -72,6 +74,25 @@ def all_to_all_count(world: World) -> None:
     moe_layers = 2
     assert len(sizes) == 4 * moe_layers, sizes
     assert set(sizes) == {4 * 16 * 2 * 32}, sizes  # images * tokens * capacity factor * width
+
+
+def routers_sample_alike_with_and_without_expert_parallelism(world: World) -> None:
+    """Evaluation, where learned thresholds give experts unequal numbers of tokens, and ranks different ones."""
+    for router in ROUTERS:
+        config = parity_config("sgd", 2, world.size, router)
+        engine: Any = engine_of(config, 3, world)
+        model = EcDit(config.model, config.moe, SHAPE, ExpertChoiceMoe)
+        model.load_state_dict(gather_master(engine))
+        x, t, text, mask = inputs(4)
+        text = text * (1 + world.rank)
+        with torch.no_grad():
+            engine.eval()
+            expected, plain = model.eval()(x, t, text, mask)
+            drawn, stats = engine(x, t, text, mask)
+        torch.testing.assert_close(drawn, expected, rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(stats, plain, strict=True):
+            assert torch.equal(ours.experts_per_token_BS, theirs.experts_per_token_BS), router
+        engine.destroy()
 
 
 def ema_is_the_average_of_the_weights(world: World) -> None:
@@ -128,6 +149,31 @@ def construction_holds_one_layer_at_a_time(world: World) -> None:
     shards = sum(p.ds_tensor.numel() for p in model.parameters())
     total = sum(p.ds_numel * (2 if "experts" in n else 1) for n, p in model.named_parameters())
     assert shards <= total / world.size * 1.01 + 1000, (shards, total)
+
+
+def construction_allocates_one_layer_beside_the_shards(world: World) -> None:
+    """Bytes that the allocator counts, at M-64E's ratio of experts to the rest: 38 blocks, 64 experts.
+
+    Beside what stays, building holds at most the local experts of one layer.
+    """
+    config = parity_config("sgd", world.size, world.size)
+    config = replace(
+        config,
+        model=replace(config.model, dim=48, num_layers=38, num_heads=3, num_kv_heads=1),
+        moe=replace(config.moe, num_experts=64),
+    )
+    content = load_deepspeed_config(config, world.size)
+    build_expert_group(config.parallel.ep_size)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        model = build_model(config, content, SHAPE)
+    results = profile.profiler.kineto_results  # type: ignore[union-attr]
+    changes = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
+    held = list(itertools.accumulate(size for _, size in changes))
+    one_layer = 4 * sum(p.ds_numel for p in model.blocks[1].mlp.experts.parameters())
+    shards = 4 * sum(p.ds_tensor.numel() for p in model.parameters())
+    assert shards > 10 * one_layer and 0.9 * shards < held[-1] < 1.1 * shards, (held[-1], shards, one_layer)
+    assert max(held) - held[-1] <= 1.1 * one_layer, (max(held), held[-1], one_layer)
 
 
 def topology_does_not_change_the_start(world: World) -> None:

@@ -47,6 +47,15 @@ def test_one_process_goes_on(folder: Path) -> None:
     check(1, folder, "load four3 1 3", "load four2 1 2")
 
 
+def test_what_routers_learn_goes_on_too(tmp_path: Path) -> None:
+    """Predictor, thresholds and shared experts, on the topology that saved (bitwise) and on another."""
+    router = "moe.router=diffmoe moe.pool=batch moe.num_shared_experts=1 moe.router_input=unmodulated"
+    lines = check(
+        2, tmp_path, f"save d 2 3 {router}", f"load d 2 3 {router}", f"load d 1 2 {router}",
+    )  # fmt: skip
+    assert "same topology True, losses differ by 0.0e+00" in lines[0]
+
+
 def test_bf16_resumes_bitwise_and_background_saves_are_the_same(tmp_path: Path) -> None:
     precision = "train.precision=bf16"
     (line,) = check(

@@ -25,7 +25,13 @@ from trainer.train import main
         ("train.precision=fp8", "train.precision"),
         ("model.num_heads=5", "model.num_heads=5 does not divide model.dim=64"),
         ("nonsense", "is not of the form key=value"),
-        ("moe.pool=batch", "moe.pool"),
+        ("moe.pool=world", "moe.pool is world: use image, batch or group(n)"),
+        ("moe.pool=group(0)", "moe.pool is group(0)"),
+        ("moe.pool=group(3)", "moe.pool=group(3) and train.micro_batch_size=8"),
+        ("moe.pool=group(16)", "moe.pool=group(16) and train.micro_batch_size=8: a pool lies within one rank's"),
+        ("moe.router=hash", "moe.router"),
+        ("diffusion.unmask_at_step=5", "diffusion.unmask_at_step=5 ends the masking, but diffusion.mask_ratio=0"),
+        ("diffusion.unmask_at_step=-1", "diffusion.unmask_at_step is -1"),
         ("train.max_bad_steps=0", "train.max_bad_steps is 0: use 1 or more"),
         ("train.max_rollbacks=-1", "train.max_rollbacks is -1: use 0 (never) or more"),
         ("train.emergency_save_seconds=0", "train.emergency_save_seconds is 0"),
@@ -34,6 +40,31 @@ from trainer.train import main
 def test_bad_overrides_name_setting_value_and_remedy(override: str, words: str) -> None:
     with pytest.raises(ConfigError) as error:
         load_config("debug", [override])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "overrides,words",
+    [
+        (["router=token_choice", "top_k=9"], "moe.top_k is 9: use 1 to moe.num_experts=8"),
+        (["router=token_choice", "gate=identity"], "moe.gate=identity has negative gates, whose sum moe.router=token_"),
+        (["normalize_gates=true", "gate=identity"], "whose sum moe.normalize_gates=true would divide by"),
+        (
+            ["router=diffmoe"],
+            "moe.router=diffmoe learns how much compute a picture deserves among others, but moe.pool",
+        ),
+        (["router=expert_race", "tie_break=rotate"], "moe.tie_break=rotate is for moe.router=expert_choice"),
+        (["capacity_factor_start=4"], "moe.capacity_factor_start=4 and moe.capacity_anneal_steps=0 belong together"),
+        (["capacity_factor_start=1", "capacity_anneal_steps=9"], "it falls to moe.capacity_factor=2, so use that or"),
+        (["capacity_anneal_steps=-1"], "moe.capacity_anneal_steps is -1"),
+        (["num_shared_experts=-1"], "moe.num_shared_experts is -1"),
+        (["gate_scale=0"], "moe.gate_scale is 0"),
+        (["auxiliary_weight=-1"], "moe.auxiliary_weight is -1"),
+    ],
+)
+def test_routers_that_contradict_a_setting_name_both(overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config("debug", [f"moe.{item}" for item in overrides])
     assert words in str(error.value) and "\n" not in str(error.value)
 
 

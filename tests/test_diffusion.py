@@ -115,3 +115,12 @@ def test_learning_rate_schedule() -> None:
     assert learning_rate(20, config, 20) == pytest.approx(0.2)
     constant = replace(config, schedule="constant")
     assert learning_rate(19, constant, 20) == 2.0
+
+
+def test_masking_ends_at_its_step_and_changes_nothing_else() -> None:
+    config = DiffusionConfig(mask_ratio=0.5, unmask_at_step=3)
+    assert [config.mask_ratio_at(step) for step in (0, 2, 3, 9)] == [0.5, 0.5, 0.0, 0.0]
+    masked, whole = (noise_batch(batch([1, 2]), config, seed=0, patch_size=2, step=step) for step in (2, 3))
+    assert masked.keep_BS is not None and whole.keep_BS is None
+    assert torch.equal(masked.x_BCHW, whole.x_BCHW) and torch.equal(masked.t_B, whole.t_B)
+    assert DiffusionConfig(mask_ratio=0.5).mask_ratio_at(10**6) == 0.5

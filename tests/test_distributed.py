@@ -16,6 +16,19 @@ def test_parity_with_one_plain_process(launcher: Any, processes: int) -> None:
 
 
 @pytest.mark.slow
+def test_routers_are_the_same_with_and_without_expert_parallelism(launcher: Any) -> None:
+    """Each against its plain loops; Expert Race's unequal shares and the router that reads the timestep included."""
+    routers = ["group", "token_choice", "diffmoe", "expert_race", "nucleus"]
+    done = launcher.run(
+        "-m", "benchmarks.parity", "--optimizers", "sgd", "--stages", "3", "--ep-sizes", "1", "2", "--steps", "2",
+        "--routers", *routers, processes=2, timeout=500,
+    )  # fmt: skip
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert sum(line.startswith("| sgd") for line in done.stdout.splitlines()) == 2 * len(routers)
+
+
+@pytest.mark.slow
 def test_upstream_stage_0_still_clips_expert_gradients_wrongly(launcher: Any) -> None:
     """When this fails, DeepSpeed has fixed stage 0 under expert parallelism: allow it in deepspeed_config.py."""
     done = launcher.run(
@@ -29,8 +42,10 @@ def test_upstream_stage_0_still_clips_expert_gradients_wrongly(launcher: Any) ->
     "check",
     [
         "all_to_all_count",
+        "routers_sample_alike_with_and_without_expert_parallelism",
         "ema_is_the_average_of_the_weights",
         "construction_holds_one_layer_at_a_time",
+        "construction_allocates_one_layer_beside_the_shards",
         "topology_does_not_change_the_start",
         "one_rank_cannot_write",
         "background_save_keeps_its_step",

@@ -18,6 +18,14 @@ SHAPE = ModelShape(channels=4, height=16, width=16, text_dim=48)
         (ModelConfig(dim=128, num_layers=4, num_heads=4, num_kv_heads=2, pooled_text=True), MoeConfig(), 64),
         (ModelConfig(dim=128, num_layers=3, num_heads=4, num_kv_heads=4, patch_size=1), MoeConfig(every=0), 256),
         (ModelConfig(dim=96, num_layers=4, num_heads=2, num_kv_heads=1), MoeConfig(capacity_factor=3.0, every=1), 32),
+        (ModelConfig(dim=96, num_layers=4, num_heads=2), MoeConfig(router="token_choice", gate="sigmoid"), 64),
+        (ModelConfig(dim=96, num_layers=4, num_heads=2), MoeConfig(router="diffmoe", pool="batch"), 64),
+        (ModelConfig(dim=96, num_layers=4, num_heads=2), MoeConfig(pool="group(2)", gate="identity"), 64),
+        (
+            ModelConfig(dim=96, num_layers=4, num_heads=2),
+            MoeConfig(router_input="unmodulated", num_shared_experts=2, normalize_gates=True),
+            64,
+        ),
     ],
 )
 def test_formula_agrees_with_counted_operations(model: ModelConfig, moe: MoeConfig, kept: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from checkpoint_samples import model_tensors, write_checkpoint
 from tests_launcher import Launcher
 
+from benchmarks.parity import ROUTERS
 from moe.config import MoeConfig
 from trainer.checkpoint import check_init, init_notes, read_export
 from trainer.checkpoint.export import ExportOptions, export
@@ -89,6 +90,15 @@ def test_a_mixture_of_copies_equals_the_dense_model(
     assert (stats.experts_per_token_BS == int(factor)).all()
 
 
+@pytest.mark.parametrize("router", ROUTERS)
+def test_exports_have_what_routers_learn(router: str, tmp_path: Path) -> None:
+    settings = [f"moe.{key}={value}" for key, value in ROUTERS[router].items()]
+    folder = make_export(tmp_path, *settings)
+    config = load_config("debug", [*TINY, *settings])
+    model_of(config, read_export(folder))  # strict: every parameter of this router, and no other
+    check_init(folder, config, INFO)
+
+
 def test_copies_part_ways_at_the_first_step(dense: Path) -> None:
     """The gradient of the zero router and those of the experts differ between experts."""
     config = load_config("debug", [*TINY, *UPCYCLED])
@@ -112,6 +122,11 @@ def test_copies_part_ways_at_the_first_step(dense: Path) -> None:
         ("mixture", ["moe.every=0"], "moe.every is 0 but .* was trained with 2: experts stay in their blocks"),
         ("mixture", ["moe.every=1"], "moe.every is 1 but .* was trained with 2: experts stay in their blocks"),
         ("mixture", ["moe.num_experts=8"], "moe.num_experts is 8 but .* with 4: .* so set moe.num_experts=4 or use"),
+        (
+            "dense",
+            ["moe.tie_break=rotate", "moe.gate=sigmoid"],
+            "moe.gate is sigmoid but .* of a dense model, .* raw softmax gates .*: set moe.gate=softmax",
+        ),
         ("dense", [], "moe.tie_break is any but .* of a dense model, .*: set moe.tie_break=rotate"),
         ("dense", ["moe.tie_break=rotate", "moe.capacity_factor=1.5"], "capacity_factor is 1.5 .* use a whole number"),
         ("dense", ["moe.tie_break=rotate", "moe.num_experts=6"], "moe.num_experts is 6 but .* use a divisor of .* 32"),

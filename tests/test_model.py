@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.parity import ROUTERS
 from moe.config import MoeConfig
+from moe.layer import auxiliary_loss
 from trainer.config import ModelConfig
 from trainer.layers import Attention, attend, modulate, patchify, rope_2d, rotate, sincos_2d, unpatchify
 from trainer.model import EcDit, ModelShape, init_weights, initial_value
@@ -122,6 +124,21 @@ def test_activation_checkpointing_gives_the_same_gradients_with_tied_affinities(
     assert len(gradients[0]) == len(gradients[1])
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_routers_recompute_what_they_computed(router: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = build(moe=MoeConfig(num_experts=4, **ROUTERS[router]))
+        model.activation_checkpointing = checkpointing
+        out, stats = model(*inputs())
+        own = auxiliary_loss(stats)
+        (out.square().mean() + (0 if own is None else own)).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None and gradient.abs().sum() > 0, name
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_every_parameter_gets_a_gradient() -> None:

@@ -55,6 +55,7 @@ class TrainLoopConfig:
     A step whose loss or gradient norm is not finite is skipped; after `max_bad_steps` in a row the run goes back
     to its newest checkpoint and on past those samples, at most `max_rollbacks` times to the same checkpoint.
     `emergency_save_seconds` bounds the attempt to save when something else fails between two steps.
+    Every `profile_every`-th step is measured section by section, and is slower for it (trainer/step_timer.py).
     """
 
     micro_batch_size: int = 8
@@ -68,6 +69,7 @@ class TrainLoopConfig:
     on_save_error: Literal["abort", "continue"] = "abort"
     async_save: bool = False
     sample_every: int = 0
+    profile_every: int = 0
     max_bad_steps: int = 3
     max_rollbacks: int = 2
     emergency_save_seconds: float = 600.0
@@ -79,7 +81,7 @@ class TrainLoopConfig:
             "micro_batch_size", "gradient_accumulation_steps", "max_steps", "log_every", "keep_last", "max_bad_steps",
         ):  # fmt: skip
             require(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}: use 1 or more")
-        for name in ("checkpoint_every", "sample_every", "keep_every"):
+        for name in ("checkpoint_every", "sample_every", "keep_every", "profile_every"):
             require(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}: use 0 (off) or more")
         require(self.max_rollbacks >= 0, f"train.max_rollbacks is {self.max_rollbacks}: use 0 (never) or more")
         require(
@@ -187,6 +189,8 @@ class DiffusionConfig:
 
     `time_shift` s moves timesteps towards noise, t -> s t / (1 + (s - 1) t), in training and sampling alike:
     the larger a picture, the more noise it takes to hide its layout (arXiv 2403.03206, equation 23).
+    `mask_ratio` of the image tokens are left out in training up to step `unmask_at_step`, from which on all are seen
+    (0: masked to the end); MaskDiT (arXiv 2306.09305) ends with such a stage.
     `guidance_scale` 1 switches classifier-free guidance off; it acts for timesteps in
     [guidance_start, guidance_end] (1 is pure noise).
     """
@@ -195,6 +199,7 @@ class DiffusionConfig:
     logit_std: float = 1.0
     time_shift: float = 1.0
     mask_ratio: float = 0.0
+    unmask_at_step: int = 0
     sampler: Literal["euler", "heun"] = "euler"
     sampling_steps: int = 25
     guidance_scale: float = 3.0
@@ -205,12 +210,22 @@ class DiffusionConfig:
         require(self.logit_std > 0, f"diffusion.logit_std is {self.logit_std}: use more than 0")
         require(self.time_shift > 0, f"diffusion.time_shift is {self.time_shift}: use more than 0")
         require(0 <= self.mask_ratio < 1, f"diffusion.mask_ratio is {self.mask_ratio}: use 0 to below 1")
+        require(self.unmask_at_step >= 0, f"diffusion.unmask_at_step is {self.unmask_at_step}: use 0 (never) or more")
+        require(
+            self.unmask_at_step == 0 or self.mask_ratio > 0,
+            f"diffusion.unmask_at_step={self.unmask_at_step} ends the masking, but diffusion.mask_ratio=0 masks none: "
+            "set a ratio, or leave out the step",
+        )
         require(self.sampling_steps >= 1, f"diffusion.sampling_steps is {self.sampling_steps}: use 1 or more")
         require(
             0 <= self.guidance_start <= self.guidance_end <= 1,
             f"diffusion.guidance_start={self.guidance_start} and guidance_end={self.guidance_end}: "
             "use 0 <= start <= end <= 1",
         )
+
+    def mask_ratio_at(self, step: int) -> float:
+        """Share of image tokens left out in optimizer step number `step` (from 0)."""
+        return 0.0 if 0 < self.unmask_at_step <= step else self.mask_ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +259,12 @@ class TrainConfig:
             self.moe.num_experts % self.parallel.ep_size == 0,
             f"parallel.ep_size={self.parallel.ep_size} does not divide moe.num_experts={self.moe.num_experts}: "
             "each rank of an expert group holds the same number of experts",
+        )
+        group, micro = self.moe.group_size if self.moe.every else 0, self.train.micro_batch_size
+        require(
+            group == 0 or micro % group == 0,
+            f"moe.pool={self.moe.pool} and train.micro_batch_size={micro}: a pool lies within one rank's micro-batch, "
+            f"so use a multiple of {group} images, or moe.pool=batch",
         )
 
     def global_batch_size(self, world_size: int) -> int:

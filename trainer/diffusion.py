@@ -54,11 +54,11 @@ def num_kept_tokens(num_tokens: int, mask_ratio: float) -> int:
     return max(1, num_tokens - round(num_tokens * mask_ratio))
 
 
-def noise_batch(batch: Batch, config: DiffusionConfig, *, seed: int, patch_size: int) -> NoisedBatch:
-    """Draw each sample's noise, timestep and mask from its own generator."""
+def noise_batch(batch: Batch, config: DiffusionConfig, *, seed: int, patch_size: int, step: int = 0) -> NoisedBatch:
+    """Draw each sample's noise, timestep and mask from its own generator; `step` decides whether to mask at all."""
     _, _, H, W = batch.latent_BCHW.shape
     num_tokens = (H // patch_size) * (W // patch_size)
-    kept = num_kept_tokens(num_tokens, config.mask_ratio)
+    kept = num_kept_tokens(num_tokens, config.mask_ratio_at(step))
     noise, times, keeps = [], [], []
     for index, latent in zip(batch.index_B.tolist(), batch.latent_BCHW, strict=True):
         generator = sample_generator(seed, index, "diffusion")

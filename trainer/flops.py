@@ -17,6 +17,11 @@ E experts of capacity C, P patch size, c latent channels. Per image, forward:
 | block: cross-attention        | 2 S D^2 + 2 r L D^2 + 2 S L D                        |
 | block: dense MLP              | 2 m S D^2                                            |
 | block: MoE                    | S D E + 2 m E C D^2                                  |
+| shared experts, n of them     | 2 m n S D^2                                          |
+| router that reads the time    | D E more                                             |
+| DiffMoE's predictor           | S D (D + E), backward without its input's half       |
+
+In pools wider than an image, and in Expert Race, E C is S f_c; rows that fill up an expert's share are not the model's.
 """
 
 import torch
@@ -56,10 +61,22 @@ def forward_multiply_adds(
     for layer in range(model.num_layers):
         total += attention
         if moe.has_moe(layer):
-            rows = moe.num_experts * moe.capacity(S)
-            total += S * D * moe.num_experts + 2 * model.mlp_ratio * rows * square
+            total += moe_multiply_adds(model, moe, S)
         else:
             total += dense
+    return total
+
+
+def moe_multiply_adds(model: ModelConfig, moe: MoeConfig, num_tokens: int) -> int:
+    """Multiply-adds of one MoE layer's forward pass on one image."""
+    S, D, E = num_tokens, model.dim, moe.num_experts
+    exact = moe.pool == "image" and moe.has_equal_splits
+    rows = E * moe.capacity(S) if exact else int(S * moe.capacity_factor)
+    total = S * D * E + 2 * model.mlp_ratio * (rows + moe.num_shared_experts * S) * D * D
+    if moe.router_input == "unmodulated":
+        total += D * E
+    if moe.router == "diffmoe":
+        total += S * D * (D + E)
     return total
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moe.layer import set_capacity_factor
 from trainer.checkpoint import Saver, TrainState, list_checkpoints, load_checkpoint, load_init, newest_whole
 from trainer.data.dataset import DataState, build_loader
 from trainer.distributed import all_reduce_mean, from_main
@@ -28,6 +29,7 @@ from trainer.sample_grid import GridSampler
 from trainer.signals import StopSignal
 from trainer.skips import DivergedError, SkipPolicy
 from trainer.step import Prepared, StepResult, prepare, suspects, train_step
+from trainer.step_timer import StepTimer
 from trainer.time_budget import TimeBudget
 
 logger = logging.getLogger("ec_dit")
@@ -70,6 +72,7 @@ class Trainer:
         self.upcoming: list[Prepared] = []
         self.held = HeldErrors()
         self.budget = TimeBudget.from_environment()
+        self.timer = StepTimer(device)
         self.arrivals = build_arrival_group()
         self.sound, self.agreed = True, False
 
@@ -119,14 +122,18 @@ class Trainer:
         self.sound = False
         rate = learning_rate(self.state.step, self.config.optim, self.config.train.max_steps)
         used = self.upcoming
-        result = train_step(self.engine, used, rate, self.config, self.device)
-        if result.applied:
-            self.ema.update(self.engine, self.state.step + 1)
-        found = self._prepare_and_exchange(more=self.state.step + result.applied < last, result=result)
+        set_capacity_factor(self.engine.module, self.config.moe.factor_at(self.state.step))
+        every = self.config.train.profile_every
+        with self.timer.measuring(self.engine, bool(every) and (self.state.step + 1) % every == 0):
+            result = train_step(self.engine, used, rate, self.config, self.device, self.timer)
+            if result.applied:
+                with self.timer.section("optimizer"):
+                    self.ema.update(self.engine, self.state.step + 1)
+            found = self._prepare_and_exchange(more=self.state.step + result.applied < last, result=result)
         batch_size = self.plan.global_batch_size
         data = self.state.data.advance(batch_size, len(self.plan.dataset), batch_size)
         if result.applied:
-            self._advance(data, found, rate)
+            self._advance(data, found, rate, result)
         else:
             self._skip(data, found, suspects(result, used))
         self.sound = True
@@ -139,10 +146,12 @@ class Trainer:
         """
         if more:
             with self.held.held():
-                self.upcoming = prepare(self.batches, self.config)
+                next_step = self.state.step + (result is not None and result.applied)
+                with self.timer.section("data"):
+                    self.upcoming = prepare(self.batches, self.config, next_step)
         if self.lock.lost and self.held.error is None:
             self.held.error = LockLostError(f"run_dir={self.config.run_dir} was taken over by another job")
-        report = torch.zeros(4 + len(self.reporter.router_names))
+        report = torch.zeros(4 + self.reporter.router_size)
         report[1:4] = torch.tensor(
             [
                 self.stop.received or self.budget.is_spent(),
@@ -163,7 +172,7 @@ class Trainer:
             self.held.raise_everywhere()
         return found.stop
 
-    def _advance(self, data: DataState, found: Exchange, rate: float) -> None:
+    def _advance(self, data: DataState, found: Exchange, rate: float, result: StepResult) -> None:
         """Count an applied step, report at the interval."""
         step, every = self.state.step + 1, self.config.train.log_every
         total = self.state.interval_loss + found.loss
@@ -174,6 +183,7 @@ class Trainer:
                 self.reporter.report(
                     step, loss=total / every, norm=self.engine.get_global_grad_norm(), rate=rate,
                     epoch=data.epoch, bad_steps=self.skips.num_skipped, router=found.router,
+                    stats=result.stats, times=self.timer.take(),
                 )  # fmt: skip
             self.reporter.advance()
 
@@ -245,7 +255,7 @@ class Trainer:
             self.saved_step = self.state.step
         self.sound = True
         self.budget.saved(time.perf_counter() - start)
-        self.reporter.pause(time.perf_counter() - start)
+        self.reporter.pause(time.perf_counter() - start, save=True)
 
     def _save_on_the_way_out(self, error: Exception) -> None:
         """After an error: a last checkpoint if the state is sound and every rank gets here. `error` stays the error."""

@@ -7,14 +7,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from moe.routing import RoutingStats
-
-MAX_COVERAGE = 4
 logger = logging.getLogger("ec_dit")
 
 
@@ -28,21 +24,6 @@ def setup_logging(path: Path) -> None:
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
-
-
-def router_names(layers: list[int]) -> list[str]:
-    """Metric names in the order of `router_values`: per MoE layer coverage, entropy and kept affinity."""
-    kinds = [f"coverage_{k}" for k in range(MAX_COVERAGE + 1)] + ["gate_entropy", "affinity_kept"]
-    return [f"moe/{layer}/{kind}" for layer in layers for kind in kinds]
-
-
-def router_values(stats: list[RoutingStats]) -> Tensor:
-    """Statistics of one batch as a flat fp32 vector, no host synchronisation."""
-    rows = [
-        torch.cat([s.coverage(MAX_COVERAGE), torch.stack([s.gate_entropy.float(), s.affinity_kept.float()])])
-        for s in stats
-    ]
-    return torch.cat(rows) if rows else torch.zeros(0)
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
@@ -92,6 +73,11 @@ class MetricsLog:
             step, self.bar.total, values["loss"], values["grad_norm"], values["learning_rate"],
             values["images_per_second"],
         )  # fmt: skip
+
+    def write_histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Show distributions in TensorBoard."""
+        for name, value in values.items():
+            self.tensorboard.add_histogram(name, value, step)
 
     def add_image(self, step: int, image_HWC: Tensor) -> None:
         """Show a sample grid in TensorBoard."""

@@ -69,6 +69,7 @@ class DitBlock(nn.Module):
         text_BLD: Tensor,
         mask_B11L: Tensor,
         angle_BSa: Tensor,
+        time_BD: Tensor,
         memory: ChoiceMemory | None = None,
         cached: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, RoutingStats | None]:
@@ -78,8 +79,9 @@ class DitBlock(nn.Module):
         h_BSD = modulate(layer_norm(x_BSD), shift1, scale1)
         x_BSD = x_BSD + gate1.unsqueeze(1) * self.self_attention(h_BSD, h_BSD, angle_BSa=angle_BSa)
         x_BSD = x_BSD + self.cross_attention(layer_norm(x_BSD), text_BLD, mask_B11L=mask_B11L, cached=cached)
-        h_BSD = modulate(layer_norm(x_BSD), shift2, scale2)
-        y_BSD, stats = self.mlp(h_BSD, memory) if self.has_moe else (self.mlp(h_BSD), None)
+        plain_BSD = layer_norm(x_BSD)
+        h_BSD = modulate(plain_BSD, shift2, scale2)
+        y_BSD, stats = self.mlp(h_BSD, memory, plain_BSD, time_BD) if self.has_moe else (self.mlp(h_BSD), None)
         return x_BSD + gate2.unsqueeze(1) * y_BSD, stats
 
 
@@ -172,7 +174,7 @@ class EcDit(nn.Module):
         mask_B11L = text_mask_BL[:, None, None, :]
         all_stats = []
         for i, block in enumerate(self.blocks):
-            arguments = (x_BSD, condition_B6D, text, mask_B11L, angle_BSa)
+            arguments = (x_BSD, condition_B6D, text, mask_B11L, angle_BSa, time_BD)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 memory = ChoiceMemory() if block.has_moe else None
                 x_BSD, stats = checkpoint(block, *arguments, memory, use_reentrant=False)
@@ -203,7 +205,7 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int, first_expert: in
     | parameter                                   | value                                                |
     |---------------------------------------------|------------------------------------------------------|
     | norm scales                                 | 1                                                    |
-    | biases, `w3` (expert biases)                | 0                                                    |
+    | biases, `w3` (expert biases), thresholds    | 0                                                    |
     | `final`, `final_modulation`                 | 0: the first prediction is 0                         |
     | gates of `condition` and block `modulation` | 0: attention and MLP branches start closed (adaLN-0) |
     | cross-attention `out`                       | 0, as PixArt-alpha                                   |
@@ -215,16 +217,22 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int, first_expert: in
     """
     if name.endswith(("query_norm.weight", "key_norm.weight")):
         return torch.ones(shape)
-    zero = ("bias", "w3", "modulation", "condition.weight", "final.weight", "cross_attention.out.weight")
+    zero = (
+        "bias",
+        "w3",
+        "threshold.value",
+        "modulation",
+        "condition.weight",
+        "final.weight",
+        "cross_attention.out.weight",
+    )
     if name.endswith(zero) or name.startswith("final_modulation"):
         return torch.zeros(shape)
     if ".experts." in name:
-        rows = [
-            torch.randn(shape[1:], generator=keyed_generator(seed, "init", name, first_expert + i))
-            for i in range(shape[0])
-        ]
-        experts: Tensor = torch.stack(rows) * float(shape[-1]) ** -0.5
-        return experts
+        experts = torch.empty(shape)  # filled in place: at scale this is most of what a rank holds while building
+        for i in range(shape[0]):
+            experts[i].normal_(generator=keyed_generator(seed, "init", name, first_expert + i))
+        return experts.mul_(float(shape[-1]) ** -0.5)
     std = 0.02 if name.endswith("router.weight") else float(shape[-1]) ** -0.5
     value: Tensor = std * torch.randn(shape, generator=keyed_generator(seed, "init", name))
     return value

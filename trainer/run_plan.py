@@ -43,10 +43,9 @@ class Plan:
         """The export whose weights the run starts from; None if it resumes or starts fresh."""
         return Path(self.config.init_from) if self.config.init_from and self.checkpoint is None else None
 
-    @property
-    def num_tokens(self) -> int:
-        """Image tokens that the model sees in training: the kept ones, if masked."""
-        return num_kept_tokens(full_tokens(self.config, self.dataset.info), self.config.diffusion.mask_ratio)
+    def num_tokens(self, step: int) -> int:
+        """Image tokens that the model sees in optimizer step number `step`: the kept ones, if masked."""
+        return num_kept_tokens(full_tokens(self.config, self.dataset.info), self.config.diffusion.mask_ratio_at(step))
 
 
 def full_tokens(config: TrainConfig, info: LatentInfo) -> int:
@@ -102,7 +101,7 @@ def _check_sizes(config: TrainConfig, dataset: LatentDataset, world: World) -> N
 
 
 def _pools(config: TrainConfig, info: LatentInfo) -> list[int]:
-    """Token counts among which experts choose: of sampling (all tokens) and of training, largest first."""
+    """Tokens of an image in sampling (all) and in training, largest first: one picture alone is the smallest pool."""
     if not config.moe.every:
         return []
     num_tokens = full_tokens(config, info)
@@ -111,7 +110,8 @@ def _pools(config: TrainConfig, info: LatentInfo) -> list[int]:
 
 def rounded_capacities(config: TrainConfig, info: LatentInfo) -> Iterator[str]:
     """One sentence for each token count at which the experts' capacity had to be rounded down."""
-    for count in _pools(config, info):
+    per_pool = config.moe.pool_images(config.train.micro_batch_size)
+    for count in (per_pool * tokens for tokens in _pools(config, info)):
         exact, used = config.moe.exact_capacity(count), config.moe.capacity(count)
         if exact != used:
             yield (

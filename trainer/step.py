@@ -15,16 +15,19 @@ samples bitwise.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe.layer import auxiliary_loss
+from moe.routing import RoutingStats
 from trainer.config import TrainConfig
 from trainer.data.dataset import Batch
 from trainer.diffusion import NoisedBatch, noise_batch, training_loss
-from trainer.metrics import router_values
+from trainer.routing_metrics import router_vector
+from trainer.step_timer import StepTimer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +40,23 @@ class Prepared:
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step did. `losses` [num_micro_batches] and `router` are this rank's, on its device, not yet reduced."""
+    """What a step did. `losses` [num_micro_batches] and `router` are this rank's, on its device, not yet reduced.
+
+    `stats` are those of the last micro-batch, one per MoE layer.
+    """
 
     applied: bool
     losses: Tensor
     router: Tensor
+    stats: list[RoutingStats]
 
 
-def prepare(batches: Iterator[Batch], config: TrainConfig) -> list[Prepared]:
-    """The micro-batches of the next step, noised; reads data, talks to no other rank."""
+def prepare(batches: Iterator[Batch], config: TrainConfig, step: int) -> list[Prepared]:
+    """The micro-batches of optimizer step number `step` (from 0), noised; reads data, talks to no other rank."""
     prepared = []
     for _ in range(config.train.gradient_accumulation_steps):
         batch = next(batches)
-        noised = noise_batch(batch, config.diffusion, seed=config.seed, patch_size=config.model.patch_size)
+        noised = noise_batch(batch, config.diffusion, seed=config.seed, patch_size=config.model.patch_size, step=step)
         prepared.append(Prepared(index_B=batch.index_B, noised=noised))
     return prepared
 
@@ -60,21 +67,32 @@ def poisoned(loss: Tensor) -> Tensor:
 
 
 def train_step(
-    engine: Any, micro_batches: list[Prepared], rate: float, config: TrainConfig, device: torch.device
+    engine: Any, micro_batches: list[Prepared], rate: float, config: TrainConfig, device: torch.device, timer: StepTimer
 ) -> StepResult:
-    """Run one optimizer step at a learning rate. Collective over all ranks."""
+    """Run one optimizer step at a learning rate. Collective over all ranks.
+
+    Routers may add a loss of their own; the losses that are reported are without it, so that routers compare.
+    """
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
-    losses, router = [], []
+    losses, router, last = [], [], []
     for micro in micro_batches:
         noised = micro.noised.to(device)
-        prediction, stats = engine(noised.x_BCHW, noised.t_B, noised.text_BLD, noised.text_mask_BL, noised.keep_BS)
-        loss = training_loss(prediction, noised, config.model.patch_size)
-        engine.backward(poisoned(loss))
-        engine.step()
-        losses.append(loss.detach())
-        router.append(router_values(stats).to(device))
-    return StepResult(applied=engine.was_step_applied(), losses=torch.stack(losses), router=torch.stack(router).mean(0))
+        with timer.section("forward"):
+            prediction, stats = engine(noised.x_BCHW, noised.t_B, noised.text_BLD, noised.text_mask_BL, noised.keep_BS)
+            loss = training_loss(prediction, noised, config.model.patch_size)
+            own = auxiliary_loss(stats)
+            total = loss if own is None else loss + own
+        with timer.section("backward"):
+            engine.backward(poisoned(total))
+        with timer.section("optimizer"):
+            engine.step()
+        losses.append(torch.where(total.isfinite(), loss, total).detach())
+        router.append(router_vector(stats, noised.t_B).to(device))
+        last = [replace(item, auxiliary_loss=item.auxiliary_loss.detach()) for item in stats]
+    return StepResult(
+        applied=engine.was_step_applied(), losses=torch.stack(losses), router=torch.stack(router).mean(0), stats=last
+    )
 
 
 def suspects(result: StepResult, micro_batches: list[Prepared]) -> list[int]:

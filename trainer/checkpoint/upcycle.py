@@ -41,6 +41,19 @@ _Part = tuple[str, float]  # name of a dense tensor, and what its values are mul
 
 def check_upcycle(moe: MoeConfig, token_counts: Sequence[int], origin: str) -> None:
     """Refuse settings with which the mixture would not equal the dense model; ConfigError with the remedy."""
+    for setting, value, needed in (
+        ("router", moe.router, "expert_choice"),
+        ("gate", moe.gate, "softmax"),
+        ("normalize_gates", moe.normalize_gates, False),
+        ("gate_scale", moe.gate_scale, 1.0),
+        ("num_shared_experts", moe.num_shared_experts, 0),
+        ("capacity_anneal_steps", moe.capacity_anneal_steps, 0),
+    ):
+        require(
+            value == needed,
+            f"moe.{setting} is {value} but {origin} is of a dense model, which a mixture equals only with raw softmax "
+            f"gates and a fixed share of tokens: set moe.{setting}={needed}",
+        )
     require(
         moe.tie_break == "rotate",
         f"moe.tie_break is {moe.tie_break} but {origin} is of a dense model, and experts that start equal must take "
@@ -72,6 +85,7 @@ class Upcycled:
     def __init__(self, dense: WeightSource, moe: MoeConfig) -> None:
         self.dense, self.num_experts = dense, moe.num_experts
         self.scale = moe.num_experts / moe.capacity_factor
+        self.reads_time = moe.router_input == "unmodulated"
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name, shape in dense.shapes.items():
             block = re.match(r"(blocks\.(\d+)\.mlp)\.", name)
@@ -85,7 +99,7 @@ class Upcycled:
     def _moe_shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
         E, (F, D) = self.num_experts, self.dense.shapes[f"{prefix}.up.weight"]
         return {
-            f"{prefix}.router.weight": (E, D),
+            f"{prefix}.router.weight": (E, 2 * D if self.reads_time else D),
             f"{prefix}.experts.w1": (E, F, D),
             f"{prefix}.experts.w2": (E, D, F),
             f"{prefix}.experts.w3": (E, 1, F + D),

@@ -1,0 +1,216 @@
+"""The planner against reality: counted allocations and PyTorch's FLOP counter, and its verdicts."""
+
+import json
+import weakref
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from moe.config import MoeConfig
+from trainer.config import ConfigError, ModelConfig, TrainConfig, TrainLoopConfig, load_config
+from trainer.model import EcDit, ModelShape, init_weights
+from trainer.plan.command import parse, plan, run
+from trainer.plan.devices import DEVICES, Efficiency
+from trainer.plan.job import Job, Layout, count_parameters
+from trainer.plan.memory import activation_terms, block_bytes, state_terms
+from trainer.plan.search import evaluate, search, smallest_nodes
+from trainer.plan.traffic import all_to_all_bytes
+
+SHAPE = ModelShape(channels=4, height=48, width=48, text_dim=48)  # 576 tokens: attention takes the fused kernel
+TEXT_TOKENS = 20
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of all storages that operations made and that are still alive; views of `existing` are none."""
+
+    def __init__(self, existing: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.live = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in existing}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.known.add(storage._cdata)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        return out
+
+    def _freed(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+def job_of(config: TrainConfig, shape: ModelShape = SHAPE, **zero: Any) -> Job:
+    return Job(config=config, shape=shape, text_tokens=TEXT_TOKENS, zero=zero)
+
+
+def layout_of(**changes: Any) -> Layout:
+    default: dict[str, Any] = {
+        "world_size": 1, "ep_size": 1, "stage": 3, "micro_batch_size": 2, "accumulation": 1, "recompute": False,
+    }  # fmt: skip
+    return Layout(**(default | changes))
+
+
+def kept_bytes(config: TrainConfig, batch: int) -> int:
+    """Counted: what is alive after a forward pass that was not before, except its result."""
+    model = EcDit(config.model, config.moe, SHAPE)
+    init_weights(model, 0)
+    model.activation_checkpointing = config.train.activation_checkpointing
+    model.to(torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
+    x, text = torch.randn(batch, 4, 48, 48), torch.randn(batch, TEXT_TOKENS, SHAPE.text_dim)
+    t, mask = torch.rand(batch), torch.ones(batch, TEXT_TOKENS, dtype=torch.bool)
+    with Allocations([*model.parameters(), x, t, text, mask]) as counted:
+        out, _ = model(x, t, text, mask)
+    return counted.live - out.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "model,moe",
+    [
+        (ModelConfig(dim=96, num_layers=4, num_heads=3, num_kv_heads=1), MoeConfig(every=0)),
+        (ModelConfig(dim=128, num_layers=3, num_heads=4, num_kv_heads=4, mlp_ratio=2), MoeConfig(every=0)),
+        (ModelConfig(dim=96, num_layers=4, num_heads=3, num_kv_heads=1), MoeConfig(num_experts=8)),
+        (ModelConfig(dim=128, num_layers=2, num_heads=2, num_kv_heads=1), MoeConfig(num_experts=16, every=1)),
+        (ModelConfig(dim=96, num_layers=2, num_heads=3, num_kv_heads=3), MoeConfig(capacity_factor=4.0, every=1)),
+        (ModelConfig(dim=96, num_layers=2, num_heads=3, num_kv_heads=3), MoeConfig(router="token_choice", every=1)),
+        (
+            ModelConfig(dim=96, num_layers=2, num_heads=3, num_kv_heads=1),
+            MoeConfig(gate="sigmoid", router_input="unmodulated", normalize_gates=True, num_shared_experts=1, every=1),
+        ),
+        (ModelConfig(dim=96, num_layers=2, num_heads=3, num_kv_heads=3), MoeConfig(router="diffmoe", pool="batch")),
+    ],
+)
+def test_activation_bytes_are_within_a_tenth_of_counted_ones(
+    model: ModelConfig, moe: MoeConfig, precision: Any
+) -> None:
+    config = TrainConfig(model=model, moe=moe, train=TrainLoopConfig(precision=precision))
+    predicted = activation_terms(job_of(config), layout_of())[0].value
+    assert predicted == pytest.approx(kept_bytes(config, 2), rel=0.1)
+
+
+def test_recomputation_keeps_the_inputs_of_blocks() -> None:
+    model = ModelConfig(dim=96, num_layers=6, num_heads=3, num_kv_heads=1)
+    config = TrainConfig(model=model, train=TrainLoopConfig(activation_checkpointing=True))
+    job = job_of(config)
+    one_block = max(block_bytes(job, 2, moe=moe) for moe in (False, True))
+    predicted = activation_terms(job, layout_of(recompute=True))[0].value - one_block
+    assert predicted == pytest.approx(kept_bytes(config, 2), rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ep_sizes", [("1", "2")])
+def test_engine_holds_what_the_plan_says(launcher: Any, ep_sizes: tuple[str, ...]) -> None:
+    """Weights, optimizer, average and the sum with gradients, within a tenth, in stages 1-3, fp32 and bf16."""
+    done = launcher.run("tests/plan_checks.py", *ep_sizes, processes=2)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("of the plan") == 2 * len(ep_sizes) * 3 * 2
+
+
+def planned(*arguments: str) -> dict[str, Any]:
+    return plan(parse([*arguments]))[0]
+
+
+def test_all_to_all_bytes_are_those_that_are_counted() -> None:
+    """`tests/distributed_checks.py` counts 4 calls per MoE layer of images * tokens * factor * width values."""
+    config = TrainConfig(model=ModelConfig(dim=32, num_layers=4, num_heads=2, num_kv_heads=1, patch_size=2))
+    job = job_of(config, ModelShape(channels=3, height=8, width=8, text_dim=32))
+    expected = 4 * 2 * (4 * 16 * 2 * 32) * 4  # calls x layers x values x fp32
+    assert all_to_all_bytes(job, layout_of(world_size=2, ep_size=2, micro_batch_size=4)) == expected
+    assert all_to_all_bytes(job, layout_of(micro_batch_size=4)) == 0
+    twice = layout_of(world_size=2, ep_size=2, micro_batch_size=2, accumulation=2, recompute=True)
+    assert all_to_all_bytes(job, twice) == expected * 6 / 4
+
+
+def test_partition_divides_state_by_the_ranks_that_share_it() -> None:
+    """More processes, a higher stage, a larger ep_size: never more state; stage 3 at ep 1 halves with the world."""
+    job = job_of(load_config("debug", ["model.dim=256", "train.precision=bf16"]), reduce_bucket_size=0)
+    peaks = {}
+    for world, ep, stage in ((8, 1, 1), (8, 1, 2), (8, 1, 3), (8, 8, 1), (16, 8, 1), (8, 8, 3)):
+        terms = {t.name: t.value for t in state_terms(job, layout_of(world_size=world, ep_size=ep, stage=stage))}
+        peaks[world, ep, stage] = sum(terms.values()) - terms.get("gathered weights", 0)
+    assert peaks[8, 1, 1] > peaks[8, 1, 2] > peaks[8, 1, 3]
+    assert peaks[8, 1, 1] > peaks[8, 8, 1] > peaks[16, 8, 1]
+
+
+def test_offloaded_optimizer_takes_nothing_of_the_device() -> None:
+    offload = "parallel.deepspeed_config=ds_configs/zero3_offload.json"
+    here, there = (planned("ec_dit_m_64e", "--nodes", "16", *more)["configured"]["terms"] for more in ((), (offload,)))
+    assert there["optimizer"] == there["average"] == there["optimizer step"] == 0 < here["optimizer"]
+    assert there["weights"] == here["weights"] and there["peak"] < here["peak"]
+
+
+def test_97_billion_parameters_fit_on_sixteen_nodes_and_not_on_four() -> None:
+    report = planned("ec_dit_m_64e", "--nodes", "16", "--device", "h100")
+    assert report["configured"]["fits"] and 0.2 < report["configured"]["mfu"] < 0.5
+    small = planned("ec_dit_m_64e", "--nodes", "2", "--device", "h100", "train.micro_batch_size=1")
+    assert not small["configured"]["fits"] and small["best"] is None
+    assert 2 < small["smallest_nodes"] <= 8
+    assert small["configured"]["reason"] == "parallel.ep_size=64 does not divide 16 processes"
+    tight = planned("ec_dit_m_64e", "--nodes", "2", "train.micro_batch_size=1", "parallel.ep_size=16")
+    assert "GB usable, optimizer alone" in tight["configured"]["reason"]
+
+
+def test_command_says_whether_and_where_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["debug", "--world-size", "4", "--explain"]) == 0
+    text = capsys.readouterr().out
+    assert "fits: ep_size 1, ZeRO 3" in text and "s q = 4 x" in text and "best layout for each ep_size" in text
+    assert "compute is that of bf16" in text and "fills every expert" not in text
+    assert run(["debug", "moe.router=expert_race", "moe.pool=batch"]) == 0
+    assert "moe.router=expert_race fills every expert up to the fullest" in capsys.readouterr().out
+    assert run(["ec_dit_3xl_32e", "--nodes", "1", "--json", "train.micro_batch_size=1"]) == 1
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    nodes = report["smallest_nodes"]
+    assert f"the smallest number of nodes that would hold it is {nodes}" in captured.err
+    job, efficiency = plan(parse(["ec_dit_3xl_32e"]))[1], Efficiency()
+    fitting = [smallest_nodes(job, device, efficiency) for device in DEVICES.values()]
+    assert fitting[1] == nodes and fitting[2] <= fitting[1], "an H200 has more memory than an H100"
+    assert not any(o.fits for o in search(job, 8 * (nodes - 1), 1, DEVICES["h100"], efficiency))
+    assert any(o.fits for o in search(job, 8 * nodes, 1, DEVICES["h100"], efficiency))
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["--device", "tpu"], "--device tpu is not known: use a100, h100, h200, b200, or custom"),
+        (["--device", "custom", "--memory", "8e10"], "--device custom has no --flops, --hbm, --node, --nic"),
+        (["--memory", "0"], "--memory is 0: use more than 0"),
+        (["--world-size", "0"], "--world-size is 0: use 1 or more"),
+        (["--factor", "3"], "data.image_size=32 is no multiple of --factor 3 x model.patch_size=2"),
+        (["moe.capacity_factor=0.01"], "capacity below 1"),
+        (["moe.pool=group(3)"], "moe.pool=group(3) and train.micro_batch_size=8"),
+    ],
+)
+def test_bad_plans_are_one_sentence(arguments: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        run(["debug", *arguments])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_known_devices_scale_as_they_should() -> None:
+    job = job_of(load_config("debug", ["model.dim=512", "train.precision=bf16"]))
+    layout = layout_of(world_size=8, micro_batch_size=32)
+    seconds = [evaluate(job, layout, device, Efficiency()).value("step") for device in DEVICES.values()]
+    assert seconds == sorted(seconds, reverse=True)
+    assert evaluate(job, replace(layout, recompute=True), DEVICES["h100"], Efficiency()).value("step") > seconds[1]
+
+
+def test_counts_are_those_of_the_built_model() -> None:
+    config = load_config("debug", ["model.num_layers=5", "moe.num_experts=4"])
+    counts = count_parameters(config, SHAPE)
+    model = EcDit(config.model, config.moe, SHAPE)
+    assert counts.total == sum(p.numel() for p in model.parameters())
+    one = 2 * 64 * 256 + 64 + 256
+    assert counts.one_expert == one and counts.experts == 2 * 4 * one
+    assert counts.active == counts.total - 2 * (4 - 2) * one

@@ -1,0 +1,197 @@
+"""The command line of the planner: reads a configuration, prints the verdict, a table and the reasons."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+from trainer.config import ConfigError, TrainConfig, load_config, require
+from trainer.data.latents import LatentInfo
+from trainer.deepspeed_config import load_deepspeed_config, zero_stage
+from trainer.model import ModelShape
+from trainer.plan.devices import DEVICES, Efficiency, find_device
+from trainer.plan.job import Job, Layout, Term
+from trainer.plan.memory import checkpoint_bytes
+from trainer.plan.search import Outcome, best_per_ep_size, evaluate, search, smallest_nodes
+
+_CODECS = {"pixel": (3, 1), "dct": (16, 4)}
+_UNITS = {"byte": (1e9, "GB"), "FLOP": (1e12, "TFLOP"), "s": (1.0, "s"), "": (1.0, "")}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Command line; see `trainer.plan.__main__`."""
+    parser = argparse.ArgumentParser(prog="trainer.plan", description="Does a job fit, and how fast is it?")
+    parser.add_argument("config", help="YAML recipe, or its name in trainer/configs")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--world-size", type=int, help="processes, one per device")
+    size.add_argument("--nodes", type=int, help="nodes full of devices (default 1)")
+    parser.add_argument("--device", default="h100", help=f"{', '.join(DEVICES)} or custom (default %(default)s)")
+    for flag, meaning in (
+        ("flops", "FLOP/s, dense bf16"), ("memory", "bytes"), ("hbm", "bytes/s of its memory"),
+        ("node", "bytes/s and direction within the node"), ("nic", "bytes/s and direction to other nodes"),
+    ):  # fmt: skip
+        parser.add_argument(f"--{flag}", type=float, help=f"{meaning}, in place of the device's")
+    parser.add_argument("--per-node", type=int, help="devices of a node")
+    parser.add_argument("--channels", type=int, help="of the latent, where the latents are not there to be asked")
+    parser.add_argument("--factor", type=int, help="pixels per latent value and axis, likewise")
+    parser.add_argument("--text-dim", type=int, help="width of a text token, likewise")
+    parser.add_argument("--text-tokens", type=int, help="longest caption in tokens, likewise")
+    parser.add_argument("--explain", action="store_true", help="print every formula with its numbers")
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+    return parser.parse_intermixed_args(argv)
+
+
+def data_shape(config: TrainConfig, given: argparse.Namespace) -> tuple[ModelShape, int]:
+    """Shape of latents and longest caption: from the encoded data if it is there, else from flags and codec."""
+    described = Path(config.data.latents) / "dataset.json"
+    if config.data.latents and described.is_file():
+        from trainer.data.dataset import open_dataset
+
+        info: LatentInfo = open_dataset(config).info
+        shape = ModelShape(channels=info.channels, height=info.height, width=info.width, text_dim=info.text_dim)
+        return shape, info.max_tokens
+    channels, factor = _CODECS.get(config.data.codec, (16, 8))
+    channels, factor = given.channels or channels, given.factor or factor
+    small = config.data.source == "synthetic" or config.data.text_encoder.startswith("minilm")
+    text_dim, text_tokens = (32, 8) if config.data.source == "synthetic" else (384, 32) if small else (4096, 120)
+    require(
+        config.data.image_size % (factor * config.model.patch_size) == 0,
+        f"data.image_size={config.data.image_size} is no multiple of --factor {factor} x model.patch_size="
+        f"{config.model.patch_size}",
+    )
+    side = config.data.image_size // factor
+    shape = ModelShape(channels=channels, height=side, width=side, text_dim=given.text_dim or text_dim)
+    return shape, given.text_tokens or text_tokens
+
+
+def configured_layout(config: TrainConfig, world_size: int, stage: int) -> tuple[Layout, str]:
+    """The layout that the configuration asks for, and why it cannot be started ("": it can).
+
+    An ep_size that does not divide the processes is no error here: the question is what would.
+    """
+    ep_size = config.parallel.ep_size
+    refusal = ""
+    if world_size % ep_size:
+        refusal = f"parallel.ep_size={ep_size} does not divide {world_size} processes"
+    layout = Layout(
+        world_size=world_size, ep_size=gcd(ep_size, world_size), stage=stage,
+        micro_batch_size=config.train.micro_batch_size, accumulation=config.train.gradient_accumulation_steps,
+        recompute=config.train.activation_checkpointing,
+    )  # fmt: skip
+    return layout, refusal
+
+
+def plan(given: argparse.Namespace) -> tuple[dict[str, Any], Job, Outcome, list[Outcome]]:
+    """(report, job, the configured outcome, all outcomes): everything that is printed."""
+    for flag in ("world_size", "nodes", "per_node", "channels", "factor", "text_dim", "text_tokens"):
+        value = getattr(given, flag)
+        require(value is None or value >= 1, f"--{flag.replace('_', '-')} is {value}: use 1 or more")
+    device = find_device(
+        given.device, flops=given.flops, memory=given.memory, hbm=given.hbm, node=given.node, nic=given.nic,
+        per_node=given.per_node,
+    )  # fmt: skip
+    config = load_config(given.config, given.overrides)
+    world_size = given.world_size or (given.nodes or 1) * device.per_node
+    content = load_deepspeed_config(config, world_size)
+    shape, text_tokens = data_shape(config, given)
+    job = Job(config=config, shape=shape, text_tokens=text_tokens, zero=content["zero_optimization"])
+    try:
+        for count in {job.num_tokens} if job.counts.num_moe else ():
+            config.moe.capacity(count)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    efficiency = Efficiency()
+    layout, refusal = configured_layout(config, world_size, zero_stage(content))
+    mine = evaluate(job, layout, device, efficiency, refusal)
+    per_rank = config.train.micro_batch_size * config.train.gradient_accumulation_steps
+    outcomes = search(job, world_size, per_rank, device, efficiency)
+    report: dict[str, Any] = {
+        "device": asdict(device), "world_size": world_size, "global_batch_size": config.global_batch_size(world_size),
+        "parameters": {"total": job.counts.total, "experts": job.counts.experts, "active": job.counts.active},
+        "checkpoint_bytes": checkpoint_bytes(job), "configured": describe(mine),
+        "best": describe(outcomes[0]) if outcomes and outcomes[0].fits else None,
+        "alternatives": [describe(outcome, terms=False) for outcome in best_per_ep_size(outcomes)],
+        "smallest_nodes": None if mine.fits else smallest_nodes(job, device, efficiency),
+    }  # fmt: skip
+    return report, job, mine, outcomes
+
+
+def describe(outcome: Outcome, *, terms: bool = True) -> dict[str, Any]:
+    """One outcome for JSON."""
+    content: dict[str, Any] = {
+        "layout": asdict(outcome.layout), "fits": outcome.fits, "peak_bytes": outcome.value("peak"),
+        "limit_bytes": outcome.limit, "step_seconds": outcome.value("step"), "mfu": outcome.value("MFU bound"),
+        "images_per_second": outcome.images_per_second, "reason": "" if outcome.fits else outcome.reason,
+    }  # fmt: skip
+    if terms:
+        content["terms"] = {term.name: term.value for term in (*outcome.memory, *outcome.time)}
+    return content
+
+
+def show(term: Term, *, explain: bool) -> str:
+    """One line of a term."""
+    scale, unit = _UNITS[term.unit]
+    line = f"  {term.name:<24} {term.value / scale:>10.3f} {unit:<6}"
+    return f"{line} = {term.formula}" + (f" = {term.figures}" if term.figures else "") if explain else line.rstrip()
+
+
+def verdict(report: dict[str, Any], mine: Outcome, outcomes: list[Outcome]) -> str:
+    """One sentence: fits, or not and what would."""
+    if mine.fits:
+        peak, limit = mine.value("peak") / 1e9, mine.limit / 1e9
+        return f"fits: {mine.layout} needs {peak:.1f} GB of {limit:.1f} GB usable per device"
+    remedy = f"use {outcomes[0].layout}, which does; " if outcomes and outcomes[0].fits else ""
+    nodes = report["smallest_nodes"]
+    smallest = f"the smallest number of nodes that would hold it is {nodes}" if nodes else "no number of nodes would"
+    why = mine.reason if mine.refusal else f"{mine.layout} needs {mine.reason}"
+    return f"does not fit: {why}; {remedy}{smallest}"
+
+
+def notes(job: Job) -> list[str]:
+    """What the formulas leave out for this configuration."""
+    found = []
+    if job.counts.num_moe and not job.config.moe.has_equal_splits:
+        found.append(
+            f"  note: moe.router={job.config.moe.router} fills every expert up to the fullest; exchanges and experts "
+            "cost as many times more as it has tokens above the mean"
+        )
+    if job.config.train.precision != "bf16":
+        found.append("  note: compute is that of bf16; train.precision=fp32 is several times slower")
+    return found
+
+
+def text(report: dict[str, Any], job: Job, mine: Outcome, outcomes: list[Outcome], *, explain: bool) -> str:
+    """The report for a person."""
+    counts, device = job.counts, report["device"]
+    lines = [
+        f"{counts.total / 1e9:.3f}B parameters ({counts.experts / 1e9:.3f}B in experts), {counts.active / 1e9:.3f}B "
+        f"activated per token; {report['world_size']} x {device['name']}, global batch {report['global_batch_size']}",
+        verdict(report, mine, outcomes),
+        f"memory of a rank, {mine.layout}:",
+        *(show(term, explain=explain) for term in mine.memory),
+        "one step:",
+        *(show(term, explain=explain) for term in mine.time),
+        f"  {mine.images_per_second:.0f} images/s on all ranks; a checkpoint takes "
+        f"{report['checkpoint_bytes'] / 1e9:.1f} GB on disk",
+        *notes(job),
+        "best layout for each ep_size (equal global batch):",
+    ]
+    for outcome in best_per_ep_size(outcomes):
+        state = f"{outcome.value('step'):.3f} s/step, {outcome.images_per_second:.0f} images/s, MFU " \
+            f"{outcome.value('MFU bound'):.0%}, {outcome.value('peak') / 1e9:.1f} GB"  # fmt: skip
+        lines.append(f"  {outcome.layout}: {state if outcome.fits else 'refused, ' + outcome.reason}")
+    return "\n".join(lines)
+
+
+def run(argv: list[str] | None) -> int:
+    """Print the plan; exit code 0 if the configured job fits, 1 if not. ConfigError for bad settings."""
+    given = parse(argv)
+    report, job, mine, outcomes = plan(given)
+    print(json.dumps(report, indent=2) if given.json else text(report, job, mine, outcomes, explain=given.explain))
+    if not mine.fits and given.json:
+        print(verdict(report, mine, outcomes), file=sys.stderr)
+    return 0 if mine.fits else 1

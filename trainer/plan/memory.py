@@ -1,0 +1,145 @@
+"""Memory of one rank, as terms with formulas, and the size of a checkpoint.
+
+| symbol | meaning                                                        |
+|--------|----------------------------------------------------------------|
+| Pe, Pr | parameters of all experts, of the rest                         |
+| p      | parameters of this rank before ZeRO: Pe / ep + Pr              |
+| q      | parameters of this rank's share: Pe / (ep edp) + Pr / world    |
+| s      | bytes of a working value: 2 in bf16, 4 in fp32                 |
+| T      | image tokens of a micro-batch, b S                             |
+| D, m   | width, MLP ratio; H heads, r = key/value heads per head        |
+| L      | text tokens of a caption; N blocks, Nm of them with MoE        |
+
+What a block keeps for its backward pass is counted from the code of `trainer.model` with fused attention: bf16
+attention keeps its normed and rotated queries in fp32 too. The tests compare with counted allocations.
+"""
+
+from trainer.plan.devices import Efficiency
+from trainer.plan.job import Job, Layout, Term
+
+MASTER, MOMENTS, EMA = 4, 8, 4  # bytes per parameter of fp32 weights, AdamW's two moments, the average
+
+
+def held(job: Job, layout: Layout) -> tuple[float, float]:
+    """(p, q): parameters of a rank before ZeRO, and its share of them."""
+    counts = job.counts
+    p = counts.experts / layout.ep_size + counts.rest
+    return p, counts.experts / (layout.ep_size * layout.edp_size) + counts.rest / layout.world_size
+
+
+def state_terms(job: Job, layout: Layout) -> list[Term]:
+    """Weights, gradients, optimizer, average and ZeRO's buffers."""
+    p, q = held(job, layout)
+    s, stage = job.num_bytes, layout.stage
+    moments = MOMENTS if job.config.optim.name == "adamw" else 0
+    kept = q + job.counts.persistent * (layout.world_size > 1) if stage == 3 else p
+    grads = p if stage == 1 else q
+    bucket = float(job.zero.get("reduce_bucket_size", 5e8)) * (2 if job.zero.get("overlap_comm") and stage < 3 else 1)
+    terms = [
+        _bytes("weights", s * kept, "s (q + small ones)" if stage == 3 else "s p", f"{s} x {kept:.4g}"),
+        _bytes("gradients", s * grads, "s p" if stage == 1 else "s q", f"{s} x {grads:.4g}"),
+        *_optimizer_terms(q, moments, offloaded=is_offloaded(job)),
+        _bytes("reduce bucket", s * bucket, "s reduce_bucket_size", f"{s} x {bucket:.4g}"),
+    ]
+    if stage == 3:
+        live = min(
+            p,
+            float(job.zero.get("stage3_max_live_parameters", 1e9))
+            + float(job.zero.get("stage3_prefetch_bucket_size", 5e7)),
+        )
+        formula = "s min(p, max_live_parameters + prefetch_bucket_size)"
+        terms.append(_bytes("gathered weights", s * live, formula, f"{s} x {live:.4g}"))
+    return terms
+
+
+def is_offloaded(job: Job) -> bool:
+    """Whether DeepSpeed keeps optimizer state, and with it the average, in host memory."""
+    return str(job.zero.get("offload_optimizer", {}).get("device", "none")) != "none"
+
+
+def _optimizer_terms(q: float, moments: int, *, offloaded: bool) -> list[Term]:
+    if offloaded:
+        return [_bytes(name, 0.0, "in host memory", "") for name in ("optimizer", "average")]
+    return [
+        _bytes("optimizer", (MASTER + moments) * q, "(4 + moments) q", f"({MASTER} + {moments}) x {q:.4g}"),
+        _bytes("average", EMA * q, "4 q", f"{EMA} x {q:.4g}"),
+    ]
+
+
+def block_bytes(job: Job, micro_batch_size: int, *, moe: bool) -> float:
+    """What one block keeps for its backward pass, attention and MLP."""
+    model, moe_config, s = job.config.model, job.config.moe, job.num_bytes
+    T, D, L = micro_batch_size * job.num_tokens, model.dim, micro_batch_size * job.text_tokens
+    H, r, S = model.num_heads, model.num_kv_heads / model.num_heads, job.num_tokens
+    if s == 2:
+        attention = T * D * (17 * 2 + 4 * 4 + 8 * r) + L * D * (4 + 8 * r)
+    else:
+        attention = T * D * (21 + 3 * r) * 4 + L * D * (2 + 2 * r) * 4
+    angles = (micro_batch_size if job.config.diffusion.mask_ratio else 1) * 4 * S * (D / H / 2) * 4
+    attention += angles + T * 4 * (4 * H + model.num_kv_heads) + T * s * 6
+    if not moe:
+        return attention + s * T * D * (1 + 2 * model.mlp_ratio)
+    rows, E = T * moe_config.capacity_factor, moe_config.num_experts
+    mlp = T * D * 4 + s * rows * D * (3 + 2 * model.mlp_ratio) + 8 * T * E + 16 * rows
+    mlp += s * T * D * (2 * model.mlp_ratio * moe_config.num_shared_experts + bool(moe_config.num_shared_experts))
+    if moe_config.router_input == "unmodulated":
+        mlp += 4 * T * D
+    if moe_config.router == "diffmoe":
+        mlp += s * T * D * 3 + 12 * T * E
+    if moe_config.router in ("token_choice", "expert_race"):
+        mlp += 16 * T * E
+    return attention + mlp
+
+
+def activation_terms(job: Job, layout: Layout) -> list[Term]:
+    """Kept for the backward pass, and the largest buffers beside it."""
+    config, b = job.config, layout.micro_batch_size
+    T, D, s, m = b * job.num_tokens, config.model.dim, job.num_bytes, config.model.mlp_ratio
+    num_moe, num_dense = job.counts.num_moe, config.model.num_layers - job.counts.num_moe
+    dense, moe = block_bytes(job, b, moe=False), block_bytes(job, b, moe=True) if num_moe else 0.0
+    ends = s * T * D * 3 + s * T * config.model.patch_size**2 * job.shape.channels
+    ends += s * b * job.text_tokens * (3 * D + job.shape.text_dim)
+    if layout.recompute:
+        kept = config.model.num_layers * s * T * D + max(dense, moe) + ends
+        formula, figures = "N s T D + one block", f"{config.model.num_layers} x {s * T * D:.4g} + {max(dense, moe):.4g}"
+    else:
+        kept = num_dense * dense + num_moe * moe + ends
+        formula = "(N - Nm) dense block + Nm MoE block + ends"
+        figures = f"{num_dense} x {dense:.4g} + {num_moe} x {moe:.4g} + {ends:.4g}"
+    rows = T * (config.moe.capacity_factor if num_moe else 1)
+    exchange = 4 * s * rows * D if layout.ep_size > 1 else 0.0
+    return [
+        _bytes("activations", kept, formula, figures),
+        _bytes("all-to-all buffers", exchange, "4 s T f_c D", f"4 x {s} x {rows:.4g} x {D}"),
+        _bytes("working buffers", 2 * s * m * rows * D, "2 s m T f_c D", f"2 x {s} x {m} x {rows:.4g} x {D}"),
+    ]
+
+
+def optimizer_step_term(job: Job, layout: Layout) -> Term:
+    """fp32 copies while the optimizer steps, when activations are gone."""
+    _, q = held(job, layout)
+    at_once = min(q, float(job.zero.get("sub_group_size", 1e9))) if layout.stage == 3 else q
+    if is_offloaded(job):
+        return _bytes("optimizer step", 0.0, "in host memory", "")
+    return _bytes("optimizer step", 12 * at_once, "12 min(q, sub_group_size)", f"12 x {at_once:.4g}")
+
+
+def memory_terms(job: Job, layout: Layout, efficiency: Efficiency) -> list[Term]:
+    """All terms; the last one is their peak: state + the larger of both phases + what is reserved."""
+    state, activations = state_terms(job, layout), activation_terms(job, layout)
+    step = optimizer_step_term(job, layout)
+    reserved = _bytes("reserved", efficiency.reserved, "device context, communication, fragments", "")
+    phase = max(sum(term.value for term in activations), step.value)
+    peak = sum(term.value for term in state) + phase + reserved.value
+    total = _bytes("peak", peak, "state + max(activations and buffers, optimizer step) + reserved", "")
+    return [*state, *activations, step, reserved, total]
+
+
+def checkpoint_bytes(job: Job) -> float:
+    """On disk, all ranks: fp32 weights, average and moments."""
+    moments = MOMENTS if job.config.optim.name == "adamw" else 0
+    return float((MASTER + EMA + moments) * job.counts.total)
+
+
+def _bytes(name: str, value: float, formula: str, figures: str) -> Term:
+    return Term(name=name, value=value, unit="byte", formula=formula, figures=figures)

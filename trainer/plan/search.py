@@ -1,0 +1,108 @@
+"""Evaluates layouts of a job and finds the best one, or the smallest number of nodes that holds the model."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import gcd
+
+from trainer.plan.devices import Device, Efficiency
+from trainer.plan.job import Job, Layout, Term
+from trainer.plan.memory import memory_terms
+from trainer.plan.traffic import time_terms
+
+MAX_NODES = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One layout: its terms, whether it fits, and if not why."""
+
+    layout: Layout
+    memory: list[Term]
+    time: list[Term]
+    limit: float
+    refusal: str = ""  # why the layout cannot be started at all
+
+    def value(self, name: str) -> float:
+        """A term by name."""
+        return next(term.value for term in (*self.memory, *self.time) if term.name == name)
+
+    @property
+    def fits(self) -> bool:
+        """Whether it can be started and the peak is within the memory that may be used."""
+        return not self.refusal and self.value("peak") <= self.limit
+
+    @property
+    def images_per_second(self) -> float:
+        """Over all ranks."""
+        return self.layout.global_batch_size / self.value("step")
+
+    @property
+    def reason(self) -> str:
+        """Why it does not fit: what forbids it, or the largest term of memory."""
+        if self.refusal:
+            return self.refusal
+        largest = max(self.memory[:-1], key=lambda term: term.value)
+        return (
+            f"peak {self.value('peak') / 1e9:.1f} GB of {self.limit / 1e9:.1f} GB usable, "
+            f"{largest.name} alone {largest.value / 1e9:.1f} GB"
+        )
+
+
+def evaluate(job: Job, layout: Layout, device: Device, efficiency: Efficiency, refusal: str = "") -> Outcome:
+    """Memory and time of one layout."""
+    return Outcome(
+        layout=layout,
+        memory=memory_terms(job, layout, efficiency),
+        time=time_terms(job, layout, device, efficiency),
+        limit=device.memory * efficiency.memory,
+        refusal=refusal,
+    )
+
+
+def _divisors(number: int, limit: int) -> list[int]:
+    return [n for n in range(1, min(number, limit) + 1) if number % n == 0]
+
+
+def layouts(job: Job, world_size: int, images_per_rank: int) -> Iterator[Layout]:
+    """Every ep_size x ZeRO stage x micro-batch x recomputation that divides what it has to."""
+    group = job.config.moe.group_size if job.counts.num_moe else 1
+    shared = gcd(job.config.moe.num_experts, world_size) if job.counts.num_moe else 1
+    for micro in _divisors(images_per_rank, 256):
+        if group and micro % group:
+            continue
+        for ep_size in _divisors(shared, shared):
+            for stage in (1, 2, 3):
+                for recompute in (False, True):
+                    yield Layout(
+                        world_size=world_size, ep_size=ep_size, stage=stage, micro_batch_size=micro,
+                        accumulation=images_per_rank // micro, recompute=recompute,
+                    )  # fmt: skip
+
+
+def search(job: Job, world_size: int, images_per_rank: int, device: Device, efficiency: Efficiency) -> list[Outcome]:
+    """All layouts: those that fit first, the fastest first; among equals without recomputation, the lower stage."""
+    found = [evaluate(job, layout, device, efficiency) for layout in layouts(job, world_size, images_per_rank)]
+
+    def order(outcome: Outcome) -> tuple[float, ...]:
+        layout = outcome.layout
+        return not outcome.fits, round(outcome.value("step"), 4), layout.recompute, layout.stage, outcome.value("peak")
+
+    return sorted(found, key=order)
+
+
+def smallest_nodes(job: Job, device: Device, efficiency: Efficiency) -> int | None:
+    """The smallest number of nodes on which some layout holds the model at the smallest micro-batch, if any does."""
+    group = max(1, job.config.moe.group_size) if job.counts.num_moe else 1
+    for nodes in range(1, MAX_NODES + 1):
+        options = layouts(job, nodes * device.per_node, group)
+        if any(evaluate(job, layout, device, efficiency).fits for layout in options):
+            return nodes
+    return None
+
+
+def best_per_ep_size(outcomes: list[Outcome]) -> list[Outcome]:
+    """The first outcome of each ep_size, in order."""
+    seen: dict[int, Outcome] = {}
+    for outcome in outcomes:
+        seen.setdefault(outcome.layout.ep_size, outcome)
+    return list(seen.values())

@@ -1,0 +1,118 @@
+"""Traffic and time of one optimizer step, as terms with formulas. Symbols as in `trainer.plan.memory`.
+
+Expert groups are consecutive ranks, so they lie within nodes first. A ring over all ranks leaves a node through all
+its network cards; ranks of one expert-data group share a node's cards with the groups beside them.
+"""
+
+from trainer.flops import training_flops
+from trainer.plan.devices import Device, Efficiency
+from trainer.plan.job import Job, Layout, Term
+from trainer.plan.memory import held
+
+
+def step_flops(job: Job, layout: Layout) -> float:
+    """Model FLOPs of one rank in one step."""
+    config = job.config
+    per_image = training_flops(config.model, config.moe, job.shape, job.num_tokens, job.text_tokens)
+    return float(per_image * layout.micro_batch_size * layout.accumulation)
+
+
+def all_to_all_bytes(job: Job, layout: Layout) -> float:
+    """Sent by one rank in one step, its own share included: dispatch and combine, forward and backward."""
+    if layout.ep_size == 1:
+        return 0.0
+    tokens = layout.micro_batch_size * layout.accumulation * job.num_tokens
+    rows = tokens * job.config.moe.capacity_factor
+    return job.counts.num_moe * _exchanges(layout) * rows * job.config.model.dim * job.num_bytes
+
+
+def _exchanges(layout: Layout) -> int:
+    return 6 if layout.recompute else 4
+
+
+def time_terms(job: Job, layout: Layout, device: Device, eff: Efficiency) -> list[Term]:
+    """Traffic and seconds; the last two are the step and its MFU."""
+    useful = step_flops(job, layout)
+    compute = _compute(job, layout, device, eff, useful)
+    traffic, exchange = _exchange(job, layout, device, eff)
+    sync, synced = _synchronise(job, layout, device, eff)
+    _, q = held(job, layout)
+    update = q * 40 / (device.hbm * eff.hbm)
+    hidden = min(eff.hidden * synced, 0.8 * compute.value) if layout.stage == 3 else 0.0
+    step = compute.value + exchange.value + synced - hidden + update
+    return [
+        Term(name="model FLOPs per rank", value=useful, unit="FLOP", formula="3 x images x forward FLOPs", figures=""),
+        *traffic,
+        *sync,
+        compute,
+        exchange,
+        Term(name="ZeRO exposed", value=synced - hidden, unit="s", formula="gathers and reductions - hidden part",
+             figures=f"{synced:.4g} - {hidden:.4g}"),
+        Term(name="update", value=update, unit="s", formula="40 q / (HBM x share)",
+             figures=f"40 x {q:.4g} / ({device.hbm:.4g} x {eff.hbm})"),
+        Term(name="step", value=step, unit="s", formula="compute + all-to-all + ZeRO exposed + update", figures=""),
+        Term(name="MFU bound", value=useful / step / device.flops, unit="", formula="model FLOPs / step / peak",
+             figures=f"{useful:.4g} / {step:.4g} / {device.flops:.4g}"),
+    ]  # fmt: skip
+
+
+def _compute(job: Job, layout: Layout, device: Device, eff: Efficiency, useful: float) -> Term:
+    """Matrix products at a share of the peak that falls with few rows per expert; bounded by kernel launches."""
+    done = useful * (4 / 3 if layout.recompute else 1)
+    share = eff.gemm
+    if job.counts.num_moe:
+        rows = layout.micro_batch_size * layout.ep_size * job.num_tokens
+        share *= min(1.0, rows * job.config.moe.capacity_factor / job.config.moe.num_experts / eff.rows) ** 0.5
+    launches = layout.accumulation * job.config.model.num_layers * 3 * eff.kernels * eff.launch
+    seconds = max(done / (device.flops * share), launches)
+    return Term(
+        name="compute", value=seconds, unit="s", formula="max(FLOPs (x 4/3 if recomputed) / (peak x share), launches)",
+        figures=f"max({done:.4g} / ({device.flops:.4g} x {share:.3f}), {launches:.3g})",
+    )  # fmt: skip
+
+
+def _exchange(job: Job, layout: Layout, device: Device, eff: Efficiency) -> tuple[list[Term], Term]:
+    """All-to-all: what stays in the node over NVLink, the rest over the network card; nothing hides it."""
+    total = all_to_all_bytes(job, layout)
+    near = min(layout.ep_size, device.per_node)
+    inside, across = total * (near - 1) / layout.ep_size, total * (layout.ep_size - near) / layout.ep_size
+    count = job.counts.num_moe * _exchanges(layout) * layout.accumulation if layout.ep_size > 1 else 0
+    seconds = max(inside / (device.node * eff.node), across / (device.nic * eff.nic)) + count * eff.latency
+    traffic = [
+        Term(name="all-to-all in the node", value=inside, unit="byte",
+             formula="Nm exchanges T f_c D s (near - 1) / ep", figures=f"{total:.4g} x {near - 1} / {layout.ep_size}"),
+        Term(name="all-to-all across nodes", value=across, unit="byte",
+             formula="Nm exchanges T f_c D s (ep - near) / ep",
+             figures=f"{total:.4g} x {layout.ep_size - near} / {layout.ep_size}"),
+    ]  # fmt: skip
+    term = Term(
+        name="all-to-all", value=seconds, unit="s", formula="max(in node / NVLink, across / NIC) + latencies",
+        figures=f"max({inside:.4g} / {device.node * eff.node:.4g}, {across:.4g} / {device.nic * eff.nic:.4g})"
+                f" + {count} x {eff.latency:g}",
+    )  # fmt: skip
+    return traffic, term
+
+
+def _synchronise(job: Job, layout: Layout, device: Device, eff: Efficiency) -> tuple[list[Term], float]:
+    """Gradients reduced and weights gathered: of the rest over all ranks, of experts over their data group.
+
+    Stages 1 and 2 gather weights once per step, stage 3 twice per micro-batch; stage 1 reduces once per step.
+    """
+    s, counts, per_node = job.num_bytes, job.counts, device.per_node
+    gathers = 2 * layout.accumulation if layout.stage == 3 else 1
+    reductions = 1 if layout.stage == 1 else layout.accumulation
+    several = layout.world_size > per_node
+    ring = (per_node * device.nic if several else device.node) * eff.nic
+    rest = s * counts.rest * (gathers + reductions) * (1 - 1 / layout.world_size)
+    beside = min(layout.ep_size, per_node)  # groups that share a node's cards
+    card = (per_node * device.nic / beside if several else device.node) * eff.nic
+    local = counts.experts / layout.ep_size
+    expert = s * local * (gathers + reductions) * (1 - 1 / layout.edp_size)
+    terms = [
+        Term(name="ZeRO of the rest", value=rest, unit="byte", formula="s Pr (gathers + reductions) (1 - 1 / world)",
+             figures=f"{s} x {counts.rest:.4g} x ({gathers} + {reductions}) x (1 - 1 / {layout.world_size})"),
+        Term(name="ZeRO of the experts", value=expert, unit="byte",
+             formula="s Pe / ep (gathers + reductions) (1 - 1 / edp)",
+             figures=f"{s} x {local:.4g} x ({gathers} + {reductions}) x (1 - 1 / {layout.edp_size})"),
+    ]  # fmt: skip
+    return terms, rest / ring + expert / card
