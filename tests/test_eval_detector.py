@@ -144,6 +144,7 @@ def test_blur_keeps_a_constant() -> None:
     torch.testing.assert_close(gaussian_blur(constant, 0.8), constant)
 
 
+@pytest.mark.slow
 def test_command_line_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--self-test", "--per-category", "1"])
     lines = capsys.readouterr().out.splitlines()
