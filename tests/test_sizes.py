@@ -2,6 +2,7 @@
 
 import re
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ PRINTED = {
 RESIDUE = {"xl": 0.96, "xxl": 1.15, "3xl": 1.61}
 
 
+@cache
 def recipe(size: str, kind: str) -> TrainConfig:
     return load_config(f"ec_dit_{size}_{kind}")
 

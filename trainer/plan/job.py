@@ -9,6 +9,7 @@ import torch
 from moe.experts import Experts
 from trainer.config import TrainConfig
 from trainer.diffusion import num_kept_tokens
+from trainer.flops import training_flops
 from trainer.model import DitBlock, EcDit, ModelShape
 
 
@@ -85,6 +86,12 @@ class Job:
         return count_parameters(
             self.config, self.shape, int(self.zero.get("stage3_param_persistence_threshold", 100_000))
         )
+
+    @cached_property
+    def flops_per_image(self) -> int:
+        """Of one image's forward and backward pass."""
+        config = self.config
+        return training_flops(config.model, config.moe, self.shape, self.num_tokens, self.text_tokens)
 
     @property
     def num_tokens(self) -> int:

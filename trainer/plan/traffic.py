@@ -4,7 +4,6 @@ Expert groups are consecutive ranks, so they lie within nodes first. A ring over
 its network cards; ranks of one expert-data group share a node's cards with the groups beside them.
 """
 
-from trainer.flops import training_flops
 from trainer.plan.devices import Device, Efficiency
 from trainer.plan.job import Job, Layout, Term
 from trainer.plan.memory import held
@@ -12,9 +11,7 @@ from trainer.plan.memory import held
 
 def step_flops(job: Job, layout: Layout) -> float:
     """Model FLOPs of one rank in one step."""
-    config = job.config
-    per_image = training_flops(config.model, config.moe, job.shape, job.num_tokens, job.text_tokens)
-    return float(per_image * layout.micro_batch_size * layout.accumulation)
+    return float(job.flops_per_image * layout.micro_batch_size * layout.accumulation)
 
 
 def all_to_all_bytes(job: Job, layout: Layout) -> float:
