@@ -290,7 +290,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="*", choices=[*names, []])
     chosen = parser.parse_args().scenarios or names
-    if any("mpi" in name for name in chosen):
+    if any("mpi" in name or "pmix" in name for name in chosen):
         install_mpi()
     folder, cluster = Path(tempfile.mkdtemp(prefix="lives")), Cluster(nodes=4)
     try:
