@@ -160,7 +160,7 @@ def shrink_and_grow(story: Story) -> None:
             story.cluster.call("scancel", "--batch", "--signal=USR1", story.job)
             assert story.cluster.wait(story.job) == ["FAILED"] and story.cluster.job(story.job)["ExitCode"] == "75:0"
     story.complete(bitwise=False)
-    topologies = [line for line in (story.run / "train.log").read_text().splitlines() if "processes, ep_size" in line]
+    topologies = [line for line in (story.run / "train.log").read_text().splitlines() if "ZeRO stage" in line]
     assert [line.split(": ")[1][0] for line in topologies] == ["4", "2", "4"], topologies
     assert "elastic: global batch 8 on 2 processes" in (story.run / "train.log").read_text()
 
