@@ -143,9 +143,9 @@ class Heartbeat:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        closed = [asyncio.create_task(writer.wait_closed()) for writer in self.writers]
-        if closed:
-            await asyncio.wait(closed, timeout=1)
+        closing = asyncio.gather(*(writer.wait_closed() for writer in self.writers), return_exceptions=True)
+        await asyncio.wait([closing], timeout=1)
+        closing.cancel()
 
 
 @contextmanager
