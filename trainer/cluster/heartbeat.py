@@ -111,9 +111,11 @@ class Heartbeat:
                 if line.startswith(_LOST):
                     self._lose(line.removeprefix(_LOST).decode().strip())
                 elif not line:
-                    return self._lose(f"{who} is lost (its process has ended)")
+                    raise ConnectionResetError
             self._lose(f"{who} is lost (silent for {self.silence:.0f} s)")
-        except OSError as error:
+        except ConnectionError:  # also a reset: it ended with beats unread
+            self._lose(f"{who} is lost (its process has ended)")
+        except OSError as error:  # no route to it
             self._lose(f"{who} is lost ({error.strerror})")
         finally:
             beating.cancel()
