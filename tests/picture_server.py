@@ -59,7 +59,8 @@ def encoded(kind: str, seed: int) -> bytes:
 class PictureServer:
     """Serves /SEED/KIND and counts what was asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str = "127.0.0.1") -> None:
+        self.address = address
         self.requests: Counter[str] = Counter()
         self.delay = 0.0
         owner = self
@@ -74,12 +75,12 @@ class PictureServer:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer((address, 0), Handler)
         self.thread = Thread(target=self.server.serve_forever, daemon=True)
         self.thread.start()
 
     def url(self, seed: int, kind: str) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}/{seed}/{kind}"
+        return f"http://{self.address}:{self.server.server_port}/{seed}/{kind}"
 
     def answer(self, handler: BaseHTTPRequestHandler, seed: int, kind: str) -> None:
         status = {"missing": 404, "gone": 410, "broken": 500}.get(kind, 200)

@@ -48,6 +48,11 @@ class Cluster:
         if done.returncode:
             raise RuntimeError(done.stderr)
 
+    def address(self) -> str:
+        """Under which its nodes reach this machine."""
+        shape = dict(re.findall(r'(\w+)="(.*)"', (self.folder / "run" / "shape").read_text()))
+        return "127.0.0.1" if shape["mode"] == "loopback" else f"{shape['net']}.254"
+
     def power_off(self, name: str) -> None:
         """Power cut of a node, or of `ctl`, the controller."""
         subprocess.run(["kill", "-9", (self.folder / "run" / f"{name}.pid").read_text().strip()], check=True)

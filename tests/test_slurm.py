@@ -1,5 +1,6 @@
 """The batch scripts on a real Slurm: dependent jobs, preemption, refusals. More in tests/slurm/lifecycle.py."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from picture_server import PictureServer
 from slurm_cluster import Cluster, metrics
 from tests_launcher import ROOT, Launcher
 
@@ -38,6 +40,26 @@ def test_the_readme_names_settings_that_exist() -> None:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_headers_are_accepted_as_they_are(cluster: Cluster, script: Path) -> None:
     assert "to start at" in cluster.call("sbatch", "--test-only", str(script), "debug", check=False)
+
+
+@pytest.mark.slow
+def test_an_array_downloads_a_slice_per_task(cluster: Cluster, tmp_path: Path) -> None:
+    server = PictureServer(cluster.address())
+    urls, out = tmp_path / "urls.csv", tmp_path / "images"
+    kinds = ["jpg"] * 22 + ["missing"] * 2
+    rows = [f"{server.url(seed, kind)},picture {seed}" for seed, kind in enumerate(kinds)]
+    urls.write_text("\n".join(["url,caption", *rows]))
+    small = ["--image-size", "32", "--min-image-size", "16", "--retries", "0", "--threads", "4"]
+    try:
+        job = cluster.submit("download", str(urls), str(out), *small, options=("--array=0-1",))
+        cluster.until(lambda: not cluster.call("squeue", "-h", "-j", job, check=False).strip(), 240, job)
+    finally:
+        server.close()
+    states = re.findall(r"JobState=(\w+)", cluster.call("scontrol", "show", "job", "-o", job))
+    assert states == ["COMPLETED"] * 2
+    reports = [json.loads(path.read_text()) for path in sorted((out / "reports").glob("part-*.json"))]
+    assert [report["num_urls"] for report in reports] == [12, 12]
+    assert sum(report["num_pictures"] for report in reports) == 22
 
 
 @pytest.mark.slow
