@@ -32,6 +32,7 @@ from torch.nn import functional
 
 from benchmarks.interleaved import Times, markdown_table, ratio, time_interleaved, write_json
 from moe.config import MoeConfig
+from moe.experts import Mlp
 from moe.layer import ExpertChoiceMoe
 from moe.routing import expert_choice
 from trainer.config import require, run_cli
@@ -75,20 +76,6 @@ class Case:
         return 6 * 2 * rows * self.dim * self.hidden_dim
 
 
-class Mlp(nn.Module):
-    """The two-layer GELU MLP that one expert is."""
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(dim, hidden_dim)
-        self.down = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        out: Tensor = self.down(functional.gelu(self.up(x)))
-        return out
-
-
 def one_hot_forward(layer: ExpertChoiceMoe, x_BSD: Tensor) -> Tensor:
     """What `layer` computes, with dispatch and combine as products with one-hot matrices."""
     affinity_BSE = layer.router(x_BSD).softmax(-1)
@@ -129,7 +116,7 @@ def build_deepspeed_moe(case: Case) -> nn.Module:
         init_distributed(detect_world())
     layer: nn.Module = MoE(
         hidden_size=case.dim,
-        expert=Mlp(case.dim, case.hidden_dim),
+        expert=Mlp(case.dim, case.hidden_dim, case.dim),
         num_experts=case.num_experts,
         k=2,
         capacity_factor=1.0,  # of both choices together: as many rows as the others
@@ -161,7 +148,7 @@ def build_work(case: Case) -> dict[str, Work]:
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     layer.to(dtype)
-    dense, native = Mlp(case.dim, case.hidden_dim).to(dtype), build_deepspeed_moe(case)
+    dense, native = Mlp(case.dim, case.hidden_dim, case.dim).to(dtype), build_deepspeed_moe(case)
     x_BSD, grad_BSD = (torch.randn(case.batch_size, case.num_tokens, case.dim).to(dtype) for _ in range(2))
     wide = (CAPACITY_FACTOR, 1, 1)
     return {

@@ -69,15 +69,19 @@ class Experts(nn.Module):
         return grouped_linear(hidden_eMF, self.w2, bias2_e1D)
 
 
-class SharedExpert(nn.Module):
-    """A GELU MLP that sees every token, beside the chosen experts (as in Nucleus-Image); not expert parallel."""
+class Mlp(nn.Module):
+    """Two linear maps with GELU between: what one expert is, as a module of its own.
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    The dense FFN, the shared expert that sees every token (as in Nucleus-Image; not expert parallel), and the
+    text projection.
+    """
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
         super().__init__()
-        self.up = nn.Linear(dim, hidden_dim)
-        self.down = nn.Linear(hidden_dim, dim)
+        self.up = nn.Linear(in_dim, hidden_dim)
+        self.down = nn.Linear(hidden_dim, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
+        """[..., in_dim] -> [..., out_dim]."""
         out: Tensor = self.down(functional.gelu(self.up(x)))
         return out

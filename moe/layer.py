@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moe.all_to_all import ExpertGroup, from_local_experts, largest, to_local_experts
 from moe.config import MoeConfig
 from moe.dispatch import combine, dispatch, flat_index
-from moe.experts import Experts, SharedExpert
+from moe.experts import Experts, Mlp
 from moe.rivals import (
     balance_loss,
     last_taken,
@@ -89,7 +89,7 @@ class ExpertChoiceMoe(nn.Module):
         self.capacity_factor = config.factor_at(0)  # in training; the trainer moves it along the schedule
         self.router = Router(dim, config.num_experts, reads_time=config.router_input == "unmodulated")
         self.experts = Experts(self.num_local_experts, dim, hidden_dim, tag)
-        self.shared = SharedExpert(dim, config.num_shared_experts * hidden_dim) if config.num_shared_experts else None
+        self.shared = Mlp(dim, config.num_shared_experts * hidden_dim, dim) if config.num_shared_experts else None
         self.predictor = CapacityPredictor(dim, config.num_experts) if config.router == "diffmoe" else None
         sizes = {"diffmoe": config.num_experts, "expert_race": 1}
         self.threshold = Threshold(sizes[config.router]) if config.router in sizes else None

@@ -123,20 +123,6 @@ def attend(query_BHSh: Tensor, key_BKLh: Tensor, value_BKLh: Tensor, mask_B11L: 
     return out
 
 
-class Mlp(nn.Module):
-    """Two linear maps with GELU between: the dense FFN, and the text projection."""
-
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(in_dim, hidden_dim)
-        self.down = nn.Linear(hidden_dim, out_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in_dim] -> [..., out_dim]."""
-        out: Tensor = self.down(functional.gelu(self.up(x)))
-        return out
-
-
 class TimestepEmbedder(nn.Module):
     """Sinusoids of 1000 t through a two-layer SiLU MLP (DiT)."""
 

@@ -18,12 +18,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from moe.config import MoeConfig
+from moe.experts import Mlp
 from moe.layer import ChoiceMemory, ExpertChoiceMoe
 from moe.routing import RoutingStats
 from trainer.config import ModelConfig
 from trainer.layers import (
     Attention,
-    Mlp,
     TimestepEmbedder,
     layer_norm,
     modulate,
