@@ -19,11 +19,12 @@ from typing import Any, Literal
 from eval.board import log_scores
 from eval.compute_map import ComputeMaps, object_patches, trace_compute
 from eval.detector import detect
-from eval.generate import generate_pictures, read_pictures, write_text
+from eval.drawing import draw_set
+from eval.generate import read_pictures, write_text
 from eval.numbers import log_numbers, write_csv
 from eval.prompt_files import read_prompts
-from eval.prompts import Prompt, demo_prompts, metadata_lines, render_prompts
-from eval.protocol import fingerprint, package_versions, sampling_card
+from eval.prompts import Prompt, demo_prompts, render_prompts
+from eval.protocol import package_versions, sampling_card
 from eval.report import ReportInput, render_report
 from eval.scoring import SUITES as SCORE_SUITES
 from eval.scoring import ScoreConfig
@@ -120,20 +121,10 @@ def _draw(config: EvalConfig, prompts: list[Prompt], world: World) -> tuple[Pipe
     pipelines: dict[str, Pipeline] = {}
     for weights in WEIGHTS:
         pipeline = Pipeline.load(config.checkpoint, weights=weights)
-        card = sampling_card(pipeline.config, pipeline.step, pipeline.origin, prompts, config.num_samples)
-        folder = config.out / "pictures" / f"{weights}_{fingerprint(card)}"
-        if world.is_main:
-            write_text(folder / "evaluation_metadata.jsonl", metadata_lines(prompts))
-            write_text(folder / "sampling.json", json.dumps(card, indent=2) + "\n")
-        generate_pictures(
-            prompts,
-            folder,
-            pipeline.generate,
-            num_samples=config.num_samples,
-            batch_size=config.batch_size,
-            rank=world.rank,
-            world_size=world.size,
-        )
+        folder, _ = draw_set(
+            pipeline, prompts, config.out / "pictures",
+            num_samples=config.num_samples, batch_size=config.batch_size, world=world,
+        )  # fmt: skip
         folders[weights], pipelines[weights] = folder, pipeline
     return pipelines["ema"], folders
 

@@ -1,16 +1,14 @@
 """Draw a standard prompt set from a checkpoint on all ranks, then score it: `eval.run CHECKPOINT --prompts geneval`."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from eval.charts import compute_chart, training_chart
 from eval.compute_map import trace_compute
-from eval.generate import generate_pictures, write_text
+from eval.drawing import draw_set
 from eval.image_files import geneval_files
 from eval.page import image
-from eval.prompts import Prompt, metadata_lines
-from eval.protocol import fingerprint, sampling_card
+from eval.prompts import Prompt
 from eval.report import read_metrics
 from eval.scoring import ScoreConfig, check_all
 from eval.standard import score_pictures
@@ -61,20 +59,10 @@ def draw_and_score(
     if world.size > 1:
         init_distributed(world)
     pipeline = Pipeline.load(checkpoint)
-    card = sampling_card(pipeline.config, pipeline.step, pipeline.origin, prompts, config.num_samples)
-    folder = config.out / "pictures" / f"{pipeline.origin.replace(' ', '_')}_{fingerprint(card)}"
-    if world.is_main:
-        write_text(folder / "evaluation_metadata.jsonl", metadata_lines(prompts))
-        write_text(folder / "sampling.json", json.dumps(card, indent=2) + "\n")
-    generate_pictures(
-        prompts,
-        folder,
-        pipeline.generate,
-        num_samples=config.num_samples,
-        batch_size=batch_size,
-        rank=world.rank,
-        world_size=world.size,
-    )
+    folder, card = draw_set(
+        pipeline, prompts, config.out / "pictures",
+        num_samples=config.num_samples, batch_size=batch_size, world=world,
+    )  # fmt: skip
     sections = run_sections(pipeline, prompts, run_dir) if world.is_main else []
     step, size = pipeline.step, pipeline.config.data.image_size
     del pipeline  # the scoring networks need the memory
