@@ -63,9 +63,9 @@ def sample_state(topology: Topology, step: int, config: TrainConfig) -> dict[str
     }
 
 
-def write_sample(run_dir: Path, step: int, topology: Topology = TOPOLOGY) -> Path:
+def write_sample(run_dir: Path, step: int, topology: Topology = TOPOLOGY, config: TrainConfig | None = None) -> Path:
     """A checkpoint of all ranks, without a process group."""
-    config = sample_config(run_dir)
+    config = config or sample_config(run_dir)
     final = checkpoint_dir(run_dir, step)
     temporary = temporary_dir(final)
     temporary.mkdir(parents=True)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from checkpoint_samples import PARAMETERS, TOPOLOGY, sample_config, sample_tensor, write_sample
 
+from moe.config import MoeConfig
 from trainer.checkpoint import CheckpointReader, fault, tensor_hashes
 from trainer.checkpoint.__main__ import main
 from trainer.checkpoint.layout import layout_places
@@ -142,6 +143,19 @@ def test_changed_settings_are_named_or_refused(tmp_path: Path) -> None:
         check_resumable(path, config, other, "same")
     with pytest.raises(ConfigError, match="is not the data set that"):
         check_resumable(path, config, TOPOLOGY, "another")
+
+
+def test_a_pool_that_is_the_micro_batch_keeps_its_size(tmp_path: Path) -> None:
+    config = replace(sample_config(tmp_path), moe=MoeConfig(pool="batch"))
+    path = write_sample(tmp_path, 10, config=config)
+    other = Topology(world_size=2, ep_size=1, zero_stage=2)
+    loop = replace(config.train, gradient_accumulation_steps=2)
+    assert "train.gradient_accumulation_steps: 1 -> 2" in check_resumable(
+        path, replace(config, train=loop), other, "same"
+    )
+    loop = replace(config.train, micro_batch_size=2 * config.train.micro_batch_size)
+    with pytest.raises(ConfigError, match=r"train\.micro_batch_size is 16 but .* with 8, and with moe\.pool=batch"):
+        check_resumable(path, replace(config, train=loop), other, "same")
 
 
 def test_settings_come_and_go_between_versions() -> None:

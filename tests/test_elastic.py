@@ -38,7 +38,9 @@ def test_ep_size_always_divides() -> None:
 
 def test_shares_are_split_exactly_with_the_largest_micro_batch() -> None:
     for share, largest in product(range(1, 65), range(1, 20)):
-        micro, steps = split_share(share, largest)
+        split = split_share(share, largest)
+        assert split is not None
+        micro, steps = split
         assert micro * steps == share and micro <= largest
         assert not [m for m in range(micro + 1, largest + 1) if share % m == 0]
 
@@ -57,3 +59,22 @@ def test_the_global_batch_stays() -> None:
         assert fitted.train.micro_batch_size <= 4
     with pytest.raises(ConfigError, match="3 processes cannot share the run's global batch of 16: start 2 or 4"):
         fit(config, world_size=3, local_size=3, saved_batch=16)
+
+
+def test_a_micro_batch_holds_whole_pools() -> None:
+    for share, largest, pool in product(range(1, 33), range(1, 17), (2, 3, 4)):
+        found = split_share(share, largest, pool)
+        expected = [m for m in range(1, largest + 1) if share % m == 0 and m % pool == 0]
+        assert found == ((max(expected), share // max(expected)) if expected else None)
+    pairs = recipe("moe.pool=group(2)", "train.micro_batch_size=6")
+    fitted, _ = fit(pairs, world_size=2, local_size=2, saved_batch=24)
+    assert (fitted.train.micro_batch_size, fitted.train.gradient_accumulation_steps) == (6, 2)
+    fitted, _ = fit(pairs, world_size=3, local_size=3, saved_batch=24)
+    assert (fitted.train.micro_batch_size, fitted.train.gradient_accumulation_steps) == (4, 2)
+    with pytest.raises(ConfigError, match="24 processes with 1 images each cannot hold whole pools of 2"):
+        fit(pairs, world_size=24, local_size=8, saved_batch=24)
+    whole = recipe("moe.pool=batch")
+    fitted, _ = fit(whole, world_size=2, local_size=2, saved_batch=16)
+    assert (fitted.train.micro_batch_size, fitted.train.gradient_accumulation_steps) == (4, 2)
+    with pytest.raises(ConfigError, match=r"moe\.pool=batch and parallel\.elastic"):
+        fit(whole, world_size=8, local_size=8, saved_batch=16)

@@ -6,7 +6,8 @@ With `parallel.elastic=true` a recipe states wishes, and each start may have ano
   of `moe.num_experts` below it that divides that number and keeps each expert group inside a node; if only 1
   does, the largest that spans nodes.
 - The global batch of the newest checkpoint stays. `micro_batch_size` becomes the largest divisor of a process's share
-  that is not above the recipe's, `gradient_accumulation_steps` the rest.
+  that is not above the recipe's, `gradient_accumulation_steps` the rest. Where experts choose among several images,
+  it holds whole pools: `moe.pool=group(n)` keeps it a multiple of n, `moe.pool=batch` keeps it as it is.
 
 Neither changes what is computed beyond rounding. Expert groups are consecutive ranks, of which nodes hold
 `local_size` each.
@@ -14,7 +15,7 @@ Neither changes what is computed beyond rounding. Expert groups are consecutive 
 
 from dataclasses import replace
 
-from trainer.config import TrainConfig, require
+from trainer.config import ConfigError, TrainConfig, require
 
 
 def divisors(number: int) -> list[int]:
@@ -31,10 +32,13 @@ def choose_ep_size(wish: int, *, num_experts: int, world_size: int, local_size: 
     return max(inside) if max(inside) > 1 else max(fitting)
 
 
-def split_share(share: int, largest: int) -> tuple[int, int]:
-    """Micro-batch size and accumulation steps whose product is a process's `share` of the global batch."""
-    micro = max(d for d in divisors(share) if d <= largest)
-    return micro, share // micro
+def split_share(share: int, largest: int, pool: int = 1) -> tuple[int, int] | None:
+    """Micro-batch size and accumulation steps whose product is a process's `share` of the global batch.
+
+    The micro-batch is a multiple of `pool` images; None if no such one divides the share.
+    """
+    fitting = [d for d in divisors(share) if d <= largest and d % pool == 0]
+    return (fitting[-1], share // fitting[-1]) if fitting else None
 
 
 def fit(
@@ -64,7 +68,15 @@ def fit(
         f"parallel.elastic: {world_size} processes cannot share the run's global batch of {saved_batch}: start "
         f"{' or '.join(map(str, _neighbours(saved_batch, world_size)))} of them",
     )
-    micro, steps = split_share(saved_batch // world_size, loop.micro_batch_size)
+    pool = (config.moe.group_size or loop.micro_batch_size) if config.moe.every else 1
+    split = split_share(saved_batch // world_size, loop.micro_batch_size, pool)
+    if split is None:
+        raise ConfigError(
+            f"moe.pool={config.moe.pool} and parallel.elastic: {world_size} processes with {saved_batch // world_size} "
+            f"images each cannot hold whole pools of {pool}: start a number of processes that leaves each a multiple "
+            "of it"
+        )
+    micro, steps = split
     notes.append(
         f"elastic: global batch {saved_batch} on {world_size} processes: train.micro_batch_size "
         f"{loop.micro_batch_size} -> {micro}, train.gradient_accumulation_steps "

@@ -89,6 +89,12 @@ def check_resumable(checkpoint: Path, config: TrainConfig, topology: Topology, f
         "train.micro_batch_size or train.gradient_accumulation_steps, or start a new run_dir",
     )
     notes = compare_configs(saved["config"], config_to_dict(config), str(checkpoint))
+    old_micro, micro = saved["config"]["train"]["micro_batch_size"], config.train.micro_batch_size
+    require(
+        old_micro == micro or not config.moe.every or config.moe.pool != "batch",
+        f"train.micro_batch_size is {micro} but {checkpoint} was trained with {old_micro}, and with moe.pool=batch "
+        "that many images share their experts: restore it, or use a new run_dir",
+    )
     require(
         saved["data_info"]["fingerprint"] == fingerprint,
         f"data.latents={config.data.latents} is not the data set that {checkpoint} was trained on: restore it, "
