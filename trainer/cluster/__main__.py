@@ -24,19 +24,16 @@ SILENT_HOURS = 1.0
 
 def check(args: argparse.Namespace) -> None:
     """Everything that can be known without the nodes."""
-    config = load_config(args.config, args.overrides)
+    config, done = load_config(args.config, args.overrides), False
     if args.world_size:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the head may have no GPU
         from trainer.distributed import World
         from trainer.run_plan import plan_run
 
         plan = plan_run(config, World(rank=0, local_rank=0, size=args.world_size, local_size=args.local_size))
-        print(Path(config.run_dir).resolve(), config.data.images, sep="\n")
         last = config.train.stop_at_step or config.train.max_steps
-        if plan.checkpoint is not None and newest_step(Path(config.run_dir)) >= last:
-            print("done")
-        return
-    print(Path(config.run_dir).resolve(), config.data.images, sep="\n")
+        done = plan.checkpoint is not None and newest_step(Path(config.run_dir)) >= last
+    print(Path(config.run_dir).resolve(), config.data.images, *["done"] * done, sep="\n")
 
 
 def verdict(args: argparse.Namespace) -> None:

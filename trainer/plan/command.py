@@ -100,8 +100,8 @@ def plan(given: argparse.Namespace) -> tuple[dict[str, Any], Job, Outcome, list[
     shape, text_tokens = data_shape(config, given)
     job = Job(config=config, shape=shape, text_tokens=text_tokens, zero=content["zero_optimization"])
     try:
-        for count in {job.num_tokens} if job.counts.num_moe else ():
-            config.moe.capacity(count)
+        if job.counts.num_moe:
+            config.moe.capacity(job.num_tokens)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     efficiency = Efficiency()
