@@ -24,7 +24,7 @@ from eval.standard import add_score_arguments, score_config
 from eval.standard_run import draw_and_score
 from eval.validation_loss import fixed_samples, validation_loss
 from trainer.checkpoint import fault, list_checkpoints, read_state
-from trainer.config import config_from_dict, require, run_cli
+from trainer.config import ConfigError, config_from_dict, require, run_cli
 from trainer.data.dataset import open_dataset
 from trainer.pipeline import Pipeline
 
@@ -111,10 +111,10 @@ def watch(config: WatchConfig) -> None:
         for checkpoint in pending(config.run):
             try:
                 numbers = evaluate_checkpoint(config, checkpoint)
-            except Exception:
+            except (ConfigError, OSError):
                 if checkpoint.is_dir():
                     raise
-                continue  # the run has pruned it meanwhile (train.keep_last)
+                continue  # it was not damaged: the run has pruned it meanwhile (train.keep_last)
             print(f"step {int(checkpoint.name[5:])}: validation loss {numbers['validation_loss/mean']:.5f}", flush=True)
         if config.once or (_is_last(config.run) and not pending(config.run)):
             return

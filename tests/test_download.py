@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -264,12 +263,11 @@ def _kill_and_complete(
     wait_for(lambda: len(list(part.glob("*_stats.json"))) == 3)
     wait_for(lambda: not (part / "_tmp").exists())
     whole = (part / "00001.tar").read_bytes()
-    (part / "00001.tar").write_bytes(whole[: len(whole) // 2])
+    (part / "00001.tar").write_bytes(whole[:612])  # in the middle of a member
     before = server.requests.copy()
     wait_for(lambda: _try(command))
     again = server.requests - before
-    said = capsys.readouterr().out  # where the cut falls decides between "cannot be read" and "without its end"
-    assert re.search(r"part-00000: 00001\.tar: tar [^\n]+: again", said), said
+    assert "part-00000: 00001.tar: tar that cannot be read: again" in capsys.readouterr().out
     assert 30 < len(again) <= SAMPLES_PER_TAR
     before = server.requests.copy()
     download.main(command)
