@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from trainer.checkpoint import (
     tensor_hashes,
 )
 from trainer.checkpoint import saver as saver_module
+from trainer.checkpoint.agree import agree
 from trainer.config import EmaConfig, TrainConfig
 from trainer.data.batches import DataState
 from trainer.data.dataset import open_dataset
@@ -164,16 +165,28 @@ def construction_allocates_one_layer_beside_the_shards(world: World) -> None:
     )
     content = load_deepspeed_config(config, world.size)
     build_expert_group(config.parallel.ep_size)
+    for _ in range(8):
+        held, model = counted_bytes(lambda: build_model(config, content, SHAPE))
+        one_layer = 4 * sum(p.ds_numel for p in model.blocks[1].mlp.experts.parameters())
+        shards = 4 * sum(p.ds_tensor.numel() for p in model.parameters())
+        whole = 0.9 * shards < held[-1] < 1.1 * shards
+        if all(agree(lambda whole=whole: whole)):  # type: ignore[misc]
+            break
+    assert whole and shards > 10 * one_layer, (held[-1], shards, one_layer)
+    assert max(held) - held[-1] <= 1.1 * one_layer, (max(held), held[-1], one_layer)
+
+
+def counted_bytes(build: Callable[[], Any]) -> tuple[list[int], Any]:
+    """Bytes held after each allocation and release of this thread, and what was built.
+
+    What gloo's threads release is not counted; they do it now and then, when they are the last to hold a buffer.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        model = build_model(config, content, SHAPE)
+        built = build()
     results = profile.profiler.kineto_results  # type: ignore[union-attr]
     changes = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
-    held = list(itertools.accumulate(size for _, size in changes))
-    one_layer = 4 * sum(p.ds_numel for p in model.blocks[1].mlp.experts.parameters())
-    shards = 4 * sum(p.ds_tensor.numel() for p in model.parameters())
-    assert shards > 10 * one_layer and 0.9 * shards < held[-1] < 1.1 * shards, (held[-1], shards, one_layer)
-    assert max(held) - held[-1] <= 1.1 * one_layer, (max(held), held[-1], one_layer)
+    return list(itertools.accumulate(size for _, size in changes)), built
 
 
 def topology_does_not_change_the_start(world: World) -> None:
