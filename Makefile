@@ -47,11 +47,15 @@ lint: $(STAMP)
 	mypy
 	lint-imports
 
+# Workers side by side: many tests wait, for a process to start, a signal to be seen or Slurm to schedule.
+WORKERS ?= 2
+SIDE_BY_SIDE := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
 check: lint
-	pytest -m "not slow"
+	pytest $(SIDE_BY_SIDE) -m "not slow"
 
 test: $(STAMP)
-	pytest
+	pytest $(SIDE_BY_SIDE)
 
 DEMO := trainer/configs/demo.yaml
 demo: $(STAMP)

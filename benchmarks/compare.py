@@ -6,12 +6,13 @@
 Each run is `trainer.train` on two processes (experts with ep_size 2, ZeRO-3), scored by `eval.run` and by the loss at
 fixed timesteps on scenes held out of training. Runs of one seed come before the next seed's, and the table is written
 after each, so an interrupted comparison is even. The same command goes on: finished runs are read, a half-trained one
-resumes from its checkpoint. Result: OUT/compare.md, compare.json and plots, whatever comes out.
+resumes from its checkpoint. Speed is measured at the end, in short runs that take turns, so that whatever else the
+machine does meets all variants alike. Result: OUT/compare.md, compare.json and plots, whatever comes out.
 """
 
 import argparse
 import json
-import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare_report import write_report
+from benchmarks.interleaved import write_json
 from benchmarks.validation_loss import validation_loss
 from trainer.config import TrainConfig, load_config, require, run_cli
 from trainer.flops import forward_multiply_adds
@@ -29,6 +31,7 @@ from trainer.pipeline import Pipeline
 from trainer.plan.job import count_parameters
 
 RECIPE = "demo"
+SPEED_STEPS, SPEED_EVERY = 40, 10  # of one measurement; the first interval is left out
 IMAGES, LATENTS = Path("data/demo/images"), Path("data/demo/latents")
 
 # Overrides of the demo's recipe. Its capacity factor is 2 in every second block, which is 24 d^2 multiply-adds per
@@ -57,10 +60,11 @@ class CompareConfig:
     variants: tuple[str, ...]
     per_category: int
     processes: int
+    speed_rounds: int
     overrides: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        for name in ("steps", "per_category", "processes"):
+        for name in ("steps", "per_category", "processes", "speed_rounds"):
             value = getattr(self, name)
             require(value >= 1, f"--{name.replace('_', '-')} is {value}: use 1 or more")
         for variant in self.variants:
@@ -87,11 +91,13 @@ def parse(argv: list[str] | None) -> CompareConfig:
     parser.add_argument("--variants", nargs="+", default=list(DEFAULT_VARIANTS), help=", ".join(VARIANTS))
     parser.add_argument("--per-category", type=int, default=20, help="prompts per category (default %(default)s)")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--speed-rounds", type=int, default=3, help="turns of each variant (default %(default)s)")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="of the recipe, for every run")
     given = parser.parse_args(argv)
     return CompareConfig(
         out=given.out, steps=given.steps, seeds=tuple(given.seeds), variants=tuple(given.variants),
-        per_category=given.per_category, processes=given.processes, overrides=tuple(given.set),
+        per_category=given.per_category, processes=given.processes,
+        speed_rounds=given.speed_rounds, overrides=tuple(given.set),
     )  # fmt: skip
 
 
@@ -119,12 +125,33 @@ def prepare_data(config: CompareConfig) -> None:
         command(["-m", "trainer.data.encode", RECIPE], config.out / "data.log")
 
 
-def train(config: CompareConfig, variant: str, seed: int) -> None:
+def train(config: CompareConfig, variant: str, seed: int, *changes: str) -> None:
     """Train one run, or what is left of it."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={config.processes}"]
     launch = launch if config.processes > 1 else []
-    arguments = [*launch, "-m", "trainer.train", RECIPE, *config.overrides_of(variant, seed)]
+    arguments = [*launch, "-m", "trainer.train", RECIPE, *config.overrides_of(variant, seed), *changes]
     command(arguments, config.out / f"{variant}_seed{seed}.log")
+
+
+def measure_speed(config: CompareConfig) -> dict[str, list[float]]:
+    """Images/s in training of each variant and round, read if it was measured with these settings."""
+    path = config.out / "results" / "speed.json"
+    settings = {name: config.overrides_of(name, 0) for name in config.variants}
+    if path.is_file():
+        known: dict[str, Any] = json.loads(path.read_text())
+        if known["of"] == settings and known["rounds"] == config.speed_rounds:
+            return dict(known["images_per_second"])
+    found: dict[str, list[float]] = {variant: [] for variant in config.variants}
+    for _ in range(config.speed_rounds):
+        for variant in config.variants:
+            run_dir = config.out / "speed" / variant
+            shutil.rmtree(run_dir, ignore_errors=True)
+            train(config, variant, 0, f"run_dir={run_dir}", f"train.max_steps={SPEED_STEPS}",
+                  f"train.log_every={SPEED_EVERY}", "train.checkpoint_every=0")  # fmt: skip
+            lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+            found[variant].append(statistics.median(line["images_per_second"] for line in lines[1:]))
+    write_json(path, {"of": settings, "rounds": config.speed_rounds, "images_per_second": found})
+    return found
 
 
 def score(config: CompareConfig, variant: str, seed: int) -> dict[str, Any]:
@@ -140,7 +167,6 @@ def score(config: CompareConfig, variant: str, seed: int) -> dict[str, Any]:
         "variant": variant, "seed": seed, "steps": pipeline.step,
         "validation_loss": loss, "mean_validation_loss": statistics.mean(loss.values()),
         "fid": results["fid"]["generated"], "geneval": results["geneval"]["overall"]["value"],
-        "images_per_second": statistics.median(line["images_per_second"] for line in lines[1:] or lines),
         "curve": [[line["step"], line["loss"]] for line in lines],
         **sizes(load_config(RECIPE, settings), pipeline.shape, pipeline.info.max_tokens),
     }  # fmt: skip
@@ -165,10 +191,7 @@ def result_of(config: CompareConfig, variant: str, seed: int) -> dict[str, Any]:
     start = time.perf_counter()
     train(config, variant, seed)
     result = {"of": settings, **score(config, variant, seed), "seconds": time.perf_counter() - start}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_json(path, result)
     return result
 
 
@@ -179,6 +202,7 @@ def compare(config: CompareConfig) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     prepare_data(config)
     results: list[dict[str, Any]] = []
+    settings = {**asdict(config), "recipe": RECIPE}
     for seed in config.seeds:
         for variant in config.variants:
             results.append(result_of(config, variant, seed))
@@ -188,7 +212,8 @@ def compare(config: CompareConfig) -> None:
                 f"{last['mean_validation_loss']:.4f}, fid {last['fid']:.1f}, geneval {last['geneval']:.1%}",
                 flush=True,
             )
-            write_report(config.out, results, {**asdict(config), "recipe": RECIPE})
+            write_report(config.out, results, settings, {})
+    write_report(config.out, results, settings, measure_speed(config))
     print(f"report: {config.out / 'compare.md'}")
 
 

@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from benchmarks.interleaved import markdown_table
 
 Result = dict[str, Any]
+Speed = dict[str, list[float]]  # images/s of each round
 COLUMNS = (
     ("mean_validation_loss", "validation loss", "{:.4f}", 1.0),
     ("fid", "FID", "{:.1f}", 1.0),
     ("geneval", "GenEval-style, %", "{:.1f}", 100.0),
-    ("images_per_second", "images/s in training", "{:.0f}", 1.0),
     ("active_parameters", "activated parameters, M", "{:.3f}", 1e-6),
     ("parameters", "parameters, M", "{:.3f}", 1e-6),
     ("forward_flops", "forward MFLOPs per image", "{:.1f}", 1e-6),
@@ -39,13 +39,13 @@ def by_variant(results: Sequence[Result]) -> dict[str, list[Result]]:
     return groups
 
 
-def table(results: Sequence[Result]) -> str:
-    """Markdown: one row per variant, mean +- standard deviation over its seeds."""
-    header = ["", "seeds", *(name for _, name, _, _ in COLUMNS)]
+def table(results: Sequence[Result], speed: Speed) -> str:
+    """Markdown: one row per variant, mean +- standard deviation over its seeds; speed over its rounds."""
+    header = ["", "seeds", *(name for _, name, _, _ in COLUMNS), "images/s in training"]
     rows = []
     for variant, group in by_variant(results).items():
         cells = [spread([scale * float(r[key]) for r in group], form) for key, _, form, scale in COLUMNS]
-        rows.append([variant, str(len(group)), *cells])
+        rows.append([variant, str(len(group)), *cells, spread(speed[variant], "{:.0f}") if speed else "-"])
     return markdown_table(header, rows)
 
 
@@ -66,10 +66,10 @@ def _mean_curve(group: Sequence[Result]) -> tuple[list[float], list[float]]:
     return steps, [statistics.mean(r["curve"][i][1] for r in group) for i in range(length)]
 
 
-def plots(results: Sequence[Result]) -> Figure:
+def plots(results: Sequence[Result], speed: Speed) -> Figure:
     """Training loss, validation loss by timestep relative to the first variant, and loss against speed."""
     figure = Figure(figsize=(13, 4), layout="constrained")
-    curve, by_time, speed = figure.subplots(1, 3)
+    curve, by_time, against = figure.subplots(1, 3)
     groups = by_variant(results)
     times = [float(time) for time in results[0]["validation_loss"]]
     first = next(iter(groups.values()))
@@ -81,12 +81,13 @@ def plots(results: Sequence[Result]) -> Figure:
             times, [statistics.mean(v) for v in ratios],
             [statistics.stdev(v) if len(v) > 1 else 0.0 for v in ratios], label=variant, capsize=2,
         )  # fmt: skip
-        x, y = [r["images_per_second"] for r in group], [r["mean_validation_loss"] for r in group]
-        speed.scatter(x, y, label=variant)
+        if speed:
+            losses = [r["mean_validation_loss"] for r in group]
+            against.scatter([statistics.mean(speed[variant])] * len(losses), losses, label=variant)
     for axes, x_label, y_label in (
         (curve, "step", "training loss"),
         (by_time, "timestep (1 is noise)", f"validation loss / {next(iter(groups))}"),
-        (speed, "images/s in training", "mean validation loss"),
+        (against, "images/s in training", "mean validation loss"),
     ):
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
@@ -95,7 +96,7 @@ def plots(results: Sequence[Result]) -> Figure:
     return figure
 
 
-def write_report(out: Path, results: Sequence[Result], settings: dict[str, Any]) -> None:
+def write_report(out: Path, results: Sequence[Result], settings: dict[str, Any], speed: Speed) -> None:
     """OUT/compare.md, compare.json and compare.png, each replaced whole."""
     seconds = sum(float(r.get("seconds", 0)) for r in results)
     text = "\n\n".join(
@@ -103,16 +104,18 @@ def write_report(out: Path, results: Sequence[Result], settings: dict[str, Any])
             "# Routers at matched activated FLOPs",
             f"{len(results)} runs of {settings['steps']} steps on the embedded scenes, {seconds / 60:.0f} minutes in "
             "all; EMA weights. Mean +- standard deviation over seeds. Differences smaller than the deviation mean "
-            "nothing. Speed is that of this machine while it ran.",
-            table(results),
+            "nothing. Speed was measured in short runs that took turns.",
+            table(results, speed),
             loss_by_time(results),
             "![training loss, validation loss by timestep, loss against speed](compare.png)",
         ]
     )
     figure = out / "compare.tmp.png"
-    plots(results).savefig(figure, dpi=110)
+    plots(results, speed).savefig(figure, dpi=110)
     os.replace(figure, out / "compare.png")
-    content = json.dumps({"settings": settings, "results": list(results)}, indent=2, default=str)
+    content = json.dumps(
+        {"settings": settings, "results": list(results), "images_per_second": speed}, indent=2, default=str
+    )
     for name, body in (("compare.md", text + "\n"), ("compare.json", content + "\n")):
         temporary = out / f"{name}.tmp"
         temporary.write_text(body)

@@ -86,6 +86,11 @@ def load_clip(spec: str) -> "ClipModel":
     return ClipModel(arch, model, sha256, preset)
 
 
+def network_name(arch: str) -> str:
+    """Of a model in keys and cards."""
+    return f"open_clip-{arch}"
+
+
 class ClipModel:
     """Both towers on this process's device; an ImageEncoder of the feature store for pictures."""
 
@@ -106,7 +111,7 @@ class ClipModel:
         self.dim = int(open_clip.get_model_config(arch)["embed_dim"])
         size = settings.size if isinstance(settings.size, int) else settings.size[0]
         self.key = {
-            "network": f"open_clip-{arch}",
+            "network": network_name(arch),
             "weights_sha256": weights_sha256,
             "preprocess": f"{settings.interpolation}-{settings.resize_mode}-{size}-crop",
             "precision": "fp32",

@@ -3,14 +3,16 @@
 For Gaussians with means m and covariances S the squared distance is |m1 - m2|^2 + tr S1 + tr S2 -
 2 tr (S1 S2)^(1/2). The last trace is the nuclear norm of L1' L2 for any factors S = L L'. With fewer
 pictures than features the centred features themselves are such factors, which is exact and fast;
-otherwise L1 comes from Cholesky, or from `eigh` where S1 is not safely positive definite, and the trace from
+otherwise L1 comes from Cholesky, with pivots where S1 is not safely positive definite, and the trace from
 `eigvalsh` of L1' S2 L1: symmetric, never complex.
 Shapes: N pictures, D features.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.linalg.lapack import dpstrf
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -45,10 +47,19 @@ def covariance_factor(covariance_DD: Tensor) -> Tensor:
     pivots = factor_DD.diagonal().square()
     if not failed and pivots.min() > negligible * covariance_DD.diagonal().max():
         return factor_DD
-    values, vectors = torch.linalg.eigh((covariance_DD + covariance_DD.T) / 2)
-    kept = values > negligible * values[-1].clamp_min(0)
-    found: Tensor = vectors[:, kept] * values[kept].sqrt()
-    return found
+    return _pivoted_factor(covariance_DD, negligible)
+
+
+def _pivoted_factor(covariance_DD: Tensor, negligible: float) -> Tensor:
+    """The factor of a semidefinite covariance: Cholesky that takes the largest rest first and ends when none is left.
+
+    A third of the work of an eigendecomposition at full rank, far less below it.
+    """
+    tolerance = negligible * float(covariance_DD.diagonal().max())
+    lower, order, rank, _ = dpstrf(covariance_DD.cpu().numpy(), lower=1, tol=tolerance)
+    found = torch.zeros(len(covariance_DD), int(rank), dtype=torch.float64)
+    found[torch.from_numpy(order - 1).long()] = torch.from_numpy(np.tril(lower)[:, : int(rank)])
+    return found.to(covariance_DD.device)
 
 
 def frechet_from_moments(a: Moments, b: Moments) -> float:

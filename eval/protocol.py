@@ -41,6 +41,7 @@ def sampling_card(
         "sampler": diffusion.sampler,
         "sampling_steps": diffusion.sampling_steps,
         "guidance_scale": diffusion.guidance_scale,
+        "time_shift": diffusion.time_shift,
         "guidance_interval": [diffusion.guidance_start, diffusion.guidance_end],
         "image_size": config.data.image_size,
         "codec": config.data.codec,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from trainer.cluster.facts import Facts, check_disk
+from trainer.cluster.fit import Need
 from trainer.cluster.health import judge_network, judge_nodes, table
 from trainer.cluster.network import MAX_ROUNDS, Network, rounds
 
@@ -43,6 +44,19 @@ def test_missing_processes_and_other_versions_are_named() -> None:
     assert "process 5 did not report" in judge_nodes(facts[:5], {5: "n2"}).bad["n2"]
     facts[4] = replace(facts[4], versions={"torch": "1"})
     assert judge_nodes(facts, {}).bad == {"n2": "torch is 1, elsewhere 2: install the same"}
+
+
+def test_warnings_are_said_once_and_end_nothing() -> None:
+    facts = [replace(fact, warnings=["tight"]) for fact in healthy()]
+    for found in (judge_nodes(facts, {}), judge_network(facts, network())):
+        assert found.is_sound and found.warnings == ["tight"]
+
+
+def test_memory_state_that_does_not_fit_is_a_problem_and_a_peak_a_warning() -> None:
+    need = Need(layout="ep_size 8", state=40e9, peak=70e9)
+    assert not need.problem(80e9) and not need.warning(80e9)
+    assert not need.problem(60e9) and "about 70.0 GB at its peak, but a process has 60.0 GB" in need.warning(60e9)
+    assert "needs 40.0 GB of weights" in need.problem(30e9) and not need.warning(30e9)
 
 
 def test_slow_links_clocks_and_wrong_sums_are_named() -> None:
@@ -83,3 +97,6 @@ def test_command_line(launcher: Any, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     done = launcher.run("-m", "trainer.doctor", "debug", f"run_dir={tmp_path}", "train.micro_batch_size=100000")
     assert done.returncode == 1 and "fix: train.micro_batch_size=100000" in done.stdout
+    huge = ("model.dim=16384", "model.num_layers=64")
+    done = launcher.run("-m", "trainer.doctor", "debug", f"run_dir={tmp_path}", *huge)
+    assert done.returncode == 1 and "free" in done.stdout, done.stdout

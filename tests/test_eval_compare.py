@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import DESK, PHONE, find_browser, width_in_browser
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eval.compare import card_differences, find_report, read_scores
@@ -31,6 +32,9 @@ def test_numbers_stand_side_by_side_with_what_differs(tmp_path: Path, capsys: py
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == 'not the same protocol, fid: convention differs ("clean", "torch-fidelity")'
     assert lines[2].split() == ["fid/fid", "3", "2.5", "4"]
+    if find_browser():
+        for width in (PHONE, DESK):
+            assert width_in_browser(page, width, tmp_path) <= width
     text = page.read_text()
     assert "convention differs" in text and "&lt;c&gt;" in text and "<c>" not in text
 

@@ -1,6 +1,5 @@
 """GenEval's prompts, masks, detectors, colours and cached scores; real photographs where real weights are here."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ from torch import Tensor, nn
 
 from eval.generate import picture_path, write_picture, write_text
 from eval.geneval import Rules
-from eval.image_files import read_picture
 from eval.objects import results
 from eval.objects.cache import LineCache, from_line, to_line
 from eval.objects.colors import NearestColors, crop
-from eval.objects.detectors import FoundObject, MaskRcnn, build_detector, build_maskrcnn
+from eval.objects.detectors import FoundObject, MaskRcnn, build_detector, build_maskrcnn, describe_detector
 from eval.objects.mask2former import Mask2Former, build_network, input_size, instances, mask_box, unused_weights
 from eval.objects.mask2former_keys import convert_key, convert_mask2former, reorder_merging
 from eval.objects.names import CATEGORY_NUMBERS, CLASSES
@@ -33,7 +31,6 @@ from eval.objects.score import (
     score_files,
 )
 from eval.prompts import Prompt
-from eval.weights import find_file
 from trainer.config import ConfigError
 
 CAT, DOG, CUP = (CLASSES.index(name) for name in ("cat", "dog", "cup"))
@@ -214,7 +211,7 @@ def test_cached_detections_score_again_without_the_detector(tmp_path: Path) -> N
     part = next(iter(sorted(cache.folder.glob("part_*"))))
     part.write_text(part.read_text()[:-30])  # as a kill leaves it
     assert detect_files(cache, detector, files) == 1
-    judged = open_colors(tmp_path, colors, cache)
+    judged = open_colors(tmp_path, colors.card, cache)
     with pytest.raises(ConfigError, match="colours of cat are missing"):
         score_files(cache, judged, prompts, files)
     assert sum(judge_colors(judged, colors, cache, prompts, files, rank=r, world_size=2) for r in range(2)) == 4
@@ -259,14 +256,9 @@ def test_colours_are_judged_on_the_masked_crop() -> None:
 
 
 @pytest.mark.slow
-def test_real_photographs_through_a_real_detector(tmp_path: Path) -> None:
-    if find_file("yolov3-tiny") is None:
-        pytest.skip("weights yolov3-tiny are not here: python -m eval.weights fetch yolov3-tiny")
-    spec = importlib.util.find_spec("skimage")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("scikit-image, which carries the photographs, is not installed")
-    folder = Path(spec.submodule_search_locations[0]) / "data"
-    coffee, bike = (read_picture(folder / name) for name in ("coffee.png", "motorcycle_left.png"))
+@pytest.mark.usefixtures("yolo")
+def test_real_photographs_through_a_real_detector(tmp_path: Path, photographs: dict[str, Tensor]) -> None:
+    coffee, bike = photographs.values()
     height = min(coffee.shape[0], bike.shape[0])
     beside = torch.cat([bike[:height, :640], coffee[:height]], 1)
 
@@ -289,6 +281,7 @@ def test_real_photographs_through_a_real_detector(tmp_path: Path) -> None:
     for file, (picture, *_) in zip(files, pairs, strict=True):
         write_picture(file, picture)
     detector = build_detector("yolov3-tiny")
+    assert describe_detector("yolov3-tiny") == (detector.comparable, detector.card)
     cache = open_detections(tmp_path, detector.card)
     assert detect_files(cache, detector, files) == 3  # distinct pictures
     scored = score_files(cache, None, prompts, files)

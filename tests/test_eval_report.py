@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from browser import DESK, PHONE, find_browser, width_in_browser
 
 from eval.background import background_score, border_colors
 from eval.charts import coverage_layers, training_chart
@@ -191,6 +192,9 @@ def test_report_is_whole_and_needs_no_other_file(tmp_path: Path, pipeline: Pipel
     assert text.count("<figure>") == 6 * PER_TAG
     for link in page.links:
         base64.b64decode(link.split(",", 1)[1], validate=True)
+    if find_browser():
+        for width in (PHONE, DESK):
+            assert width_in_browser(config.out / "report.html", width, tmp_path) <= width
 
 
 def test_unknown_suite_and_missing_checkpoint_are_one_sentence(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browser import DESK, PHONE, find_browser, width_in_browser
 from PIL import Image
 from tests_launcher import Launcher
 
@@ -22,7 +23,6 @@ from eval.prompt_files import read_prompts
 from eval.prompts import metadata_lines, prompts_sha256
 from eval.score import main
 from eval.scoring import ScoreConfig
-from eval.weights import find_file
 from trainer.config import ConfigError
 
 
@@ -190,6 +190,9 @@ def test_a_killed_scoring_ends_like_a_whole_one_and_ranks_agree(
     assert done.returncode == 0, done.stderr[-3000:]
     for name, value in _numbers(whole).items():
         assert _numbers(two)[name] == pytest.approx(value, rel=1e-6, abs=1e-6)
+    if find_browser():
+        for width in (PHONE, DESK):
+            assert width_in_browser(whole / "report.html", width, tmp_path) <= width
     text = (whole / "report.html").read_text()
     assert "<script" not in text and 'src="http' not in text and "FID" in text
     assert (whole / "report.csv").read_text().startswith("name,value\nfid/fid,")
@@ -200,9 +203,8 @@ def test_a_killed_scoring_ends_like_a_whole_one_and_ranks_agree(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("yolo")
 def test_geneval_with_a_real_detector_by_command(tmp_path: Path) -> None:
-    if find_file("yolov3-tiny") is None:
-        pytest.skip("weights yolov3-tiny are not here: python -m eval.weights fetch yolov3-tiny")
     prompts = read_prompts("geneval")[:3] + [p for p in read_prompts("geneval") if p.tag == "colors"][:2]
     (tmp_path / "set.jsonl").write_text(metadata_lines(prompts))
     for i in range(5):
@@ -220,3 +222,35 @@ def test_geneval_with_a_real_detector_by_command(tmp_path: Path) -> None:
     shutil.rmtree(out / "colors")
     main(command)
     assert (out / "results.jsonl").read_text() == first
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("yolo")
+def test_a_killed_detection_ends_like_a_whole_one(
+    tmp_path: Path, launcher: Launcher, photographs: dict[str, torch.Tensor]
+) -> None:
+    prompts = [p for word in ("cup", "red") for p in read_prompts("geneval") if word in p.text.split()][:40]
+    (tmp_path / "set.jsonl").write_text(metadata_lines(prompts))
+    for i in range(len(prompts)):
+        part = photographs["coffee"][2 * i : 2 * i + 300, 3 * i : 3 * i + 400]
+        write_picture(picture_path(tmp_path / "drawn", i, 0), part.contiguous())
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = [str(tmp_path / "drawn"), "--prompts", str(tmp_path / "set.jsonl"), "--suite", "geneval", "--detector",
+               "yolov3-tiny", "--colors", "nearest", "--out"]  # fmt: skip
+    main([*command, str(whole)])
+
+    def num_lines() -> int:
+        return sum(path.read_text().count("\n") for path in killed.glob("detections/*/part_*.jsonl"))
+
+    process = launcher.start("-m", "eval.score", *command, str(killed))
+    deadline = time.monotonic() + 120
+    while num_lines() < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 3 <= num_lines() < len(prompts) and not (killed / "report.json").exists()
+    main([*command, str(killed)])
+    results = [json.loads(line) for line in (whole / "results.jsonl").read_text().splitlines()]
+    assert any("cup" in json.loads(row["details"]) for row in results)
+    assert _numbers(killed) == _numbers(whole)
+    assert (killed / "results.jsonl").read_text() == (whole / "results.jsonl").read_text()

@@ -20,7 +20,6 @@ from trainer.distributed import all_reduce_mean, from_main
 from trainer.ema import Ema
 from trainer.emergency import ARRIVAL_SECONDS, HeldErrors, all_ranks_arrive, build_arrival_group, end_within, time_limit
 from trainer.engine import build_engine
-from trainer.model import ModelShape
 from trainer.optim import learning_rate
 from trainer.reporter import Reporter
 from trainer.run_lock import LockLostError, RunLock
@@ -51,8 +50,7 @@ class Trainer:
 
     def __init__(self, plan: Plan, device: torch.device, stop: StopSignal, lock: RunLock) -> None:
         self.plan, self.config, self.device, self.stop, self.lock = plan, plan.config, device, stop, lock
-        info = plan.dataset.info
-        shape = ModelShape(channels=info.channels, height=info.height, width=info.width, text_dim=info.text_dim)
+        info, shape = plan.dataset.info, plan.model_shape
         self.engine = build_engine(plan.config, plan.deepspeed_config, shape, device)
         if plan.init_from is not None:
             load_init(plan.init_from, self.engine, plan.config)

@@ -41,7 +41,8 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConf
     groups = parameter_groups(named, config.weight_decay)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps)
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True)
 
 
 def learning_rate(step: int, config: OptimConfig, max_steps: int) -> float:

@@ -12,6 +12,7 @@ from trainer.deepspeed_config import load_deepspeed_config, zero_stage
 from trainer.diffusion import num_kept_tokens
 from trainer.distributed import World
 from trainer.elastic import fit
+from trainer.model import ModelShape
 from trainer.run_lock import LOCK_NAME
 from trainer.sample_grid import GridSampler
 
@@ -42,6 +43,12 @@ class Plan:
     def init_from(self) -> Path | None:
         """The export whose weights the run starts from; None if it resumes or starts fresh."""
         return Path(self.config.init_from) if self.config.init_from and self.checkpoint is None else None
+
+    @property
+    def model_shape(self) -> ModelShape:
+        """Of the data that the model is built for."""
+        info = self.dataset.info
+        return ModelShape(channels=info.channels, height=info.height, width=info.width, text_dim=info.text_dim)
 
     def num_tokens(self, step: int) -> int:
         """Image tokens that the model sees in optimizer step number `step`: the kept ones, if masked."""

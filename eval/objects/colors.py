@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from eval.clip import ClipModel, zero_shot_probabilities
+from eval.clip import ClipModel, find_clip, network_name, zero_shot_probabilities
 from eval.objects.detectors import FoundObject
 from eval.objects.names import COLORS
+from eval.weights import file_sha256
 
 BLANK = (0x99, 0x99, 0x99)
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
@@ -45,7 +46,7 @@ class ClipColors:
 
     def __init__(self, clip: ClipModel) -> None:
         self.clip = clip
-        self.card = {"colors": clip.key["network"], "weights_sha256": clip.key["weights_sha256"]}
+        self.card = _clip_card(clip.key["network"], clip.key["weights_sha256"])
         self._classifiers: dict[str, Tensor] = {}
 
     def classifier(self, name: str) -> Tensor:
@@ -75,8 +76,7 @@ _LIGHT = {
 class NearestColors:
     """Share of the object's pixels nearest to each colour: needs no weights, for checks; never comparable."""
 
-    def __init__(self) -> None:
-        self.card = {"colors": "nearest-rgb-1", "weights_sha256": ""}
+    card: dict[str, str] = {"colors": "nearest-rgb-1", "weights_sha256": ""}  # noqa: RUF012
 
     def classify(self, picture_HW3: Tensor, found: Sequence[FoundObject], name: str) -> Tensor:
         """Shares of pixels."""
@@ -91,3 +91,15 @@ class NearestColors:
                 row += torch.bincount(torch.cdist(chosen.float(), palette_K3).argmin(1), minlength=len(COLORS))
                 row /= len(chosen)
         return rows
+
+
+def _clip_card(network: str, weights_sha256: str) -> dict[str, str]:
+    return {"colors": network, "weights_sha256": weights_sha256}
+
+
+def describe_colors(colors: str, clip: str) -> dict[str, str]:
+    """`card` of the judge that --colors and --clip name, without loading it; ConfigError if it is not here."""
+    if colors != "clip":
+        return NearestColors.card
+    arch, _, path = find_clip(clip)
+    return _clip_card(network_name(arch), file_sha256(path))

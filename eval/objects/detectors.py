@@ -63,7 +63,7 @@ class MaskRcnn:
             load_weights(model, torch.load(path, map_location="cpu", weights_only=True), path)
         self.device = encoder_device()
         self.model = model.eval().requires_grad_(False).to(self.device)
-        self.card = {"detector": "maskrcnn-resnet50-fpn-v2", "weights_sha256": weights_sha256}
+        self.card = maskrcnn_card(weights_sha256)
 
     @torch.inference_mode()
     def detect(self, picture_HW3: Tensor) -> list[FoundObject]:
@@ -77,6 +77,11 @@ class MaskRcnn:
             for label, score, box, mask in rows
             if label in numbers
         ]
+
+
+def maskrcnn_card(weights_sha256: str) -> dict[str, str]:
+    """Its card."""
+    return {"detector": "maskrcnn-resnet50-fpn-v2", "weights_sha256": weights_sha256}
 
 
 def build_maskrcnn() -> Any:
@@ -95,11 +100,14 @@ def load_weights(model: Any, state: dict[str, Tensor], path: Path) -> None:
         raise ConfigError(f"{path} does not hold the weights of this detector: {reason}") from error
 
 
+_OFFICIAL = "mask2former-swin-s-coco (GenEval's)"
+
+
 def _official() -> ObjectDetector:
     from eval.objects.mask2former import Mask2Former, load_official
 
     path = find_weights_file("mask2former-swin-s-coco")
-    return Mask2Former(load_official(path), "mask2former-swin-s-coco (GenEval's)", file_sha256(path), "official")
+    return Mask2Former(load_official(path), _OFFICIAL, file_sha256(path), "official")
 
 
 def _yolo() -> ObjectDetector:
@@ -112,7 +120,7 @@ def _hub(folder: Path) -> ObjectDetector:
     from eval.objects.mask2former import Mask2Former, load_folder
 
     model, sha256 = load_folder(folder)
-    return Mask2Former(model, f"mask2former-hf:{folder.name}", sha256, "approximate")
+    return Mask2Former(model, f"{HUB_PREFIX}{folder.name}", sha256, "approximate")
 
 
 _DETECTORS: dict[str, Callable[[], ObjectDetector]] = {
@@ -147,3 +155,18 @@ def build_detector(spec: str) -> ObjectDetector:
     if spec.startswith(HUB_PREFIX):
         return _hub(Path(spec.removeprefix(HUB_PREFIX)))
     return _DETECTORS[spec]()
+
+
+def describe_detector(spec: str) -> tuple[Comparable, dict[str, str]]:
+    """`comparable` and `card` of the detector that --detector names, without loading it."""
+    from eval.objects.mask2former import folder_digest, mask2former_card
+    from eval.objects.yolo import yolo_card
+
+    check_detector(spec)
+    if spec.startswith(HUB_PREFIX):
+        folder = Path(spec.removeprefix(HUB_PREFIX))
+        return "approximate", mask2former_card(f"{HUB_PREFIX}{folder.name}", folder_digest(folder))
+    sha256 = file_sha256(find_weights_file(_WEIGHTS[spec]))
+    if spec == "mask2former":
+        return "official", mask2former_card(_OFFICIAL, sha256)
+    return "approximate", maskrcnn_card(sha256) if spec == "maskrcnn" else yolo_card(sha256)

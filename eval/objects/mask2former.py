@@ -78,7 +78,17 @@ def load_folder(folder: Path) -> tuple[Any, str]:
         f"{setting} knows {model.config.num_labels} classes, {len(CLASSES)} of COCO are needed: use "
         "facebook/mask2former-swin-small-coco-instance",
     )
-    return model, files_digest(weight_files(setting, folder))
+    return model, folder_digest(folder)
+
+
+def folder_digest(folder: Path) -> str:
+    """Digest of the weights in a local folder."""
+    return files_digest(weight_files(f"--detector mask2former-hf:{folder}", folder))
+
+
+def mask2former_card(name: str, weights_sha256: str, long: int = _LONG, short: int = _SHORT) -> dict[str, str]:
+    """The detector's card."""
+    return {"detector": name, "weights_sha256": weights_sha256, "input": f"{long}x{short}, pad {_MULTIPLE}"}
 
 
 def input_size(height: int, width: int, long: int = _LONG, short: int = _SHORT) -> tuple[int, int]:
@@ -145,7 +155,7 @@ class Mask2Former:
         self.comparable, self.long, self.short = comparable, long, short
         self.device = encoder_device()
         self.model = model.eval().requires_grad_(False).to(self.device)
-        self.card = {"detector": name, "weights_sha256": weights_sha256, "input": f"{long}x{short}, pad {_MULTIPLE}"}
+        self.card = mask2former_card(name, weights_sha256, long, short)
 
     @torch.inference_mode()
     def detect(self, picture_HW3: Tensor) -> list[FoundObject]:

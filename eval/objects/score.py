@@ -70,9 +70,9 @@ def _color_id(identity: str, name: str) -> str:
     return f"{identity}/{name}"
 
 
-def open_colors(folder: Path, judge: ColorJudge, detections: LineCache) -> LineCache:
+def open_colors(folder: Path, color_card: Mapping[str, str], detections: LineCache) -> LineCache:
     """The cache of a colour judge for one detector's objects."""
-    return LineCache(folder / "colors", {**judge.card, "detections": detections.name})
+    return LineCache(folder / "colors", {**color_card, "detections": detections.name})
 
 
 def judge_colors(

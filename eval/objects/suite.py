@@ -6,8 +6,8 @@ from typing import Any
 from eval.clip import DEFAULT_CLIP, find_clip, load_clip
 from eval.generate import write_text
 from eval.geneval import Rules
-from eval.objects.colors import ClipColors, ColorJudge, NearestColors
-from eval.objects.detectors import build_detector, check_detector
+from eval.objects.colors import ClipColors, ColorJudge, NearestColors, describe_colors
+from eval.objects.detectors import build_detector, check_detector, describe_detector
 from eval.objects.prompts import OFFICIAL_SHA256
 from eval.objects.score import (
     asked_colors,
@@ -56,7 +56,7 @@ def prepare(job: Job) -> None:
     detect_files(cache, detector, job.files, progress=job.progress, **share)
     if _wants_colors(job.prompts):
         judge = _color_judge(job.config)
-        colors = open_colors(job.config.out, judge, cache)
+        colors = open_colors(job.config.out, judge.card, cache)
         judge_colors(colors, judge, cache, job.prompts, job.files, progress=job.progress, **share)
 
 
@@ -79,13 +79,13 @@ def departures(config: ScoreConfig, prompts: list[Prompt], comparable: str) -> l
 def score(job: Job) -> dict[str, Any]:
     """Summary, verdicts and card; writes results.jsonl in the official form."""
     config, prompts = job.config, job.prompts
-    detector = build_detector(config.detector)
-    cache = open_detections(config.out, detector.card)
-    judge = _color_judge(config) if _wants_colors(prompts) else None
-    colors = open_colors(config.out, judge, cache) if judge else None
+    comparable, detector_card = describe_detector(config.detector)
+    cache = open_detections(config.out, detector_card)
+    color_card = describe_colors(config.colors, config.clip) if _wants_colors(prompts) else None
+    colors = open_colors(config.out, color_card, cache) if color_card else None
     scored = score_files(cache, colors, prompts, job.files, config.rules)
     write_text(config.out / "results.jsonl", result_lines(scored, prompts, job.files, config.rules))
-    differs = departures(config, prompts, detector.comparable)
+    differs = departures(config, prompts, comparable)
     shown = [
         {
             "correct": verdict.correct,
@@ -102,8 +102,8 @@ def score(job: Job) -> dict[str, Any]:
         "metric": VERSION,
         "comparable": "approximate" if differs else "official",
         "departures": differs or "none",
-        **detector.card,
-        "colors": judge.card["colors"] if judge else "not asked for",
+        **detector_card,
+        "colors": color_card["colors"] if color_card else "not asked for",
         "rules": asdict(config.rules),
         "interval": "95 %, Wilson per tag, MOVER for the mean",
         "pictures": len(job.files),

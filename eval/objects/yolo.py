@@ -92,6 +92,11 @@ def _decode(out_NCHW: Tensor, stride: int, anchors: tuple[tuple[int, int], ...])
     return torch.cat([centre - half, centre + half, x[..., 4:].sigmoid()], -1).reshape(count, -1, 85)
 
 
+def yolo_card(weights_sha256: str) -> dict[str, str]:
+    """The detector's card."""
+    return {"detector": "yolov3-tiny", "weights_sha256": weights_sha256, "input": f"letterbox {_SIZE}"}
+
+
 class YoloDetector:
     """The detector on this process's device: letterboxed to 416, overlaps above 0.45 suppressed per class."""
 
@@ -101,7 +106,7 @@ class YoloDetector:
         path = find_weights_file("yolov3-tiny")
         self.device = encoder_device()
         self.net = YoloV3Tiny().load_darknet(path).to(self.device)
-        self.card = {"detector": "yolov3-tiny", "weights_sha256": file_sha256(path), "input": f"letterbox {_SIZE}"}
+        self.card = yolo_card(file_sha256(path))
 
     @torch.inference_mode()
     def detect(self, picture_HW3: Tensor) -> list[FoundObject]:

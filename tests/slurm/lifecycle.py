@@ -61,6 +61,21 @@ class Story:
         """All that the processes said."""
         return "\n".join(path.read_text() for path in sorted((self.run / "logs").glob("*.log")))
 
+    def make_data(self, size: int) -> list[str]:
+        """Scenes of their own, encoded; returns the overrides, latents and size last."""
+        images = self.folder / f"images_{size}"
+        data = ["data.source=shards", f"data.images={images}", f"data.latents={self.folder / f'latents_{size}'}",
+                f"data.image_size={size}"]  # fmt: skip
+        draw = ["-m", "trainer.data.scenes", "--out", str(images), "--num-images", "32", "--image-size", str(size)]
+        for command in (draw, ["-m", "trainer.data.encode", "debug", *data]):
+            assert Launcher().run(*command).returncode == 0, command
+        return data
+
+    def world_sizes(self) -> list[str]:
+        """Number of processes of each start."""
+        lines = [line for line in (self.run / "train.log").read_text().splitlines() if "ZeRO stage" in line]
+        return [line.split(": ")[1].split()[0] for line in lines]
+
     def complete(self, *, bitwise: bool = True, restarts: int | None = None) -> None:
         """The job completes, and the trajectory is the unbroken one."""
         states = self.cluster.wait(self.job, seconds=400)
@@ -160,9 +175,34 @@ def shrink_and_grow(story: Story) -> None:
             story.cluster.call("scancel", "--batch", "--signal=USR1", story.job)
             assert story.cluster.wait(story.job) == ["FAILED"] and story.cluster.job(story.job)["ExitCode"] == "75:0"
     story.complete(bitwise=False)
-    topologies = [line for line in (story.run / "train.log").read_text().splitlines() if "ZeRO stage" in line]
-    assert [line.split(": ")[1][0] for line in topologies] == ["4", "2", "4"], topologies
+    assert story.world_sizes() == ["4", "2", "4"]
     assert "elastic: global batch 8 on 2 processes" in (story.run / "train.log").read_text()
+
+
+def a_range_of_nodes(story: Story) -> None:
+    """Submitted with --nodes=1-2 while one node is free: it starts there, and comes back on two."""
+    busy = story.cluster.call("sbatch", "--parsable", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 600")
+    story.train(options=("--nodes=1-2", *PAIR[1:]))
+    story.reach(40)
+    story.cluster.call("scancel", busy.strip())
+    story.cluster.wait(busy.strip())
+    story.cluster.call("scancel", "--batch", "--signal=USR1", story.job)
+    story.complete(bitwise=False, restarts=1)
+    assert story.world_sizes() == ["1", "2"]
+
+
+def scored_while_it_trains(story: Story) -> None:
+    """eval.sbatch --watch beside the training job: it scores checkpoints as they come, and ends with the last."""
+    data = story.make_data(32)
+    story.train(*data, "model.patch_size=4", "diffusion.sampling_steps=2")
+    story.reach(1)
+    options = ("--ntasks-per-node=2", "--gpus-per-node=2")
+    score = story.cluster.submit("eval", "--watch", "1", str(story.run), "--suite", "geneval", "--per-category", "1",
+                                 options=options)  # fmt: skip
+    assert story.cluster.wait(story.job, score, seconds=400) == ["COMPLETED"] * 2, story.cluster.log(score)
+    assert (story.run / "eval" / f"step_{STEPS:08d}" / "report.json").is_file()
+    assert f"the last checkpoint, step {STEPS}, is scored" in story.cluster.log(score)
+    assert list((story.run / "tensorboard" / "eval").iterdir())
 
 
 def launched_by_mpirun(story: Story) -> None:
@@ -192,16 +232,12 @@ def discovered_by_mpi4py(story: Story) -> None:
 
 def bad_node_is_left_out(story: Story) -> None:
     """The data are missing on one node: the doctor names it, the next start avoids it."""
-    latents, images = story.folder / "latents", story.folder / "images"
-    data = ["debug", "data.source=shards", f"data.images={images}", f"data.latents={latents}", "data.image_size=8"]
-    launcher = Launcher()
-    launcher.run("-m", "trainer.data.scenes", "--out", str(images), "--num-images", "32", "--image-size", "8")
-    launcher.run("-m", "trainer.data.encode", *data)
+    *data, latents, _ = story.make_data(8)
     local = story.cluster.folder / "local"
     for number in (1, 3, 4):
         place = story.cluster.folder / "spool" / f"n{number}" / "local"
-        subprocess.run(["cp", "-r", str(latents), str(place / "latents")], check=True)
-    story.train(*data[1:4], f"data.latents={local / 'latents'}", "train.max_steps=20", DOCTOR="yes",
+        subprocess.run(["cp", "-r", latents.split("=")[1], str(place / "latents")], check=True)
+    story.train(*data, f"data.latents={local / 'latents'}", "train.max_steps=20", DOCTOR="yes",
                 options=("--nodelist=n1", *PAIR))  # fmt: skip
     assert story.cluster.wait(story.job) == ["COMPLETED"], story.cluster.log(story.job)
     log = story.cluster.log(story.job)
@@ -272,9 +308,9 @@ def mixed_names_and_an_interface(story: Story) -> None:
 
 SCENARIOS: tuple[Callable[[Story], None], ...] = (
     administrator_requeues, save_and_come_back, time_limit_comes, node_dies, head_dies, node_dies_while_saving,
-    controller_restarts, shrink_and_grow, launched_by_mpirun, launched_by_pmix, discovered_by_mpi4py,
-    bad_node_is_left_out, crashes_twice, chained_without_requeue, array_of_runs, within_salloc,
-    mixed_names_and_an_interface,
+    controller_restarts, shrink_and_grow, a_range_of_nodes, scored_while_it_trains, launched_by_mpirun,
+    launched_by_pmix, discovered_by_mpi4py, bad_node_is_left_out, crashes_twice, chained_without_requeue,
+    array_of_runs, within_salloc, mixed_names_and_an_interface,
 )  # fmt: skip
 
 

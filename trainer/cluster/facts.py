@@ -11,16 +11,17 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 import torch
 
 from trainer.checkpoint import git_commit
+from trainer.cluster.fit import job_of, memory_need
 from trainer.config import ConfigError, TrainConfig, require
 from trainer.distributed import World
-from trainer.model import EcDit, ModelShape
-from trainer.run_plan import plan_run
+from trainer.plan.memory import checkpoint_bytes
+from trainer.run_plan import Plan, plan_run
 
 WRITE_BYTES = 1 << 26
-BYTES_PER_PARAMETER = 16  # of a checkpoint: fp32 weight, EMA and two moments
 GIB = 1 << 30
 
 
@@ -28,7 +29,8 @@ GIB = 1 << 30
 class Facts:
     """Of one process; what concerns the node as a whole only its first process looks at.
 
-    `problems` are what is wrong, each with its remedy; an empty list is a healthy node. Sizes in GiB, speed in MiB/s.
+    `problems` are what is wrong, each with its remedy; an empty list is a healthy node. `warnings` end nothing.
+    Sizes in GiB, speed in MiB/s.
     """
 
     rank: int
@@ -41,19 +43,22 @@ class Facts:
     write_speed: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def gather_facts(config: TrainConfig, world: World) -> Facts:
     """Look at this process's device, and as the first of its node at memory, disk, data and versions."""
     problems: list[str] = []
+    warnings: list[str] = []
     device, driver, device_free = _device(world, problems)
     shared: dict[str, float] = {}
     if world.local_rank == 0:
+        shared["memory"] = psutil.virtual_memory().available / GIB
         with _noting(problems, "configuration and data"):
-            _check_run(config, world)
+            plan = _check_run(config, world)
+            _check_room(plan, device_free, shared["memory"] / (world.local_size or world.size), warnings)
         with _noting(problems, f"run_dir={config.run_dir}"):
             shared["disk_free"], shared["write_speed"] = check_disk(Path(config.run_dir))
-        shared["memory"] = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
     return Facts(
         rank=world.rank,
         node=socket.gethostname(),
@@ -62,6 +67,7 @@ def gather_facts(config: TrainConfig, world: World) -> Facts:
         device_free=device_free,
         versions=_versions(),
         problems=problems,
+        warnings=warnings,
         **shared,
     )
 
@@ -106,20 +112,26 @@ def _driver(index: int, problems: list[str]) -> str:
     return driver
 
 
-def _check_run(config: TrainConfig, world: World) -> None:
-    """The checks of a start, a sample read from the data, and room for two checkpoints."""
+def _check_run(config: TrainConfig, world: World) -> Plan:
+    """The checks of a start, and a sample read from the data."""
     plan = plan_run(config, world)
     plan.dataset.read(world.rank % len(plan.dataset))
-    info = plan.dataset.info
-    shape = ModelShape(channels=info.channels, height=info.height, width=info.width, text_dim=info.text_dim)
-    with torch.device("meta"):
-        model = EcDit(config.model, config.moe, shape)
-    needed = 2 * BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in model.parameters())
-    free = shutil.disk_usage(nearest_folder(Path(config.run_dir))).free
+    return plan
+
+
+def _check_room(plan: Plan, device_free: float, memory: float, warnings: list[str]) -> None:
+    """Room for two checkpoints on the disk, and for a process in its device or its share of the node's memory (GiB)."""
+    job, run_dir = job_of(plan), plan.config.run_dir
+    needed, free = 2 * checkpoint_bytes(job), shutil.disk_usage(nearest_folder(Path(run_dir))).free
     require(
         free >= needed,
-        f"run_dir={config.run_dir} has {free / GIB:.1f} GiB free, two checkpoints take {needed / GIB:.1f}: free space",
+        f"run_dir={run_dir} has {free / GIB:.1f} GiB free, two checkpoints take {needed / GIB:.1f}: free space",
     )
+    need = memory_need(plan, job, on_device=device_free > 0)
+    available = (device_free or memory) * GIB
+    if warning := need.warning(available):
+        warnings.append(warning)
+    require(not need.problem(available), need.problem(available))
 
 
 def nearest_folder(path: Path) -> Path:

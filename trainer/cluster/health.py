@@ -58,12 +58,14 @@ def judge_nodes(facts: Sequence[Facts], missing: Mapping[int, str]) -> Health:
             for fact in facts:
                 if (found := fact.versions.get(name, "none")) != usual:
                     bad[fact.node] = bad.get(fact.node) or f"{name} is {found}, elsewhere {usual}: install the same"
-    return Health(bad={node: words for node, words in bad.items() if words}, general=general, warnings=[])
+    warnings = list(dict.fromkeys(words for fact in facts for words in fact.warnings))
+    return Health(bad={node: words for node, words in bad.items() if words}, general=general, warnings=warnings)
 
 
 def judge_network(facts: Sequence[Facts], network: Network) -> Health:
     """Judge collectives, bandwidths and clocks."""
-    nodes, bad, warnings = nodes_of(facts), dict[str, str](), list[str]()
+    nodes, bad = nodes_of(facts), dict[str, str]()
+    warnings = list(dict.fromkeys(words for fact in facts for words in fact.warnings))
     for number, share in slow_nodes(network.pair).items():
         words = f"its network has {share:.0%} of the median node's bandwidth: check its links"
         if share < BROKEN:

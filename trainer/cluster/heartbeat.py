@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -83,8 +83,9 @@ class Heartbeat:
 
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.writers.add(writer)
-        who = (await reader.readline()).decode().strip()
-        await self._watch(who, reader, writer)
+        with suppress(asyncio.CancelledError):  # at the end; Python 3.11 would log it as an error of the handler
+            who = (await reader.readline()).decode().strip()
+            await self._watch(who, reader, writer)
         self.writers.discard(writer)
 
     async def _join(self, rank: int, address: str, port: int) -> None:
@@ -137,7 +138,8 @@ class Heartbeat:
     async def _run(self, work: Coroutine[None, None, None]) -> None:
         """Do the work, say goodbye, leave nothing behind in the loop."""
         await work
-        for writer in self.writers:
+        writers = list(self.writers)
+        for writer in writers:
             if self.farewell:
                 writer.write(_BYE)
             writer.close()
@@ -145,7 +147,7 @@ class Heartbeat:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        closing = asyncio.gather(*(writer.wait_closed() for writer in self.writers), return_exceptions=True)
+        closing = asyncio.gather(*(writer.wait_closed() for writer in writers), return_exceptions=True)
         await asyncio.wait([closing], timeout=1)
         closing.cancel()
 

@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from trainer.data.latents import LatentInfo
 from trainer.deepspeed_config import load_deepspeed_config, zero_stage
 from trainer.model import ModelShape
 from trainer.plan.devices import DEVICES, Efficiency, find_device
-from trainer.plan.job import Job, Layout, Term
+from trainer.plan.job import Job, Term, configured_layout
 from trainer.plan.memory import checkpoint_bytes
 from trainer.plan.search import Outcome, best_per_ep_size, evaluate, search, smallest_nodes
 
@@ -66,23 +65,6 @@ def data_shape(config: TrainConfig, given: argparse.Namespace) -> tuple[ModelSha
     side = config.data.image_size // factor
     shape = ModelShape(channels=channels, height=side, width=side, text_dim=given.text_dim or text_dim)
     return shape, given.text_tokens or text_tokens
-
-
-def configured_layout(config: TrainConfig, world_size: int, stage: int) -> tuple[Layout, str]:
-    """The layout that the configuration asks for, and why it cannot be started ("": it can).
-
-    An ep_size that does not divide the processes is no error here: the question is what would.
-    """
-    ep_size = config.parallel.ep_size
-    refusal = ""
-    if world_size % ep_size:
-        refusal = f"parallel.ep_size={ep_size} does not divide {world_size} processes"
-    layout = Layout(
-        world_size=world_size, ep_size=gcd(ep_size, world_size), stage=stage,
-        micro_batch_size=config.train.micro_batch_size, accumulation=config.train.gradient_accumulation_steps,
-        recompute=config.train.activation_checkpointing,
-    )  # fmt: skip
-    return layout, refusal
 
 
 def plan(given: argparse.Namespace) -> tuple[dict[str, Any], Job, Outcome, list[Outcome]]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import gcd
 from typing import Any
 
 import torch
@@ -132,3 +133,20 @@ class Layout:
             f"ep_size {self.ep_size}, ZeRO {self.stage}, micro-batch {self.micro_batch_size} x "
             f"{self.accumulation}{', recompute' if self.recompute else ''}"
         )
+
+
+def configured_layout(config: TrainConfig, world_size: int, stage: int) -> tuple[Layout, str]:
+    """The layout that the configuration asks for, and why it cannot be started ("": it can).
+
+    An ep_size that does not divide the processes is no error here: the question is what would.
+    """
+    ep_size = config.parallel.ep_size
+    refusal = ""
+    if world_size % ep_size:
+        refusal = f"parallel.ep_size={ep_size} does not divide {world_size} processes"
+    layout = Layout(
+        world_size=world_size, ep_size=gcd(ep_size, world_size), stage=stage,
+        micro_batch_size=config.train.micro_batch_size, accumulation=config.train.gradient_accumulation_steps,
+        recompute=config.train.activation_checkpointing,
+    )  # fmt: skip
+    return layout, refusal
