@@ -229,7 +229,8 @@ def test_geneval_with_a_real_detector_by_command(tmp_path: Path) -> None:
 def test_a_killed_detection_ends_like_a_whole_one(
     tmp_path: Path, launcher: Launcher, photographs: dict[str, torch.Tensor]
 ) -> None:
-    prompts = [p for word in ("cup", "red") for p in read_prompts("geneval") if word in p.text.split()][:40]
+    asked = [p for p in read_prompts("geneval") if {"cup", "red"} & set(p.text.split())]
+    prompts = list({prompt.text: prompt for prompt in asked}.values())[:40]
     (tmp_path / "set.jsonl").write_text(metadata_lines(prompts))
     for i in range(len(prompts)):
         part = photographs["coffee"][2 * i : 2 * i + 300, 3 * i : 3 * i + 400]
