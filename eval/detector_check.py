@@ -7,6 +7,7 @@ that the scene has. Shapes: N pictures of H x W pixels.
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import combinations, product
 
 import numpy as np
@@ -106,6 +107,7 @@ class NegativeRates:
     blends: float
 
 
+@cache
 def negative_rates(config: DetectorConfig | None = None) -> NegativeRates:
     """How often the detector is fooled by other drawings, and by mixtures of two objects."""
     rates = []

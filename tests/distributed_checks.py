@@ -286,5 +286,6 @@ if __name__ == "__main__":
     this = detect_world()
     deepspeed.utils.logger.setLevel("ERROR")
     init_distributed(this)
-    globals()[sys.argv[1]](this)
-    print(f"rank {this.rank}: {sys.argv[1]} holds")
+    for name in sys.argv[1:]:
+        globals()[name](this)
+        print(f"rank {this.rank}: {name} holds", flush=True)

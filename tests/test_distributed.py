@@ -1,8 +1,10 @@
 """Real multi-process runs over gloo: the parity table and the checks of `distributed_checks.py`."""
 
+import subprocess
 from typing import Any
 
 import pytest
+from tests_launcher import Launcher
 
 
 @pytest.mark.slow
@@ -37,21 +39,25 @@ def test_upstream_stage_0_still_clips_expert_gradients_wrongly(launcher: Any) ->
     assert done.returncode == 1 and "outside the bounds" in done.stdout, done.stdout + done.stderr[-2000:]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "check",
-    [
-        "all_to_all_count",
-        "routers_sample_alike_with_and_without_expert_parallelism",
-        "ema_is_the_average_of_the_weights",
-        "construction_holds_one_layer_at_a_time",
-        "construction_allocates_one_layer_beside_the_shards",
-        "topology_does_not_change_the_start",
-        "one_rank_cannot_write",
-        "background_save_keeps_its_step",
-    ],
+CHECKS = (
+    "construction_holds_one_layer_at_a_time",
+    "construction_allocates_one_layer_beside_the_shards",
+    "all_to_all_count",
+    "routers_sample_alike_with_and_without_expert_parallelism",
+    "ema_is_the_average_of_the_weights",
+    "topology_does_not_change_the_start",
+    "one_rank_cannot_write",
+    "background_save_keeps_its_step",
 )
-def test_holds_on_two_processes(launcher: Any, check: str) -> None:
-    done = launcher.run("tests/distributed_checks.py", check, processes=2)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert done.stdout.count(f"{check} holds") == 2
+
+
+@pytest.fixture(scope="module")
+def checked() -> subprocess.CompletedProcess[str]:
+    """All checks in one start of two processes; those that count memory first."""
+    return Launcher().run("tests/distributed_checks.py", *CHECKS, processes=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", CHECKS)
+def test_holds_on_two_processes(checked: subprocess.CompletedProcess[str], check: str) -> None:
+    assert checked.stdout.count(f"{check} holds") == 2, checked.stdout + checked.stderr[-3000:]

@@ -55,8 +55,9 @@ def test_warnings_are_said_once_and_end_nothing() -> None:
 def test_memory_state_that_does_not_fit_is_a_problem_and_a_peak_a_warning() -> None:
     need = Need(layout="ep_size 8", state=40e9, peak=70e9)
     assert not need.problem(80e9) and not need.warning(80e9)
-    assert not need.problem(60e9) and "about 70.0 GB at its peak, but a process has 60.0 GB" in need.warning(60e9)
+    assert not need.problem(60e9) and "needs about 70.0 GB at its peak (ep_size 8), more" in need.warning(60e9)
     assert "needs 40.0 GB of weights" in need.problem(30e9) and not need.warning(30e9)
+    assert need.problem(30e9) == need.problem(20e9), "one sentence of all nodes is no node's fault"
 
 
 def test_slow_links_clocks_and_wrong_sums_are_named() -> None:

@@ -99,6 +99,7 @@ def test_noise_and_half_objects_are_nothing() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("negative_rates")
 def test_a_lead_allows_a_lower_score_at_the_same_rejection_of_blends() -> None:
     chosen, strict, bare = (
         negative_rates(config)
@@ -145,6 +146,7 @@ def test_blur_keeps_a_constant() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("negative_rates")  # which are computed once in a process
 def test_command_line_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--self-test", "--per-category", "1"])
     lines = capsys.readouterr().out.splitlines()

@@ -22,18 +22,19 @@ class Need:
         """The sentence if not even the state fits into `free` bytes; empty otherwise."""
         if self.state <= free:
             return ""
-        return self._sentence(f"{self.state / GB:.1f} GB of weights, gradients and optimizer state", free)
+        return self._sentence(f"{self.state / GB:.1f} GB of weights, gradients and optimizer state")
 
     def warning(self, free: float) -> str:
         """The sentence if the state fits but the expected peak does not; empty otherwise."""
         if self.problem(free) or self.peak <= free:
             return ""
-        return self._sentence(f"about {self.peak / GB:.1f} GB at its peak", free)
+        return self._sentence(f"about {self.peak / GB:.1f} GB at its peak")
 
-    def _sentence(self, what: str, free: float) -> str:
+    def _sentence(self, what: str) -> str:
+        """The same words on every node, so that what is wrong on all of them is no node's fault."""
         return (
-            f"{self.layout} needs {what}, but a process has {free / GB:.1f} GB: use more nodes or another "
-            "layout, `python -m trainer.plan` says which"
+            f"a process needs {what} ({self.layout}), more than is free: use more nodes or another layout, "
+            "`python -m trainer.plan` says which"
         )
 
 
