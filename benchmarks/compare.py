@@ -86,7 +86,7 @@ def parse(argv: list[str] | None) -> CompareConfig:
     """Command line; see the module docstring."""
     parser = argparse.ArgumentParser(prog="benchmarks.compare", description="Compare routers at equal FLOPs.")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
-    parser.add_argument("--steps", type=int, default=600, help="of each run (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=400, help="of each run (default %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=list(DEFAULT_VARIANTS), help=", ".join(VARIANTS))
     parser.add_argument("--per-category", type=int, default=20, help="prompts per category (default %(default)s)")
