@@ -12,13 +12,16 @@ cd "${root:?}" || exit 2
 job=$SLURM_JOB_ID restart=${SLURM_RESTART_COUNT:-0}
 
 # --- The allocation ---------------------------------------------------------------------------------------------------
-nodes=$SLURM_JOB_NUM_NODES cpus=${SLURM_CPUS_PER_TASK:-1}
-world=${SLURM_NTASKS:-$nodes}
-per_node=${SLURM_NTASKS_PER_NODE:-$((world / nodes))}
-[ -z "${SLURM_NTASKS_PER_NODE:-}" ] || world=$((nodes * per_node))
-[ $((per_node * nodes)) = "$world" ] ||
-  die "$world tasks on $nodes nodes are not the same number on each: submit with --ntasks-per-node"
-gpus=${SLURM_GPUS_ON_NODE:-0}
+# One task per GPU, without GPUs one per node, unless the submission says how many. Told to, by --ntasks-per-node, Slurm
+# would give a job with a range of nodes the fewest of them, however many are free.
+nodes=$SLURM_JOB_NUM_NODES gpus=${SLURM_GPUS_ON_NODE:-0}
+per_node=${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-0} / nodes))}
+[ -n "${SLURM_NTASKS_PER_NODE:-}" ] || [ $((per_node * nodes)) = "${SLURM_NTASKS:-0}" ] ||
+  die "$SLURM_NTASKS tasks on $nodes nodes are not the same number on each: submit with --ntasks-per-node"
+asked=${SLURM_GPUS_PER_NODE:-} asked=${asked##*:}              # 8 of h100:8; a job alone on its nodes sees all GPUs
+[ "$per_node" -gt 0 ] || per_node=$((gpus > 0 ? ${asked:-$gpus} : 1))
+world=$((nodes * per_node)) cpus=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / per_node))}
+[ "$cpus" -gt 0 ] || cpus=1
 [ "$gpus" = 0 ] || [ "$per_node" -le "$gpus" ] ||
   die "--ntasks-per-node=$per_node, but the job has $gpus GPUs per node: one task per GPU"
 
