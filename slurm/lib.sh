@@ -20,7 +20,8 @@ per_node=${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-0} / nodes))}
   die "$SLURM_NTASKS tasks on $nodes nodes are not the same number on each: submit with --ntasks-per-node"
 asked=${SLURM_GPUS_PER_NODE:-} asked=${asked##*:}              # 8 of h100:8; a job alone on its nodes sees all GPUs
 [ "$per_node" -gt 0 ] || per_node=$((gpus > 0 ? ${asked:-$gpus} : 1))
-world=$((nodes * per_node)) cpus=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / per_node))}
+on_node=${SLURM_CPUS_ON_NODE:-${SLURM_JOB_CPUS_PER_NODE:-1}}   # salloc sets the second alone: 64(x2)
+world=$((nodes * per_node)) cpus=${SLURM_CPUS_PER_TASK:-$((${on_node%%[!0-9]*} / per_node))}
 [ "$cpus" -gt 0 ] || cpus=1
 [ "$gpus" = 0 ] || [ "$per_node" -le "$gpus" ] ||
   die "--ntasks-per-node=$per_node, but the job has $gpus GPUs per node: one task per GPU"
