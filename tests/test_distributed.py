@@ -61,3 +61,4 @@ def checked() -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("check", CHECKS)
 def test_holds_on_two_processes(checked: subprocess.CompletedProcess[str], check: str) -> None:
     assert checked.stdout.count(f"{check} holds") == 2, checked.stdout + checked.stderr[-3000:]
+    assert checked.returncode == 0, checked.stdout + checked.stderr[-3000:]

@@ -120,18 +120,17 @@ def _check_run(config: TrainConfig, world: World) -> Plan:
 
 
 def _check_room(plan: Plan, device_free: float, memory: float, warnings: list[str]) -> None:
-    """Room for two checkpoints on the disk, and for a process in its device or its share of the node's memory (GiB)."""
+    """Room for a process in its device or its share of the node's memory (GiB), and for two checkpoints on the disk."""
     job, run_dir = job_of(plan), plan.config.run_dir
+    need, available = memory_need(plan, job, on_device=device_free > 0), (device_free or memory) * GIB
+    if warning := need.warning(available):
+        warnings.append(warning)
+    require(not need.problem(available), need.problem(available))
     needed, free = 2 * checkpoint_bytes(job), shutil.disk_usage(nearest_folder(Path(run_dir))).free
     require(
         free >= needed,
         f"run_dir={run_dir} has {free / GIB:.1f} GiB free, two checkpoints take {needed / GIB:.1f}: free space",
     )
-    need = memory_need(plan, job, on_device=device_free > 0)
-    available = (device_free or memory) * GIB
-    if warning := need.warning(available):
-        warnings.append(warning)
-    require(not need.problem(available), need.problem(available))
 
 
 def nearest_folder(path: Path) -> Path:

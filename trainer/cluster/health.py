@@ -36,6 +36,11 @@ def nodes_of(facts: Sequence[Facts]) -> list[str]:
     return list(dict.fromkeys(fact.node for fact in sorted(facts, key=lambda fact: fact.rank)))
 
 
+def warnings_of(facts: Sequence[Facts]) -> list[str]:
+    """What processes warn of, each sentence once."""
+    return list(dict.fromkeys(words for fact in facts for words in fact.warnings))
+
+
 def judge_nodes(facts: Sequence[Facts], missing: Mapping[int, str]) -> Health:
     """Judge before any collective: each node by itself, and versions side by side.
 
@@ -58,14 +63,14 @@ def judge_nodes(facts: Sequence[Facts], missing: Mapping[int, str]) -> Health:
             for fact in facts:
                 if (found := fact.versions.get(name, "none")) != usual:
                     bad[fact.node] = bad.get(fact.node) or f"{name} is {found}, elsewhere {usual}: install the same"
-    warnings = list(dict.fromkeys(words for fact in facts for words in fact.warnings))
-    return Health(bad={node: words for node, words in bad.items() if words}, general=general, warnings=warnings)
+    bad = {node: words for node, words in bad.items() if words}
+    return Health(bad=bad, general=general, warnings=warnings_of(facts))
 
 
 def judge_network(facts: Sequence[Facts], network: Network) -> Health:
     """Judge collectives, bandwidths and clocks."""
     nodes, bad = nodes_of(facts), dict[str, str]()
-    warnings = list(dict.fromkeys(words for fact in facts for words in fact.warnings))
+    warnings = warnings_of(facts)
     for number, share in slow_nodes(network.pair).items():
         words = f"its network has {share:.0%} of the median node's bandwidth: check its links"
         if share < BROKEN:
