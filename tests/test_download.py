@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import picture_server
@@ -157,6 +159,29 @@ def test_a_terminated_download_takes_img2dataset_with_it(tmp_path: Path, launche
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(30) == 143
     wait_for(lambda: not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+class StruckPopen(subprocess.Popen):  # type: ignore[type-arg]
+    """A process whose parent gets SIGTERM before it knows of it."""
+
+    started: ClassVar["list[StruckPopen]"] = []
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.started.append(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_while_img2dataset_starts_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", StruckPopen)
+    python = fake_python(tmp_path / "python", "sleep 600")
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with pytest.raises(SystemExit, match="143"), (tmp_path / "lock").open("w") as lock:
+            img2dataset.run(str(python), [], tmp_path / "log", lock.fileno(), lambda: None)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert [process.returncode for process in StruckPopen.started] == [-signal.SIGTERM]
 
 
 def test_reports_add_up() -> None:

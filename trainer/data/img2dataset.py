@@ -9,7 +9,8 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from trainer.config import require
 
 VERSION = "1.47.0"
 DISTRIBUTORS = ("multiprocessing", "pyspark", "ray")
+_ENDING = (signal.SIGTERM, signal.SIGINT)
 _START = "from img2dataset.main import main; main()"
 _PROBE = """
 import importlib.metadata, importlib.util, json, sys
@@ -127,18 +129,40 @@ def arguments(url_list: Path, folder: Path, settings: DownloadSettings, columns:
     return [f"--{name}={value}" for name, value in options.items()]
 
 
+@contextmanager
+def _signals_held() -> Iterator[Callable[[], None]]:
+    """Keep SIGTERM and SIGINT back until the yielded function is called.
+
+    A handler that raises while `Popen` has begun a process and not yet returned would leave that process behind.
+    """
+    received: list[int] = []
+    previous = {number: signal.signal(number, lambda n, _: received.append(n)) for number in _ENDING}
+
+    def release() -> None:
+        while previous:
+            signal.signal(*previous.popitem())
+        while received:
+            signal.raise_signal(received.pop())
+
+    try:
+        yield release
+    finally:
+        release()
+
+
 def run(python: str, options: list[str], log: Path, lock: int, watch: Callable[[], None]) -> None:
     """Run img2dataset until it ends, its output in a log file, `watch` every second.
 
     It inherits the descriptor `lock`, so that a lock on it is held as long as either of us lives.
     """
-    with log.open("a") as output:
+    with log.open("a") as output, _signals_held() as release:
         process = subprocess.Popen(
             [python, "-I", "-c", _START, *options],
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             env=_environment(python), pass_fds=(lock,), start_new_session=True,
         )  # fmt: skip
         try:
+            release()
             while True:
                 try:
                     process.wait(timeout=1)
