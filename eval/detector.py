@@ -12,7 +12,8 @@ Shapes: N pictures, T templates of one size, h x w window places, k x k pixels.
 """
 
 import argparse
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -162,17 +163,26 @@ def _select(found: _Candidates, rows_K: Tensor, config: DetectorConfig, scale: f
     return sorted(detections, key=lambda item: -item.score)
 
 
-@torch.inference_mode()
 def detect(pictures_NHWC: Tensor, config: DetectorConfig | None = None) -> list[list[Detection]]:
     """Objects in each uint8 picture [N, H, W, 3], best first; boxes in pixels of the given pictures.
 
     Raises ValueError unless the pictures are square.
     """
     config = config or DetectorConfig()
+    return detect_at(pictures_NHWC, (config.min_score,), config)[0]
+
+
+@torch.inference_mode()
+def detect_at(
+    pictures_NHWC: Tensor, min_scores: Sequence[float], config: DetectorConfig | None = None
+) -> list[list[list[Detection]]]:
+    """What `detect` finds with each of these `min_score`s; the pictures are compared with the templates once."""
+    config = config or DetectorConfig()
     side = pictures_NHWC.shape[1]
     if pictures_NHWC.ndim != 4 or pictures_NHWC.shape[2] != side:
         raise ValueError(f"pictures of shape {tuple(pictures_NHWC.shape)}: need [N, H, H, 3]")
-    detections: list[list[Detection]] = []
+    configs = [replace(config, min_score=min_score) for min_score in min_scores]
+    detections: list[list[list[Detection]]] = [[] for _ in configs]
     for chunk in pictures_NHWC.split(_CHUNK):
         x_N3HW = chunk.permute(0, 3, 1, 2).float().cpu() / 255
         if side != PICTURE_SIZE:
@@ -180,10 +190,12 @@ def detect(pictures_NHWC: Tensor, config: DetectorConfig | None = None) -> list[
             x_N3HW = functional.interpolate(x_N3HW, size, mode="bilinear", antialias=True)
         x_N3HW = functional.pad(gaussian_blur(x_N3HW, config.blur), (_PADDING,) * 4, mode="replicate")
         banks = [build_bank(pixels, config.step, config.blur) for pixels in config.sizes]
-        found = _join([_candidates(x_N3HW, bank, config.min_score - _RIVAL_SCORE) for bank in banks])
+        # A rival this far below the least score asked for cannot spoil a lead, so one cut serves all scores.
+        found = _join([_candidates(x_N3HW, bank, min(min_scores) - _RIVAL_SCORE) for bank in banks])
         for n in range(len(chunk)):
             rows_K = torch.nonzero(found.picture_K == n).flatten()
-            detections.append(_select(found, rows_K, config, side / PICTURE_SIZE))
+            for one, into in zip(configs, detections, strict=True):
+                into.append(_select(found, rows_K, one, side / PICTURE_SIZE))
     return detections
 
 

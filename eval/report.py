@@ -85,7 +85,7 @@ def _header(content: ReportInput) -> list[str]:
         )
         stats.append(_stat("GenEval rules on unseen scenes", _percent(geneval["overall"]["value"]), "%", note))
     if fid:
-        note = f"true pictures reach {fid['floor']:.1f}, the untrained model {fid['untrained']:.1f}"
+        note = f"true pictures reach {fid['true']:.1f}, the untrained model {fid['untrained']:.1f}"
         stats.append(_stat("FID to training scenes, lower is better", f"{fid['generated']:.1f}", "", note))
     return [
         f"<h1>{escape(report['run'])} at step {report['step']:,}</h1>",
@@ -171,7 +171,6 @@ def _fid(content: ReportInput) -> list[str]:
     if not fid:
         return []
     names = {
-        "floor": "other training scenes (floor)",
         "true": "true pictures of these captions",
         "generated": "generated pictures",
         "untrained": "untrained model",
@@ -180,8 +179,8 @@ def _fid(content: ReportInput) -> list[str]:
     return [
         "<h2>Do the pictures look like the training scenes?</h2>",
         f"<p>Frechet distance of Inception features between {fid['card']['pictures']} drawn training scenes and as "
-        "many other pictures. With so few the value is biased upwards: read it against the floor, which compares "
-        "two disjoint sets of true scenes, and compare only values of the same number of pictures.</p>",
+        "many other pictures. With so few the value is biased upwards: read it against that of true pictures, which a "
+        "perfect model would reach, and compare only values of the same number of pictures.</p>",
         f'<div class="beside">{table(["pictures", "FID"], rows)}'
         f"{card('Protocol of this score', {**fid['card'], 'versions': content.report['versions']})}</div>",
     ]

@@ -209,7 +209,7 @@ def print_summary(report: dict[str, Any], out: Path) -> None:
             tags = "  ".join(f"{tag} {score['value']:.1%}" for tag, score in result["tags"].items())
             print(f"geneval {overall['value']:.1%} ({overall['low']:.1%} to {overall['high']:.1%})  {tags}")
         elif name == "fid":
-            print(f"fid {result['generated']:.2f}  floor {result['floor']:.2f}  untrained {result['untrained']:.2f}")
+            print("fid " + "  ".join(f"{key} {result[key]:.2f}" for key in ("generated", "true", "untrained")))
     print(f"report: {out / 'report.html'}")
 
 

@@ -6,7 +6,7 @@ its function and name it in SUITES. Shapes: N pictures, H x W pixels.
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eval.background import background_score
 from eval.controls import judge_all, permuted_scores, with_overall
-from eval.detector import RULES, VERSION, DetectorConfig, detect
+from eval.detector import RULES, VERSION, DetectorConfig, detect, detect_at
 from eval.features import CONVENTION, WEIGHTS_SHA256, find_weights, inception_features
 from eval.fid import frechet_from_features
 from eval.generate import picture_path, write_text
@@ -56,7 +56,7 @@ def run_geneval(evaluation: Evaluation) -> dict[str, Any]:
     """Judge the pictures by GenEval's rules with the embedded detector; writes results.jsonl."""
     start = time.perf_counter()
     prompts, samples = evaluation.prompts, evaluation.num_samples
-    found = detect(evaluation.pictures)
+    found, *found_at_others = detect_at(evaluation.pictures, (DetectorConfig().min_score, *OTHER_THRESHOLDS))
     verdicts, summary = judge_all(prompts, found, RULES, samples)
     found_true = detect(evaluation.true)
     controls = {
@@ -65,10 +65,10 @@ def run_geneval(evaluation: Evaluation) -> dict[str, Any]:
         "untrained": _accuracies(judge_all(prompts, detect(evaluation.untrained), RULES, samples)[1]),
         "ceiling": _accuracies(judge_all(prompts, found_true, RULES)[1]),
     }
-    thresholds = {}
-    for threshold in OTHER_THRESHOLDS:
-        other = detect(evaluation.pictures, replace(DetectorConfig(), min_score=threshold))
-        thresholds[str(threshold)] = judge_all(prompts, other, RULES, samples)[1].overall.value
+    thresholds = {
+        str(threshold): judge_all(prompts, other, RULES, samples)[1].overall.value
+        for threshold, other in zip(OTHER_THRESHOLDS, found_at_others, strict=True)
+    }
     rows = []
     for i, (verdict, items) in enumerate(zip(verdicts, found, strict=True)):
         number, sample = divmod(i, samples)
@@ -94,23 +94,21 @@ def run_geneval(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _training_pictures(first: int, count: int, size: int) -> Tensor:
-    scenes = [training_scene(0, index) for index in range(first, first + count)]
+def _training_pictures(count: int, size: int) -> Tensor:
+    scenes = [training_scene(0, index) for index in range(count)]
     return torch.from_numpy(np.stack([render(scene, size) for scene in scenes]))
 
 
 def run_fid(evaluation: Evaluation) -> dict[str, Any]:
-    """Frechet distance to as many training scenes, beside that of other true pictures.
+    """Frechet distance to as many training scenes, beside that of controls.
 
-    `floor`: training scenes against other training scenes. `true`: true pictures of the prompts, what a
-    perfect model would get. `untrained`: the untrained model.
+    `true`: true pictures of the prompts, what a perfect model would get. `untrained`: the untrained model.
     """
     start = time.perf_counter()
     count, size = len(evaluation.pictures), evaluation.pictures.shape[1]
     sets = {
-        "reference": _training_pictures(0, count, size),
+        "reference": _training_pictures(count, size),
         "generated": evaluation.pictures,
-        "floor": _training_pictures(count, count, size),
         "true": evaluation.true,
         "untrained": evaluation.untrained,
     }
@@ -128,7 +126,6 @@ def run_fid(evaluation: Evaluation) -> dict[str, Any]:
         "weights_sha256": WEIGHTS_SHA256,
         "pictures": count,
         "reference": f"training scenes 0 to {count - 1} of seed 0, {size} px, drawn anew",
-        "floor": f"training scenes {count} to {2 * count - 1} against the same reference",
         **evaluation.sampling,
     }
     return {**values, "seconds": time.perf_counter() - start, "card": card}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.detector import RULES, DetectorConfig, _match, detect, main
+from eval.detector import RULES, DetectorConfig, _match, detect, detect_at, main
 from eval.detector_check import degrade, measure, negative_rates
 from eval.geneval import judge
 from eval.prompts import demo_prompts, render_prompts
@@ -138,6 +138,17 @@ def test_other_picture_sizes_are_reduced() -> None:
 def test_threshold_is_applied() -> None:
     pictures = _pictures([_one("dog", "pink")])
     assert detect(pictures, replace(DetectorConfig(), min_score=0.9999)) == [[]]
+
+
+def test_several_thresholds_at_once_find_what_each_finds_alone() -> None:
+    pictures = _pictures([_one("dog", "pink"), _one("ghost", "white"), _one("frog", "red", size=0.5)])
+    noisy = (
+        (pictures + 40 * torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255).byte()
+    )
+    scores = (0.7, 0.3, 0.5, 0.91, 0.95)
+    together = detect_at(noisy, scores)
+    alone = [detect(noisy, replace(DetectorConfig(), min_score=score)) for score in scores]
+    assert together == alone and len({str(found) for found in alone}) > 2
 
 
 def test_blur_keeps_a_constant() -> None:

@@ -21,16 +21,9 @@ def layer_norm(x_BSD: Tensor) -> Tensor:
     return functional.layer_norm(x_BSD, x_BSD.shape[-1:], eps=1e-6)
 
 
-class RmsNorm(nn.Module):
-    """Root-mean-square norm over the last axis with a learned scale (QK-norm, arXiv 2302.05442)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape [..., dim] -> the same shape."""
-        return functional.rms_norm(x, x.shape[-1:], self.weight, eps=1e-6)
+def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
+    """Root-mean-square norm over the last axis, times a learned scale (QK-norm, arXiv 2302.05442)."""
+    return functional.rms_norm(x, x.shape[-1:], scale, eps=1e-6)
 
 
 def rope_2d(height: int, width: int, head_dim: int) -> Tensor:
@@ -67,7 +60,10 @@ def rotate(x_BHSh: Tensor, angle_BSa: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with QK-norm and no biases; self-attention if `context` is the input."""
+    """Grouped-query attention with QK-norm and no biases; self-attention if `context` is the input.
+
+    The norms' scales are its own parameters, not those of modules: under ZeRO-3 each module costs four hooks a step.
+    """
 
     def __init__(self, dim: int, num_heads: int, num_kv_heads: int) -> None:
         super().__init__()
@@ -75,15 +71,15 @@ class Attention(nn.Module):
         self.query = nn.Linear(dim, dim, bias=False)
         self.key_value = nn.Linear(dim, 2 * num_kv_heads * self.head_dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
-        self.query_norm = RmsNorm(self.head_dim)
-        self.key_norm = RmsNorm(self.head_dim)
+        self.query_norm = nn.Parameter(torch.empty(self.head_dim))
+        self.key_norm = nn.Parameter(torch.empty(self.head_dim))
 
     def keys_values(self, context_BLD: Tensor) -> tuple[Tensor, Tensor]:
         """Normed keys and values [B, K, L, h] of a context; a sampler computes them once per caption."""
         B, L, _ = context_BLD.shape
         key_value = self.key_value(context_BLD).view(B, L, 2, self.num_kv_heads, self.head_dim)
         key, value = key_value.permute(2, 0, 3, 1, 4)
-        return self.key_norm(key), value
+        return rms_norm(key, self.key_norm), value
 
     def forward(
         self,
@@ -96,7 +92,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """[B, S, D], [B, L, D] -> [B, S, D]; `mask` is True at real text tokens; `angle` is RoPE's."""
         B, S, D = x_BSD.shape
-        query = self.query_norm(self.query(x_BSD).view(B, S, self.num_heads, self.head_dim).transpose(1, 2))
+        query = self.query(x_BSD).view(B, S, self.num_heads, self.head_dim).transpose(1, 2)
+        query = rms_norm(query, self.query_norm)
         key, value = cached if cached is not None else self.keys_values(context_BLD)
         if angle_BSa is not None:
             query, key = rotate(query, angle_BSa), rotate(key, angle_BSa)

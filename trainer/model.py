@@ -215,7 +215,7 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int, first_expert: in
 
     `first_expert` is the global number of the first expert in `shape` for expert parameters.
     """
-    if name.endswith(("query_norm.weight", "key_norm.weight")):
+    if name.endswith(("query_norm", "key_norm")):
         return torch.ones(shape)
     zero = (
         "bias",
