@@ -49,7 +49,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "num_shared_experts": 1,
     },
 }  # fmt: skip
-LOSS_BOUND, NORM_BOUND, UPDATE_BOUND = 1e-6, 1e-6, 1e-4
+LOSS_BOUND, NORM_BOUND, UPDATE_BOUND = 1e-6, 1e-6, 1e-5
 SHAPE = ModelShape(channels=3, height=8, width=8, text_dim=32)
 
 
