@@ -48,7 +48,7 @@ lint: $(STAMP)
 	lint-imports
 
 # Workers side by side: many tests wait, for a process to start, a signal to be seen or Slurm to schedule.
-WORKERS ?= 2
+WORKERS ?= 3
 SIDE_BY_SIDE := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 check: lint

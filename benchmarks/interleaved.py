@@ -3,7 +3,7 @@
 Every round runs every alternative once, in rotated order, so that a slow minute hits all of them alike.
 What is reported is the median over rounds of a ratio within one round, never an absolute time. Two
 clocks: CPU seconds of the process over all its threads (steady on a shared machine, if waiting threads
-sleep: OMP_WAIT_POLICY=PASSIVE) and wall seconds.
+sleep: OMP_WAIT_POLICY=PASSIVE) and wall seconds. Work on a GPU is waited for before each look at a clock.
 """
 
 import gc
@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +36,13 @@ class Ratio:
     high: float
 
 
-def time_interleaved(work: Mapping[str, Callable[[], None]], *, rounds: int, warmups: int = 2) -> dict[str, Times]:
-    """Run each alternative `warmups` times unmeasured, then `rounds` times in turn with the others."""
+def time_interleaved(
+    work: Mapping[str, Callable[[], None]], *, rounds: int, warmups: int = 2, repeats: int = 1
+) -> dict[str, Times]:
+    """Run each alternative `warmups` times unmeasured, then `rounds` times in turn with the others.
+
+    Each turn is `repeats` calls: on a GPU several, so that it need not wait for the next call to be put in its queue.
+    """
     names = list(work)
     times = {name: Times(cpu=[], wall=[]) for name in names}
     for name in names:
@@ -47,13 +54,22 @@ def time_interleaved(work: Mapping[str, Callable[[], None]], *, rounds: int, war
         for number in range(rounds):
             first = number % len(names)
             for name in names[first:] + names[:first]:
+                wait_for_gpu()
                 wall, cpu = time.perf_counter(), time.process_time()
-                work[name]()
+                for _ in range(repeats):
+                    work[name]()
+                wait_for_gpu()
                 times[name].cpu.append(time.process_time() - cpu)
                 times[name].wall.append(time.perf_counter() - wall)
     finally:
         gc.enable()
     return times
+
+
+def wait_for_gpu() -> None:
+    """Return when all that was queued on the GPU is done, if a program here uses one."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def ratio(seconds: Sequence[float], base: Sequence[float]) -> Ratio:

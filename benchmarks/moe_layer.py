@@ -2,6 +2,7 @@
 
     python -m benchmarks.moe_layer                                # the table, a few minutes
     python -m benchmarks.moe_layer --experts 16 --dtypes bf16 --rounds 21 --json moe_layer.json
+    python -m benchmarks.moe_layer --device cuda --dim 1152 --batch-size 64 --rounds 11 --repeats 10
 
 All paths push the same number of rows (capacity_factor 2, so twice the tokens) through GELU MLPs of one
 size, with biases:
@@ -192,13 +193,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=512, help="width, hidden width / 4 (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=1, help="calls of a turn, 10 on a GPU (default %(default)s)")
     parser.add_argument("--json", type=Path, help="also write ratios with quartiles to this file")
     return parser.parse_args(argv)
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure every case, print both tables, write the JSON."""
-    require(options.rounds >= 1, f"--rounds is {options.rounds}: use 1 or more")
+    for flag in ("rounds", "repeats"):
+        require(getattr(options, flag) >= 1, f"--{flag} is {getattr(options, flag)}: use 1 or more")
+    require(
+        options.device == "cpu" or torch.cuda.is_available(),
+        "--device cuda: PyTorch finds no GPU here, use --device cpu",
+    )
     cases = [
         Case(
             num_experts=num_experts,
@@ -214,17 +222,22 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     results = []
     for case in cases:
-        results.append(summarise(case, time_interleaved(build_work(case), rounds=options.rounds)))
+        with torch.device(options.device):
+            work = build_work(case)
+        times = time_interleaved(work, rounds=options.rounds, repeats=options.repeats)
+        results.append(summarise(case, times))
         print(f"{case.label}: {options.rounds} rounds measured", flush=True)
     settings = {
         "rounds": options.rounds,
         "threads": options.threads,
         "torch": torch.__version__,
         "deepspeed": version("deepspeed"),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "repeats": options.repeats,
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else torch.backends.cpu.get_cpu_capability(),
     }
+    clocks = ["wall"] if options.device == "cuda" else ["cpu", "wall"]
     print("\n" + ", ".join(f"{key} {value}" for key, value in settings.items()))
-    print("\n" + table(results, "cpu") + "\n\n" + table(results, "wall"))
+    print("\n" + "\n\n".join(table(results, clock) for clock in clocks))
     if options.json:
         write_json(options.json, {**settings, "results": results})
 

@@ -77,16 +77,16 @@ def test_keeping_all_tokens_is_no_mask() -> None:
 
 
 def test_masked_tokens_keep_their_positions() -> None:
-    angle = rope_2d(4, 4, 16)
+    angle = rope_2d(4, 4, 16, torch.device("cpu"))
     keep = torch.tensor([[0, 5, 10]])
     absolute, kept_angle = build().positions(keep, torch.device("cpu"))
     assert torch.equal(kept_angle[0], angle[keep[0]])
-    assert torch.equal(absolute[0], sincos_2d(4, 4, 32)[keep[0]])
+    assert torch.equal(absolute[0], sincos_2d(4, 4, 32, torch.device("cpu"))[keep[0]])
 
 
 def test_rotation_depends_on_distance_only() -> None:
     query, key = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
-    angle = rope_2d(6, 6, 16)
+    angle = rope_2d(6, 6, 16, torch.device("cpu"))
 
     def score(a: int, b: int) -> torch.Tensor:
         return (rotate(query, angle[None, a : a + 1]) * rotate(key, angle[None, b : b + 1])).sum()

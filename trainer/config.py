@@ -56,6 +56,7 @@ class TrainLoopConfig:
     to its newest checkpoint and on past those samples, at most `max_rollbacks` times to the same checkpoint.
     `emergency_save_seconds` bounds the attempt to save when something else fails between two steps.
     Every `profile_every`-th step is measured section by section, and is slower for it (trainer/step_timer.py).
+    `deterministic` makes a GPU's sums repeatable, so that a resumed run repeats an unbroken one bitwise.
     """
 
     micro_batch_size: int = 8
@@ -74,6 +75,7 @@ class TrainLoopConfig:
     max_rollbacks: int = 2
     emergency_save_seconds: float = 600.0
     precision: Literal["fp32", "bf16"] = "fp32"
+    deterministic: bool = True
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:

@@ -33,9 +33,15 @@ class NoisedBatch:
     keep_BS: Tensor | None
 
     def to(self, device: torch.device) -> "NoisedBatch":
-        """The same batch on another device."""
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "keep_BS"}
-        return NoisedBatch(**moved, keep_BS=None if self.keep_BS is None else self.keep_BS.to(device))
+        """The same batch on another device; a copy to a GPU goes through pinned memory, and nobody waits for it."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return NoisedBatch(**{name: None if v is None else _moved(v, device) for name, v in values.items()})
+
+
+def _moved(value: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda" or value.is_cuda:
+        return value.to(device)
+    return value.pin_memory().to(device, non_blocking=True)
 
 
 def interpolate(x0: Tensor, x1: Tensor, t_B: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trainer.config import ConfigError
+from trainer.config import ConfigError, require
 
 Result = TypeVar("Result")
 
@@ -56,6 +56,18 @@ def detect_world() -> World:
             local_size=int(env["OMPI_COMM_WORLD_LOCAL_SIZE"]),
         )
     return World(rank=0, local_rank=0, size=1)
+
+
+def check_devices(world: World) -> None:
+    """ConfigError if a node has GPUs, but not one for each of its processes. Touches no GPU."""
+    if not torch.cuda.is_available():
+        return
+    needed, found = max(world.local_size, world.local_rank + 1), torch.cuda.device_count()
+    require(
+        needed <= found,
+        f"{needed} processes on this node and {found} GPUs: start one process per GPU, or train on the CPU with "
+        "CUDA_VISIBLE_DEVICES= and DS_ACCELERATOR=cpu",
+    )
 
 
 def init_distributed(world: World) -> torch.device:

@@ -26,29 +26,36 @@ def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
     return functional.rms_norm(x, x.shape[-1:], scale, eps=1e-6)
 
 
-def rope_2d(height: int, width: int, head_dim: int) -> Tensor:
+def rope_2d(height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
     """Angles of a 2-D rotary embedding: half of the head turns with the row, half with the column.
 
     Returns [height * width, head_dim / 2] fp32 (RoPE, arXiv 2104.09864, on two axes).
     """
     num_frequencies = head_dim // 4
-    frequency = 100.0 ** (-torch.arange(num_frequencies, dtype=torch.float32) / num_frequencies)
-    row = torch.arange(height, dtype=torch.float32).repeat_interleave(width)
-    column = torch.arange(width, dtype=torch.float32).repeat(height)
+    frequency = 100.0 ** (-_numbers(num_frequencies, device) / num_frequencies)
+    row, column = _rows_and_columns(height, width, device)
     return torch.cat([row[:, None] * frequency, column[:, None] * frequency], dim=-1)
 
 
-def sincos_2d(height: int, width: int, dim: int) -> Tensor:
+def sincos_2d(height: int, width: int, dim: int, device: torch.device) -> Tensor:
     """Fixed absolute positions: sinusoids of the row in one half, of the column in the other (DiT, PixArt).
 
     Returns [height * width, dim] fp32; `dim` is a multiple of 4. RoPE alone sees only differences of
     positions, and nothing in a square of noise says where its edges are.
     """
-    frequency = 1e4 ** (-torch.arange(dim // 4, dtype=torch.float32) / (dim // 4))
-    row = torch.arange(height, dtype=torch.float32).repeat_interleave(width)
-    column = torch.arange(width, dtype=torch.float32).repeat(height)
-    angles = [position[:, None] * frequency for position in (row, column)]
+    frequency = 1e4 ** (-_numbers(dim // 4, device) / (dim // 4))
+    angles = [position[:, None] * frequency for position in _rows_and_columns(height, width, device)]
     return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=-1)
+
+
+def _numbers(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=torch.float32, device=device)
+
+
+def _rows_and_columns(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column of each token, row by row; made on the device, as a copy to it would wait for it."""
+    row_HW, column_HW = _numbers(height, device)[:, None], _numbers(width, device)[None, :]
+    return row_HW.expand(height, width).reshape(-1), column_HW.expand(height, width).reshape(-1)
 
 
 def rotate(x_BHSh: Tensor, angle_BSa: Tensor) -> Tensor:

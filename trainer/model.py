@@ -128,10 +128,8 @@ class EcDit(nn.Module):
         P, config = self.config.patch_size, self.config
         height, width = size or (self.shape.height, self.shape.width)
         grid = height // P, width // P
-        tables = sincos_2d(*grid, config.dim), rope_2d(*grid, config.dim // config.num_heads)
-        absolute, angle = (
-            table.to(device).unsqueeze(0) if keep_BS is None else table.to(device)[keep_BS] for table in tables
-        )
+        tables = sincos_2d(*grid, config.dim, device), rope_2d(*grid, config.dim // config.num_heads, device)
+        absolute, angle = (table.unsqueeze(0) if keep_BS is None else table[keep_BS] for table in tables)
         return absolute, angle
 
     def embed_text(self, text_BLD: Tensor) -> Tensor:

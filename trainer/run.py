@@ -12,7 +12,8 @@ from trainer.checkpoint import check_init_whole, choose_checkpoint, init_notes
 from trainer.cluster.heartbeat import watch_peers
 from trainer.cluster.outcome import Outcome
 from trainer.config import ConfigError, TrainConfig, save_config
-from trainer.distributed import World, barrier, from_main, init_distributed
+from trainer.determinism import make_deterministic
+from trainer.distributed import World, barrier, check_devices, from_main, init_distributed
 from trainer.loop import Trainer
 from trainer.metrics import logger, setup_logging
 from trainer.run_lock import RunLock
@@ -25,7 +26,10 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> Outcome:
 
     Raises ConfigError for what the user can mend, before anything is written.
     """
+    check_devices(world)
     plan = plan_run(config, world)
+    if config.train.deterministic:
+        make_deterministic()
     device = init_distributed(world)
     try:
         with watch_peers(world):

@@ -77,7 +77,8 @@ def train_step(
         group["lr"] = rate
     losses, router, last = [], [], []
     for micro in micro_batches:
-        noised = micro.noised.to(device)
+        with timer.section("data"):
+            noised = micro.noised.to(device)
         with timer.section("forward"):
             prediction, stats = engine(noised.x_BCHW, noised.t_B, noised.text_BLD, noised.text_mask_BL, noised.keep_BS)
             loss = training_loss(prediction, noised, config.model.patch_size)

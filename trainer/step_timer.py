@@ -2,7 +2,7 @@
 
 | section      | what is in it, without the sections inside it                             |
 |--------------|---------------------------------------------------------------------------|
-| `data`       | reading and noising the next step's micro-batches                         |
+| `data`       | reading and noising the next step's micro-batches, the copy to the device |
 | `forward`    | the model and the loss                                                    |
 | `experts`    | the experts' MLPs, forward (their backward is part of `backward`)         |
 | `all_to_all` | exchanges of rows between ranks, forward and backward                     |

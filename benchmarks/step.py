@@ -1,0 +1,176 @@
+"""A training step of a recipe at full size on the devices at hand, against what the planner says of it.
+
+    python -m benchmarks.step ec_dit_xl_8e train.micro_batch_size=64 --device h100
+    torchrun --nproc-per-node 8 -m benchmarks.step ec_dit_xl_32e --device h100 --steps 20 --json step.json
+
+The engine, the optimizer step and the average are those of a run; data are random tensors of the recipe's shapes that
+lie in memory, noised on the CPU as in training. Nothing is read or written. `--device` is what trainer.plan should take
+the devices for; its other options (`--text-tokens`, `--flops`, ...) are understood, too.
+
+`step` is the median over the steps; then one is measured section by section (trainer/step_timer.py), which is slower.
+Memory is the most that PyTorch held at once, and with it what the device context and the libraries take.
+"""
+
+import argparse
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.interleaved import markdown_table, wait_for_gpu, write_json
+from trainer.config import TrainConfig, require, run_cli
+from trainer.data.latents import Batch
+from trainer.deepspeed_config import load_deepspeed_config
+from trainer.determinism import make_deterministic
+from trainer.diffusion import noise_batch
+from trainer.distributed import World, all_reduce_mean, detect_world, init_distributed
+from trainer.ema import Ema
+from trainer.engine import build_engine
+from trainer.plan.command import parse as parse_plan
+from trainer.plan.command import plan
+from trainer.plan.job import Job
+from trainer.step import Prepared, train_step
+from trainer.step_timer import StepTimer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One rank's numbers; seconds are means over the ranks. Memory is 0 on a CPU."""
+
+    steps: list[float]
+    noise: float
+    sections: dict[str, float]
+    allocated_bytes: float
+    taken_bytes: float
+
+
+class Bench:
+    """An engine with random data of the recipe's shapes."""
+
+    def __init__(self, job: Job, world: World) -> None:
+        self.job, self.config = job, job.config
+        self.device = init_distributed(world)
+        content = load_deepspeed_config(self.config, world.size)
+        self.engine = build_engine(self.config, content, job.shape, self.device)
+        self.ema = Ema(self.engine, self.config.ema)
+        self.timer = StepTimer(self.device)
+        self.batch = random_batch(job, self.config.train.micro_batch_size, seed=world.rank)
+        self.noise_seconds = 0.0
+
+    def prepare(self) -> list[Prepared]:
+        """Noised micro-batches of one step; the time goes to `noise_seconds`."""
+        start, config = time.perf_counter(), self.config
+        noised = [
+            noise_batch(self.batch, config.diffusion, seed=0, patch_size=config.model.patch_size)
+            for _ in range(config.train.gradient_accumulation_steps)
+        ]
+        self.noise_seconds = time.perf_counter() - start
+        return [Prepared(index_B=self.batch.index_B, noised=item) for item in noised]
+
+    def step(self, number: int, micro_batches: list[Prepared]) -> list[Prepared]:
+        """One step as the training loop takes it: update, average, then the data of the next one, then the loss."""
+        result = train_step(self.engine, micro_batches, 1e-5, self.config, self.device, self.timer)
+        with self.timer.section("optimizer"):
+            self.ema.update(self.engine, number + 1)
+        with self.timer.section("data"):
+            upcoming = self.prepare()
+        all_reduce_mean(result.losses.mean()).item()
+        return upcoming
+
+    def measure(self, steps: int, warmups: int) -> Measured:
+        """Time `steps` steps after `warmups`, and one more in sections."""
+        upcoming, seconds = self.prepare(), []
+        for number in range(warmups + steps):
+            wait_for_gpu()
+            start = time.perf_counter()
+            upcoming = self.step(number, upcoming)
+            wait_for_gpu()
+            seconds.append(time.perf_counter() - start)
+        allocated, taken = device_memory()
+        with self.timer.measuring(self.engine, True):
+            self.step(warmups + steps, upcoming)
+        means = all_reduce_mean(torch.tensor(seconds[warmups:], device=self.device)).tolist()
+        sections = {name.removeprefix("time/"): value for name, value in self.timer.take().items()}
+        return Measured(
+            steps=means, noise=self.noise_seconds, sections=sections, allocated_bytes=allocated, taken_bytes=taken
+        )
+
+
+def random_batch(job: Job, size: int, *, seed: int) -> Batch:
+    """A batch of the job's shapes; captions are as long as can be."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    shape, tokens = job.shape, job.text_tokens
+    return Batch(
+        latent_BCHW=normal(size, shape.channels, shape.height, shape.width),
+        text_BLD=normal(size, tokens, shape.text_dim),
+        text_mask_BL=torch.ones(size, tokens, dtype=torch.bool),
+        index_B=torch.arange(size) + size * seed,
+    )
+
+
+def device_memory() -> tuple[float, float]:
+    """(most that tensors took at once, what is gone from the device now) in bytes; zeros on a CPU."""
+    if not torch.cuda.is_available():
+        return 0.0, 0.0
+    free, total = torch.cuda.mem_get_info()
+    return float(torch.cuda.max_memory_allocated()), float(total - free)
+
+
+def compare(planned: dict[str, Any], found: Measured, config: TrainConfig, world_size: int) -> dict[str, Any]:
+    """Planned and measured value of each line of the table."""
+    step = statistics.median(found.steps)
+    flops = planned["terms"]["model FLOPs per rank"]
+    peak_flops = flops / planned["step_seconds"] / planned["mfu"]
+    reserved = planned["terms"]["reserved"]
+    return {
+        "step, s": (planned["step_seconds"], step),
+        "images/s": (planned["images_per_second"], config.global_batch_size(world_size) / step),
+        "MFU, %": (100 * planned["mfu"], 100 * flops / step / peak_flops),
+        "memory of tensors, GB": ((planned["peak_bytes"] - reserved) / 1e9, found.allocated_bytes / 1e9),
+        "memory taken from the device, GB": (planned["peak_bytes"] / 1e9, found.taken_bytes / 1e9),
+    }
+
+
+def run(options: argparse.Namespace, rest: list[str]) -> None:
+    """Plan, measure, print the table on the main process, write the JSON."""
+    require(options.steps >= 1, f"--steps is {options.steps}: use 1 or more")
+    world = detect_world()
+    report, job, _, _ = plan(parse_plan([*rest, "--device", options.device, "--world-size", str(world.size)]))
+    if job.config.train.deterministic:
+        make_deterministic()
+    found = Bench(job, world).measure(options.steps, options.warmups)
+    if not world.is_main:
+        return
+    lines = compare(report["configured"], found, job.config, world.size)
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    layout = report["configured"]["layout"]
+    print(f"\n{world.size} x {name}, {report['parameters']['total'] / 1e9:.3f}B parameters, {layout}")
+    rows = [[key, f"{a:.4g}", f"{b:.4g}", f"{b / a:.2f}"] for key, (a, b) in lines.items()]
+    print("\n" + markdown_table(["", "planned", "measured", "measured / planned"], rows))
+    sections = ", ".join(f"{key} {value:.4f}" for key, value in found.sections.items())
+    print(f"\nsections of a measured step, s: {sections}; noise on the CPU {found.noise:.4f}", flush=True)
+    if options.json:
+        write_json(options.json, {"lines": lines, "measured": asdict(found), "plan": report})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table; exit code 2 and one sentence on a wrong option."""
+    parser = argparse.ArgumentParser(prog="benchmarks.step", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="h100", help="what trainer.plan takes the devices for")
+    parser.add_argument("--steps", type=int, default=10, help="measured steps (default %(default)s)")
+    parser.add_argument("--warmups", type=int, default=3, help="steps before them (default %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write everything to this file")
+    options, rest = parser.parse_known_args(argv)
+    run_cli(lambda: run(options, rest))
+
+
+if __name__ == "__main__":
+    main()

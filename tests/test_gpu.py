@@ -1,0 +1,227 @@
+"""What only a GPU can show: equal results, no waiting inside the model, exact resume, the device of each command.
+
+One GPU is enough. On several: `torchrun --nproc-per-node 8 -m benchmarks.parity`.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moe.config import MoeConfig
+from moe.layer import ChoiceMemory, ExpertChoiceMoe
+from moe.reference import ReferenceMoe
+from trainer.config import ModelConfig
+from trainer.determinism import make_deterministic
+from trainer.diffusion import NoisedBatch, training_loss
+from trainer.model import EcDit, ModelShape, init_weights
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+GPU = torch.device("cuda")
+EQUAL_SPLITS = ["expert_choice", "token_choice", "diffmoe"]
+MODULE = ("-m", "trainer.train", "debug")
+
+
+@pytest.fixture
+def waiting_is_an_error() -> Iterator[None]:
+    """Anything that makes the host wait for the GPU raises; what is compiled or loaded at first use must be warm."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    make_deterministic()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def filled(module: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def backward(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """Output and all gradients of a layer, on the CPU."""
+    module.zero_grad()
+    x = x.detach().requires_grad_()
+    y, stats = module(x)
+    total = (y * grad).sum() + stats.auxiliary_loss
+    total.backward()
+    found = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    assert x.grad is not None
+    return {name: value.detach().cpu() for name, value in (found | {"y": y, "x": x.grad}).items()}
+
+
+@pytest.mark.parametrize("router", [*EQUAL_SPLITS, "expert_race"])
+def test_layer_equals_the_plain_loops(router: Any) -> None:
+    config = MoeConfig(num_experts=4, capacity_factor=2.0, router=router, num_shared_experts=1)
+    layer = filled(ExpertChoiceMoe(config, dim=16, hidden_dim=24)).to(GPU)
+    x, grad = torch.randn(3, 16, 16), torch.randn(3, 16, 16)
+    wanted = backward(filled(ReferenceMoe(config, dim=16, hidden_dim=24)), x, grad)
+    found = backward(layer, x.to(GPU), grad.to(GPU))
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("router", EQUAL_SPLITS)
+def test_layer_never_waits_for_the_gpu(router: Any, dtype: torch.dtype, waiting_is_an_error: None) -> None:
+    config = MoeConfig(num_experts=4, capacity_factor=2.0, router=router)
+    layer = filled(ExpertChoiceMoe(config, dim=16, hidden_dim=24)).to(GPU, dtype)
+    x_BSD = torch.randn(3, 16, 16, device=GPU, dtype=dtype, requires_grad=True)
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        memory = ChoiceMemory()
+        for _ in range(2):  # the second time as in recomputation
+            y_BSD, stats = layer(x_BSD, memory)
+            (y_BSD.sum() + stats.auxiliary_loss).backward()
+
+
+def batch_of(size: int) -> NoisedBatch:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(size, 4, 16, 16, generator=generator)
+    mask = torch.ones(size, 6, dtype=torch.bool)
+    mask[:, 4:] = False
+    keep = torch.stack([torch.randperm(64, generator=generator)[:32].sort().values for _ in range(size)])
+    return NoisedBatch(
+        x_BCHW=x, t_B=torch.rand(size, generator=generator), target_BCHW=x.flip(0),
+        text_BLD=torch.randn(size, 6, 24, generator=generator), text_mask_BL=mask, keep_BS=keep,
+    )  # fmt: skip
+
+
+def model_of(device: torch.device, dtype: torch.dtype = torch.float32) -> EcDit:
+    shape = ModelShape(channels=4, height=16, width=16, text_dim=24)
+    moe = MoeConfig(num_experts=8, capacity_factor=2.0, every=2)
+    model = EcDit(ModelConfig(dim=64, num_layers=4, num_heads=4, num_kv_heads=2, pooled_text=True), moe, shape)
+    init_weights(model, 0)
+    with torch.no_grad():  # the modulation starts at zero, which would hide the blocks
+        for parameter in model.parameters():
+            parameter.add_(0.02)
+    return model.to(device, dtype)
+
+
+def loss_of(model: EcDit, batch: NoisedBatch) -> Tensor:
+    out, _ = model(batch.x_BCHW, batch.t_B, batch.text_BLD, batch.text_mask_BL, batch.keep_BS)
+    return training_loss(out, batch, 2)
+
+
+def gradients(model: EcDit, batch: NoisedBatch) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss = loss_of(model, batch)
+    loss.backward()
+    found = {name: p.grad.detach().cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return found | {"loss": loss.detach().cpu()}
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_model_and_its_gradients_are_those_of_the_cpu(masked: bool) -> None:
+    batch = batch_of(4) if masked else replace(batch_of(4), keep_BS=None)
+    wanted = gradients(model_of(torch.device("cpu")), batch)
+    found = gradients(model_of(GPU), batch.to(GPU))
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4 * float(value.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_model_and_its_data_never_wait_for_the_gpu(recompute: bool, waiting_is_an_error: None) -> None:
+    model, batch = model_of(GPU, torch.bfloat16), batch_of(4)
+    model.activation_checkpointing = recompute
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        loss_of(model, batch.to(GPU)).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deterministic_gradients_repeat_bitwise(dtype: torch.dtype, deterministic: None) -> None:
+    model, batch = model_of(GPU, dtype), batch_of(64).to(GPU)
+    first = gradients(model, batch)
+    for _ in range(5):
+        assert all(torch.equal(value, first[name]) for name, value in gradients(model, batch).items())
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def stable(run_dir: Path) -> list[tuple[float, ...]]:
+    return [(m["step"], m["loss"], m["grad_norm"], m["moe/1/coverage_0"]) for m in metrics(run_dir)]
+
+
+def run(launcher: Any, run_dir: Path, *overrides: str) -> None:
+    done = launcher.run(*MODULE, f"run_dir={run_dir}", *overrides)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stopped_run_goes_on_bitwise(launcher: Any, tmp_path: Path, stage: int, precision: str) -> None:
+    settings = [
+        f"parallel.deepspeed_config=ds_configs/zero{stage}.json", f"train.precision={precision}",
+        "train.async_save=true", "train.activation_checkpointing=true", "diffusion.mask_ratio=0.5",
+    ]  # fmt: skip
+    run(launcher, tmp_path / "whole", *settings)
+    for last in (10, 20):
+        run(launcher, tmp_path / "cut", f"train.stop_at_step={last}", *settings)
+    assert stable(tmp_path / "cut") == stable(tmp_path / "whole")
+    assert len(stable(tmp_path / "cut")) == 20
+
+
+@pytest.mark.slow
+def test_run_on_the_gpu_says_what_it_uses_and_equals_the_cpus(
+    launcher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(launcher, tmp_path / "gpu", "optim.name=sgd")
+    run(launcher, tmp_path / "fast", "train.precision=bf16", "train.profile_every=5")
+    found = metrics(tmp_path / "fast")[-1]
+    assert 0 < found["memory_gb"] < 10
+    assert {"time/forward", "time/backward", "time/optimizer", "time/experts"} <= found.keys()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    run(launcher, tmp_path / "cpu", "optim.name=sgd")
+    for a, b in zip(stable(tmp_path / "gpu"), stable(tmp_path / "cpu"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["cuda", "cpu"])
+def test_a_checkpoint_goes_on_on_the_other_device(
+    launcher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    for device, last in ((first, 10), ("cpu" if first == "cuda" else "cuda", 20)):
+        with monkeypatch.context() as patch:
+            patch.setenv("DS_ACCELERATOR", device)
+            if device == "cpu":
+                patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            run(launcher, tmp_path / "moved", f"train.stop_at_step={last}", "optim.name=sgd")
+    run(launcher, tmp_path / "whole", "optim.name=sgd")
+    for a, b in zip(stable(tmp_path / "moved"), stable(tmp_path / "whole"), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_doctor_names_the_gpu_and_finds_it_sound(launcher: Any, tmp_path: Path) -> None:
+    done = launcher.run("-m", "trainer.doctor", "debug", f"run_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert torch.cuda.get_device_name() in done.stdout
+
+
+@pytest.mark.slow
+def test_more_processes_than_gpus_are_refused_in_one_sentence(launcher: Any, tmp_path: Path) -> None:
+    number = torch.cuda.device_count() + 1
+    done = launcher.run(*MODULE, f"run_dir={tmp_path / 'run'}", processes=number, timeout=120)
+    assert done.returncode != 0
+    assert f"error: {number} processes on this node and {number - 1} GPUs" in done.stderr
+    assert "Traceback" not in done.stderr.split("ChildFailedError")[0]
+    assert not (tmp_path / "run").exists()
