@@ -15,6 +15,7 @@ import argparse
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,14 @@ from trainer.config import TrainConfig, require, run_cli
 from trainer.data.latents import Batch
 from trainer.deepspeed_config import load_deepspeed_config
 from trainer.determinism import make_deterministic
-from trainer.diffusion import noise_batch
 from trainer.distributed import World, all_reduce_mean, detect_world, init_distributed
 from trainer.ema import Ema
 from trainer.engine import build_engine
 from trainer.plan.command import parse as parse_plan
 from trainer.plan.command import plan
 from trainer.plan.job import Job
-from trainer.step import Prepared, train_step
+from trainer.prefetch import Prefetch, Prepared
+from trainer.step import train_step
 from trainer.step_timer import StepTimer
 
 
@@ -42,7 +43,6 @@ class Measured:
     """One rank's numbers; seconds are means over the ranks. Memory is 0 on a CPU."""
 
     steps: list[float]
-    noise: float
     sections: dict[str, float]
     allocated_bytes: float
     taken_bytes: float
@@ -58,32 +58,23 @@ class Bench:
         self.engine = build_engine(self.config, content, job.shape, self.device)
         self.ema = Ema(self.engine, self.config.ema)
         self.timer = StepTimer(self.device)
-        self.batch = random_batch(job, self.config.train.micro_batch_size, seed=world.rank)
-        self.noise_seconds = 0.0
-
-    def prepare(self) -> list[Prepared]:
-        """Noised micro-batches of one step; the time goes to `noise_seconds`."""
-        start, config = time.perf_counter(), self.config
-        noised = [
-            noise_batch(self.batch, config.diffusion, seed=0, patch_size=config.model.patch_size)
-            for _ in range(config.train.gradient_accumulation_steps)
-        ]
-        self.noise_seconds = time.perf_counter() - start
-        return [Prepared(index_B=self.batch.index_B, noised=item) for item in noised]
+        batch = random_batch(job, self.config.train.micro_batch_size, seed=world.rank)
+        self.prefetch = Prefetch(repeat(batch), self.config, self.device)
 
     def step(self, number: int, micro_batches: list[Prepared]) -> list[Prepared]:
         """One step as the training loop takes it: update, average, then the data of the next one, then the loss."""
+        self.prefetch.start(number + 1)
         result = train_step(self.engine, micro_batches, 1e-5, self.config, self.device, self.timer)
         with self.timer.section("optimizer"):
             self.ema.update(self.engine, number + 1)
         with self.timer.section("data"):
-            upcoming = self.prepare()
+            upcoming = self.prefetch.take(number + 1)
         all_reduce_mean(result.losses.mean()).item()
         return upcoming
 
     def measure(self, steps: int, warmups: int) -> Measured:
         """Time `steps` steps after `warmups`, and one more in sections."""
-        upcoming, seconds = self.prepare(), []
+        upcoming, seconds = self.prefetch.take(0), []
         for number in range(warmups + steps):
             wait_for_gpu()
             start = time.perf_counter()
@@ -95,9 +86,7 @@ class Bench:
             self.step(warmups + steps, upcoming)
         means = all_reduce_mean(torch.tensor(seconds[warmups:], device=self.device)).tolist()
         sections = {name.removeprefix("time/"): value for name, value in self.timer.take().items()}
-        return Measured(
-            steps=means, noise=self.noise_seconds, sections=sections, allocated_bytes=allocated, taken_bytes=taken
-        )
+        return Measured(steps=means, sections=sections, allocated_bytes=allocated, taken_bytes=taken)
 
 
 def random_batch(job: Job, size: int, *, seed: int) -> Batch:
@@ -156,7 +145,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     rows = [[key, f"{a:.4g}", f"{b:.4g}", f"{b / a:.2f}"] for key, (a, b) in lines.items()]
     print("\n" + markdown_table(["", "planned", "measured", "measured / planned"], rows))
     sections = ", ".join(f"{key} {value:.4f}" for key, value in found.sections.items())
-    print(f"\nsections of a measured step, s: {sections}; noise on the CPU {found.noise:.4f}", flush=True)
+    print(f"\nsections of a measured step, s: {sections}", flush=True)
     if options.json:
         write_json(options.json, {"lines": lines, "measured": asdict(found), "plan": report})
 

@@ -1,33 +1,98 @@
-"""Dispatch (gather tokens to expert rows) and combine (weighted scatter-add), each the other's adjoint.
+"""Dispatch (copy tokens to expert rows) and combine (weighted sum of rows at each token), each the other's adjoint.
 
+Both directions read: a row looks up its token, a token looks up its rows. Adding rows to their tokens instead, as
+`index_add` does, takes atomic additions on a GPU: slow, in another order each time, in bf16 rounded after each.
 Row order is expert-major, so that the equal blocks of an all-to-all are contiguous.
-Shapes: B images, S tokens, D width, E experts, C capacity, N = B * C rows of one expert.
+
+Shapes: B images, S tokens, T = B * S tokens of all images, D width, E experts, C capacity, N = B * C rows of one
+expert, R = E * N rows of all experts.
 """
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
-def flat_index(index_BEC: Tensor, num_tokens: int) -> Tensor:
-    """Positions [B, E, C] within images -> row numbers [E * N] in the flat [B * S] tokens, expert-major."""
-    B = index_BEC.shape[0]
-    first_row_B11 = num_tokens * torch.arange(B, device=index_BEC.device).view(B, 1, 1)  # made there: no copy waits
-    return (index_BEC + first_row_B11).transpose(0, 1).reshape(-1)
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Which token each row holds, and which rows each token has. All int64.
+
+    `token_R` number of the row's token among all T; `order_R` the rows, those of the first token first; `first_T1`
+    where in `order_R` the rows of each token begin, and where the last ones end.
+    """
+
+    token_R: Tensor
+    order_R: Tensor
+    first_T1: Tensor
 
 
-def dispatch(x_BSD: Tensor, rows: Tensor, num_experts: int) -> Tensor:
-    """Copy the chosen tokens to their experts: [B, S, D], row numbers [E * N] -> [E, N, D]."""
+def expert_rows(index_BEC: Tensor, num_tokens: int) -> Rows:
+    """Rows of the chosen positions [B, E, C] within images of `num_tokens` tokens; no host synchronisation."""
+    B, device = index_BEC.shape[0], index_BEC.device
+    first_B11 = num_tokens * torch.arange(B, device=device).view(B, 1, 1)
+    token_R = (index_BEC + first_B11).transpose(0, 1).reshape(-1)
+    sorted_R, order_R = token_R.sort(stable=True)
+    first_T1 = torch.searchsorted(sorted_R, torch.arange(B * num_tokens + 1, device=device))
+    return Rows(token_R=token_R, order_R=order_R, first_T1=first_T1)
+
+
+def _sum_at_tokens(value_RD: Tensor, rows: Rows, weight_R: Tensor | None = None) -> Tensor:
+    """Sum of (weighted) rows of each token, [T, D]; zeros where there are none."""
+    if value_RD.is_cuda and value_RD.dtype != torch.double and find_spec("triton") is not None:
+        from moe.row_sum_kernel import sum_rows
+
+        return sum_rows(value_RD, rows.order_R, rows.first_T1, weight_R)
+    weight = None if weight_R is None else weight_R[rows.order_R]
+    return functional.embedding_bag(
+        rows.order_R, value_RD, rows.first_T1, mode="sum", per_sample_weights=weight, include_last_offset=True
+    )
+
+
+class _Dispatch(torch.autograd.Function):
+    """[T, D] -> [R, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return x_TD.index_select(0, rows.token_R)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return _sum_at_tokens(grad_outputs[0], ctx.rows), None
+
+
+class _Combine(torch.autograd.Function):
+    """[R, D] rows, [R] weights -> [T, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, y_RD: Tensor, weight_R: Tensor, rows: Rows) -> Tensor:
+        ctx.save_for_backward(y_RD, weight_R)
+        ctx.rows = rows
+        return _sum_at_tokens(y_RD, rows, weight_R)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        y_RD, weight_R = ctx.saved_tensors
+        grad_RD = grad_outputs[0].index_select(0, ctx.rows.token_R)
+        return grad_RD * weight_R[:, None], (grad_RD * y_RD).sum(-1), None
+
+
+def dispatch(x_BSD: Tensor, rows: Rows, num_experts: int) -> Tensor:
+    """Copy the chosen tokens to their experts: [B, S, D] -> [E, N, D]."""
     D = x_BSD.shape[-1]
-    return x_BSD.reshape(-1, D).index_select(0, rows).view(num_experts, -1, D)
+    x_RD: Tensor = _Dispatch.apply(x_BSD.reshape(-1, D), rows)
+    return x_RD.view(num_experts, -1, D)
 
 
-def combine(y_END: Tensor, gate_BEC: Tensor, rows: Tensor, like_BSD: Tensor) -> Tensor:
+def combine(y_END: Tensor, gate_BEC: Tensor, rows: Rows, like_BSD: Tensor) -> Tensor:
     """Sum of gate times expert output at each token (equation 8): [E, N, D] -> [B, S, D].
 
     A token that no expert took gets zeros: it keeps only its residual path.
     """
-    D = y_END.shape[-1]
-    gate_EN1 = gate_BEC.transpose(0, 1).reshape(y_END.shape[0], -1, 1)
-    weighted = (y_END * gate_EN1.to(y_END.dtype)).view(-1, D)
-    out = like_BSD.new_zeros(like_BSD.numel() // D, D).index_add(0, rows, weighted.to(like_BSD.dtype))
-    return out.view_as(like_BSD)
+    weight_R = gate_BEC.transpose(0, 1).reshape(-1).to(y_END.dtype)
+    out_TD: Tensor = _Combine.apply(y_END.reshape(-1, y_END.shape[-1]), weight_R, rows)
+    return out_TD.to(like_BSD.dtype).view_as(like_BSD)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moe.all_to_all import ExpertGroup, from_local_experts, largest, to_local_experts
 from moe.config import MoeConfig
-from moe.dispatch import combine, dispatch, flat_index
+from moe.dispatch import combine, dispatch, expert_rows
 from moe.experts import Experts, Mlp
 from moe.rivals import (
     balance_loss,
@@ -118,7 +118,7 @@ class ExpertChoiceMoe(nn.Module):
             choice.affinity_BSE, choice.index_BEC, choice.valid_BEC,
             normalize=self.config.normalize_gates, scale=self.config.gate_scale,
         )  # fmt: skip
-        rows = flat_index(routing.index_BEC, pool_BSD.shape[1])
+        rows = expert_rows(routing.index_BEC, pool_BSD.shape[1])
         x_eMD = to_local_experts(dispatch(pool_BSD, rows, self.num_experts), self.group)
         y_END = from_local_experts(self.experts(x_eMD), self.group)
         y_BSD = combine(y_END, routing.gate_BEC, rows, x_BSD)

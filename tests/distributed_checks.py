@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,34 @@ def all_to_all_count(world: World) -> None:
     moe_layers = 2
     assert len(sizes) == 4 * moe_layers, sizes
     assert set(sizes) == {4 * 16 * 2 * 32}, sizes  # images * tokens * capacity factor * width
+
+
+def gathers_go_through_parameters_in_one_order(world: World) -> None:
+    """A block's experts and its rest are gathered at once, over two groups, begun in the same order on all ranks."""
+    engine: Any = engine_of(parity_config("sgd", 2, world.size), 3, world)
+    seen: list[list[int]] = []
+
+    def spied(gather: Callable[..., Any]) -> Callable[..., Any]:
+        def run(params: list[Any], **options: Any) -> Any:
+            seen.append([p.ds_id for p in params])
+            return gather(params, **options)
+
+        return run
+
+    of_experts = {p.ds_id for name, p in engine.module.named_parameters() if ".experts." in name}
+    for parameter in engine.module.parameters():
+        parameter.all_gather_coalesced = partial(
+            parameter.all_gather_coalesced.func, spied(parameter.all_gather_coalesced.args[0])
+        )
+    for _ in range(2):
+        prediction, _ = engine(*inputs(4))
+        engine.backward(prediction.square().mean())
+        engine.step()
+    assert any(0 < len(of_experts & set(ids)) < len(ids) for ids in seen), "no gather of both kinds"
+    everywhere: list[Any] = [None] * world.size
+    torch.distributed.all_gather_object(everywhere, seen)
+    assert all(ids == sorted(ids) for ids in seen)
+    assert all(other == seen for other in everywhere)
 
 
 def routers_sample_alike_with_and_without_expert_parallelism(world: World) -> None:

@@ -147,7 +147,7 @@ def bitwise(trainer: Trainer, world: World, oracle_dir: Path, left_out: set[int]
     """Run the trainer to its end, and compare with a run of clean data without some global batches."""
     mine = ended(trainer)
     oracle = build(plan_of(world, oracle_dir, *overrides))
-    oracle.batches = without(oracle.batches, left_out, num_micro=2)
+    oracle.prefetch.batches = without(oracle.prefetch.batches, left_out, num_micro=2)
     assert_same(mine, ended(oracle))
     run_dir = Path(trainer.config.run_dir)
     assert losses(run_dir) == losses(oracle_dir), (losses(run_dir), losses(oracle_dir))

@@ -40,6 +40,7 @@ def test_upstream_stage_0_still_clips_expert_gradients_wrongly(launcher: Any) ->
 
 
 CHECKS = (
+    "gathers_go_through_parameters_in_one_order",
     "construction_holds_one_layer_at_a_time",
     "construction_allocates_one_layer_beside_the_shards",
     "all_to_all_count",

@@ -62,9 +62,14 @@ def backward(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     return {name: value.detach().cpu() for name, value in (found | {"y": y, "x": x.grad}).items()}
 
 
+def config_of(router: Any, **settings: Any) -> MoeConfig:
+    pool = "image" if router in ("expert_choice", "token_choice") else "batch"
+    return MoeConfig(num_experts=4, capacity_factor=2.0, router=router, pool=pool, **settings)
+
+
 @pytest.mark.parametrize("router", [*EQUAL_SPLITS, "expert_race"])
 def test_layer_equals_the_plain_loops(router: Any) -> None:
-    config = MoeConfig(num_experts=4, capacity_factor=2.0, router=router, num_shared_experts=1)
+    config = config_of(router, num_shared_experts=1)
     layer = filled(ExpertChoiceMoe(config, dim=16, hidden_dim=24)).to(GPU)
     x, grad = torch.randn(3, 16, 16), torch.randn(3, 16, 16)
     wanted = backward(filled(ReferenceMoe(config, dim=16, hidden_dim=24)), x, grad)
@@ -77,8 +82,7 @@ def test_layer_equals_the_plain_loops(router: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("router", EQUAL_SPLITS)
 def test_layer_never_waits_for_the_gpu(router: Any, dtype: torch.dtype, waiting_is_an_error: None) -> None:
-    config = MoeConfig(num_experts=4, capacity_factor=2.0, router=router)
-    layer = filled(ExpertChoiceMoe(config, dim=16, hidden_dim=24)).to(GPU, dtype)
+    layer = filled(ExpertChoiceMoe(config_of(router), dim=16, hidden_dim=24)).to(GPU, dtype)
     x_BSD = torch.randn(3, 16, 16, device=GPU, dtype=dtype, requires_grad=True)
     for mode in ("default", "error"):
         torch.cuda.set_sync_debug_mode(mode)
@@ -129,8 +133,8 @@ def test_model_and_its_gradients_are_those_of_the_cpu(masked: bool) -> None:
     batch = batch_of(4) if masked else replace(batch_of(4), keep_BS=None)
     wanted = gradients(model_of(torch.device("cpu")), batch)
     found = gradients(model_of(GPU), batch.to(GPU))
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4 * float(value.abs().max()), msg=name)
+    off = {name: float((found[name] - value).norm() / value.norm()) for name, value in wanted.items()}
+    assert max(off.values()) < 1e-4, off
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -164,8 +168,7 @@ def run(launcher: Any, run_dir: Path, *overrides: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage,precision", [(1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16")])
 def test_stopped_run_goes_on_bitwise(launcher: Any, tmp_path: Path, stage: int, precision: str) -> None:
     settings = [
         f"parallel.deepspeed_config=ds_configs/zero{stage}.json", f"train.precision={precision}",

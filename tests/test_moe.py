@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe.all_to_all import ExpertGroup, from_local_experts, to_local_experts
 from moe.config import MoeConfig
-from moe.dispatch import combine, dispatch, flat_index
+from moe.dispatch import combine, dispatch, expert_rows
 from moe.experts import grouped_linear
 from moe.layer import ChoiceMemory, ExpertChoiceMoe
 from moe.reference import ReferenceMoe
@@ -78,7 +78,7 @@ def test_output_does_not_depend_on_batch_mates() -> None:
 def test_combine_is_the_adjoint_of_dispatch() -> None:
     x, y = torch.randn(2, 10, 4, dtype=torch.double), torch.randn(3, 2 * 5, 4, dtype=torch.double)
     index = choose_tokens(torch.rand(2, 10, 3), 5)
-    rows = flat_index(index, 10)
+    rows = expert_rows(index, 10)
     ones = torch.ones(2, 3, 5, dtype=torch.double)
     left = (dispatch(x, rows, 3) * y).sum()
     right = (x * combine(y, ones, rows, x)).sum()

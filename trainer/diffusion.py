@@ -7,7 +7,8 @@ are functions of (seed, global sample index), so any number of ranks sees the sa
 Shapes: B images, C channels, H x W latent, S kept image tokens, L text tokens, D width.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import torch
@@ -33,15 +34,16 @@ class NoisedBatch:
     keep_BS: Tensor | None
 
     def to(self, device: torch.device) -> "NoisedBatch":
-        """The same batch on another device; a copy to a GPU goes through pinned memory, and nobody waits for it."""
+        """The same batch on another device; nobody waits for the copy of a pinned one to a GPU."""
+        return self._with(lambda value: value.to(device, non_blocking=device.type == "cuda"))
+
+    def pinned(self) -> "NoisedBatch":
+        """The same batch in memory that a GPU can read by itself; on a machine without a GPU this one."""
+        return self._with(Tensor.pin_memory) if torch.cuda.is_available() else self
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "NoisedBatch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return NoisedBatch(**{name: None if v is None else _moved(v, device) for name, v in values.items()})
-
-
-def _moved(value: Tensor, device: torch.device) -> Tensor:
-    if device.type != "cuda" or value.is_cuda:
-        return value.to(device)
-    return value.pin_memory().to(device, non_blocking=True)
+        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
 
 
 def interpolate(x0: Tensor, x1: Tensor, t_B: Tensor) -> Tensor:

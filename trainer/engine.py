@@ -1,6 +1,6 @@
 """Builds the DeepSpeed engine: the only call of `deepspeed.initialize`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -8,13 +8,14 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime import compiler
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from moe.deepspeed_expert import ExpertParallelMoe, build_expert_group
 from moe.layer import ExpertChoiceMoe
 from trainer.config import TrainConfig
 from trainer.deepspeed_config import zero_stage
-from trainer.model import EcDit, ModelShape, initial_value
+from trainer.model import DitBlock, EcDit, ModelShape, initial_value
 from trainer.optim import build_optimizer
 from trainer.shards import expert_range, full_shape, write_initial
 
@@ -41,7 +42,26 @@ def build_model(
         first_expert, _ = expert_range(parameter)
         write_initial(parameter, initial(name, full_shape(parameter), config.seed, first_expert))
     model.activation_checkpointing = config.train.activation_checkpointing
+    if partitioned:
+        # A block's parameters are gathered and released at once. By module it would be ten times for each block and
+        # pass, and DeepSpeed lets the host run no more than two gathers ahead of the GPU.
+        set_z3_leaf_modules(model, [DitBlock])
+        gather_in_one_order(model)
     return model
+
+
+def gather_in_one_order(model: nn.Module) -> None:
+    """Make coalesced gathers of ZeRO-3 go through parameters by their ids, which are the same on all ranks.
+
+    DeepSpeed 0.19.8 hands over a set. Where it holds parameters of two process groups (a block's experts and its rest),
+    the groups' collectives would start in an order of each rank's own, which NCCL does not allow.
+    """
+    for parameter in model.parameters():
+        parameter.all_gather_coalesced = partial(_gather_sorted, parameter.all_gather_coalesced)  # type: ignore[attr-defined]
+
+
+def _gather_sorted(gather: Callable[..., Any], params: Iterable[Any], **options: Any) -> Any:
+    return gather(sorted(params, key=lambda parameter: parameter.ds_id), **options)
 
 
 def _import_muon_uncompiled() -> None:

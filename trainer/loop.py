@@ -21,13 +21,14 @@ from trainer.ema import Ema
 from trainer.emergency import ARRIVAL_SECONDS, HeldErrors, all_ranks_arrive, build_arrival_group, end_within, time_limit
 from trainer.engine import build_engine
 from trainer.optim import learning_rate
+from trainer.prefetch import Prefetch, Prepared
 from trainer.reporter import Reporter
 from trainer.run_lock import LockLostError, RunLock
 from trainer.run_plan import Plan
 from trainer.sample_grid import GridSampler
 from trainer.signals import StopSignal
 from trainer.skips import DivergedError, SkipPolicy
-from trainer.step import Prepared, StepResult, prepare, suspects, train_step
+from trainer.step import StepResult, suspects, train_step
 from trainer.step_timer import StepTimer
 from trainer.time_budget import TimeBudget
 
@@ -64,9 +65,10 @@ class Trainer:
         self.state = replace(self.state, data=self.skips.start)
         self.grid = GridSampler(plan.config, info, shape, plan.world, device)
         self.reporter = Reporter(plan, shape, device, self.state.step)
-        self.batches = build_loader(
+        batches = build_loader(
             plan.dataset, plan.config, rank=plan.world.rank, world_size=plan.world.size, state=self.state.data
         )
+        self.prefetch = Prefetch(batches, plan.config, device)
         self.upcoming: list[Prepared] = []
         self.held = HeldErrors()
         self.budget = TimeBudget.from_environment()
@@ -120,6 +122,8 @@ class Trainer:
         self.sound = False
         rate = learning_rate(self.state.step, self.config.optim, self.config.train.max_steps)
         used = self.upcoming
+        if self.state.step + 1 < last:
+            self.prefetch.start(self.state.step + 1)
         set_capacity_factor(self.engine.module, self.config.moe.factor_at(self.state.step))
         every = self.config.train.profile_every
         with self.timer.measuring(self.engine, bool(every) and (self.state.step + 1) % every == 0):
@@ -146,7 +150,7 @@ class Trainer:
             with self.held.held():
                 next_step = self.state.step + (result is not None and result.applied)
                 with self.timer.section("data"):
-                    self.upcoming = prepare(self.batches, self.config, next_step)
+                    self.upcoming = self.prefetch.take(next_step)
         if self.lock.lost and self.held.error is None:
             self.held.error = LockLostError(f"run_dir={self.config.run_dir} was taken over by another job")
         report = torch.zeros(4 + self.reporter.router_size)

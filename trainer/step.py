@@ -14,7 +14,6 @@ refuses settings that switch it off. `tests/loop_checks.py` shows that a run wit
 samples bitwise.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,18 +23,10 @@ from torch import Tensor
 from moe.layer import auxiliary_loss
 from moe.routing import RoutingStats
 from trainer.config import TrainConfig
-from trainer.data.dataset import Batch
-from trainer.diffusion import NoisedBatch, noise_batch, training_loss
+from trainer.diffusion import training_loss
+from trainer.prefetch import Prepared
 from trainer.routing_metrics import router_vector
 from trainer.step_timer import StepTimer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """One micro-batch on the host, ready for the model: its samples' indices [B] and what the model needs of them."""
-
-    index_B: Tensor
-    noised: NoisedBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,16 +40,6 @@ class StepResult:
     losses: Tensor
     router: Tensor
     stats: list[RoutingStats]
-
-
-def prepare(batches: Iterator[Batch], config: TrainConfig, step: int) -> list[Prepared]:
-    """The micro-batches of optimizer step number `step` (from 0), noised; reads data, talks to no other rank."""
-    prepared = []
-    for _ in range(config.train.gradient_accumulation_steps):
-        batch = next(batches)
-        noised = noise_batch(batch, config.diffusion, seed=config.seed, patch_size=config.model.patch_size, step=step)
-        prepared.append(Prepared(index_B=batch.index_B, noised=noised))
-    return prepared
 
 
 def poisoned(loss: Tensor) -> Tensor:
