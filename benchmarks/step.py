@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 8 -m benchmarks.step ec_dit_xl_32e --device h100 --steps 20 --json step.json
 
 The engine, the optimizer step and the average are those of a run; data are random tensors of the recipe's shapes that
-lie in memory, noised on the CPU as in training. Nothing is read or written. `--device` is what trainer.plan should take
-the devices for; its other options (`--text-tokens`, `--flops`, ...) are understood, too.
+lie in memory, made into noised batches by `data.num_workers` processes as in training. Nothing is read or written.
+`--device` is what trainer.plan should take the devices for; its other options (`--text-tokens`, ...) work, too.
 
 `step` is the median over the steps; then one is measured section by section (trainer/step_timer.py), which is slower.
 Memory is the most that PyTorch held at once, and with it what the device context and the libraries take.
@@ -15,7 +15,6 @@ import argparse
 import statistics
 import time
 from dataclasses import asdict, dataclass
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,20 @@ from torch import Tensor
 
 from benchmarks.interleaved import markdown_table, wait_for_gpu, write_json
 from trainer.config import TrainConfig, require, run_cli
-from trainer.data.latents import Batch
+from trainer.data.batches import DataState
+from trainer.data.latents import LatentInfo
+from trainer.data.layout import Layout
+from trainer.data.shard_file import Sample
 from trainer.deepspeed_config import load_deepspeed_config
 from trainer.determinism import make_deterministic
 from trainer.distributed import World, all_reduce_mean, detect_world, init_distributed
 from trainer.ema import Ema
+from trainer.encoders import TextEncoder
 from trainer.engine import build_engine
 from trainer.plan.command import parse as parse_plan
 from trainer.plan.command import plan
 from trainer.plan.job import Job
-from trainer.prefetch import Prefetch, Prepared
+from trainer.prepared import Prepared, build_prepared, next_step
 from trainer.step import train_step
 from trainer.step_timer import StepTimer
 
@@ -58,23 +61,23 @@ class Bench:
         self.engine = build_engine(self.config, content, job.shape, self.device)
         self.ema = Ema(self.engine, self.config.ema)
         self.timer = StepTimer(self.device)
-        batch = random_batch(job, self.config.train.micro_batch_size, seed=world.rank)
-        self.prefetch = Prefetch(repeat(batch), self.config, self.device)
+        start = DataState(seed=0, epoch=0, consumed=0, samples_seen=0)
+        data = RandomData(job, self.config.global_batch_size(world.size))
+        self.batches = build_prepared(data, self.config, rank=world.rank, world_size=world.size, state=start)
 
     def step(self, number: int, micro_batches: list[Prepared]) -> list[Prepared]:
         """One step as the training loop takes it: update, average, then the data of the next one, then the loss."""
-        self.prefetch.start(number + 1)
         result = train_step(self.engine, micro_batches, 1e-5, self.config, self.device, self.timer)
         with self.timer.section("optimizer"):
             self.ema.update(self.engine, number + 1)
         with self.timer.section("data"):
-            upcoming = self.prefetch.take(number + 1)
+            upcoming = next_step(self.batches, self.config, number + 1)
         all_reduce_mean(result.losses.mean()).item()
         return upcoming
 
     def measure(self, steps: int, warmups: int) -> Measured:
         """Time `steps` steps after `warmups`, and one more in sections."""
-        upcoming, seconds = self.prefetch.take(0), []
+        upcoming, seconds = next_step(self.batches, self.config, 0), []
         for number in range(warmups + steps):
             wait_for_gpu()
             start = time.perf_counter()
@@ -89,20 +92,33 @@ class Bench:
         return Measured(steps=means, sections=sections, allocated_bytes=allocated, taken_bytes=taken)
 
 
-def random_batch(job: Job, size: int, *, seed: int) -> Batch:
-    """A batch of the job's shapes; captions are as long as can be."""
-    generator = torch.Generator().manual_seed(seed)
+class RandomData:
+    """A global batch of samples of the job's shapes that are all the same; captions are as long as can be."""
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+    online_encoder: TextEncoder | None = None
 
-    shape, tokens = job.shape, job.text_tokens
-    return Batch(
-        latent_BCHW=normal(size, shape.channels, shape.height, shape.width),
-        text_BLD=normal(size, tokens, shape.text_dim),
-        text_mask_BL=torch.ones(size, tokens, dtype=torch.bool),
-        index_B=torch.arange(size) + size * seed,
-    )
+    def __init__(self, job: Job, size: int) -> None:
+        generator, shape, tokens = torch.Generator().manual_seed(0), job.shape, job.text_tokens
+        self.shard_sizes = [size]
+        self.layout = Layout.of_shards(self.shard_sizes)
+        self.info = LatentInfo(
+            channels=shape.channels, height=shape.height, width=shape.width, text_dim=shape.text_dim,
+            max_tokens=tokens, codec="", text_encoder="", fingerprint="random",
+            mean=[0.0] * shape.channels, std=[1.0] * shape.channels,
+        )  # fmt: skip
+        self.sample = Sample(
+            latent=torch.randn(shape.channels, shape.height, shape.width, generator=generator),
+            text=torch.randn(tokens, shape.text_dim, generator=generator).half(),
+        )
+        self.empty_text: Tensor | str = torch.zeros(1, shape.text_dim, dtype=torch.float16)
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def read(self, sample: int) -> Sample:
+        """The one sample."""
+        return self.sample
 
 
 def device_memory() -> tuple[float, float]:

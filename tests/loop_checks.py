@@ -23,11 +23,12 @@ from trainer import loop
 from trainer.checkpoint import list_checkpoints
 from trainer.config import load_config
 from trainer.data.batches import DataState, micro_batches
-from trainer.data.dataset import Batch, LatentDataset
+from trainer.data.dataset import LatentDataset
 from trainer.data.shard_file import Sample
 from trainer.distributed import World, detect_world, from_main, init_distributed
 from trainer.emergency import PeerError, build_arrival_group
 from trainer.loop import Trainer
+from trainer.prepared import Prepared
 from trainer.run import prepare_run_folder
 from trainer.run_lock import LockLostError, RunLock
 from trainer.run_plan import Plan, plan_run
@@ -104,7 +105,7 @@ def explode_gradient(trainer: Trainer, forward: int) -> None:
     trainer.engine.module.blocks[0].register_forward_hook(watch)
 
 
-def without(batches: Iterator[Batch], left_out: set[int], num_micro: int) -> Iterator[Batch]:
+def without(batches: Iterator[Prepared], left_out: set[int], num_micro: int) -> Iterator[Prepared]:
     """The oracle's data: global batches that it never sees."""
     for number, batch in enumerate(batches):
         if number // num_micro not in left_out:
@@ -147,7 +148,7 @@ def bitwise(trainer: Trainer, world: World, oracle_dir: Path, left_out: set[int]
     """Run the trainer to its end, and compare with a run of clean data without some global batches."""
     mine = ended(trainer)
     oracle = build(plan_of(world, oracle_dir, *overrides))
-    oracle.prefetch.batches = without(oracle.prefetch.batches, left_out, num_micro=2)
+    oracle.batches = without(oracle.batches, left_out, num_micro=2)
     assert_same(mine, ended(oracle))
     run_dir = Path(trainer.config.run_dir)
     assert losses(run_dir) == losses(oracle_dir), (losses(run_dir), losses(oracle_dir))

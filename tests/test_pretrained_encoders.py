@@ -272,4 +272,4 @@ def test_real_format_encoders_through_encode_and_loader(clip: Path, tmp_path: Pa
     rgb = torch.tensor(scenes.render(drawn, 16)).permute(2, 0, 1)[None].float() / 127.5 - 1
     torch.testing.assert_close(sample.latent, build_codec(data.codec).encode(rgb)[0], atol=2e-3, rtol=2e-3)
     expected = build_text_encoder(data.text_encoder).encode([drawn.caption])[0]
-    torch.testing.assert_close(sample.text, expected, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(sample.text.float(), expected, atol=2e-3, rtol=2e-3)

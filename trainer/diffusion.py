@@ -24,7 +24,7 @@ Time = TypeVar("Time", float, Tensor)
 
 @dataclass(frozen=True, kw_only=True)
 class NoisedBatch:
-    """What the model sees and must predict; `keep_BS` is None without masking."""
+    """What the model sees and must predict; `keep_BS` are the tokens that masking keeps, None without masking."""
 
     x_BCHW: Tensor
     t_B: Tensor
@@ -37,9 +37,15 @@ class NoisedBatch:
         """The same batch on another device; nobody waits for the copy of a pinned one to a GPU."""
         return self._with(lambda value: value.to(device, non_blocking=device.type == "cuda"))
 
-    def pinned(self) -> "NoisedBatch":
-        """The same batch in memory that a GPU can read by itself; on a machine without a GPU this one."""
-        return self._with(Tensor.pin_memory) if torch.cuda.is_available() else self
+    def pin_memory(self) -> "NoisedBatch":
+        """The same batch in memory that a GPU can read by itself."""
+        return self._with(Tensor.pin_memory)
+
+    def masked(self, num_kept: int) -> "NoisedBatch":
+        """Of `keep_BS` in random order the first `num_kept`, in the order of the picture; None if those are all."""
+        if self.keep_BS is None or num_kept == self.keep_BS.shape[1]:
+            return replace(self, keep_BS=None)
+        return replace(self, keep_BS=self.keep_BS[:, :num_kept].sort(dim=1).values)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "NoisedBatch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -63,18 +69,33 @@ def num_kept_tokens(num_tokens: int, mask_ratio: float) -> int:
 
 
 def noise_batch(batch: Batch, config: DiffusionConfig, *, seed: int, patch_size: int, step: int = 0) -> NoisedBatch:
-    """Draw each sample's noise, timestep and mask from its own generator; `step` decides whether to mask at all."""
+    """`draw_noise`, masked as in optimizer step number `step`."""
+    return mask_at(draw_noise(batch, config, seed=seed, patch_size=patch_size), config, step)
+
+
+def mask_at(noised: NoisedBatch, config: DiffusionConfig, step: int) -> NoisedBatch:
+    """Mask a drawn batch as in optimizer step number `step`, which may be one in which all tokens are seen."""
+    if noised.keep_BS is None:
+        return noised
+    return noised.masked(num_kept_tokens(noised.keep_BS.shape[1], config.mask_ratio_at(step)))
+
+
+def draw_noise(batch: Batch, config: DiffusionConfig, *, seed: int, patch_size: int) -> NoisedBatch:
+    """Draw each sample's noise and timestep from its own generator, and in `keep_BS` a random order of its tokens.
+
+    The order is drawn where the configuration masks at all. How many of them are kept is left open: only `mask_at`
+    needs to know the step, so that data workers can do the rest.
+    """
     _, _, H, W = batch.latent_BCHW.shape
     num_tokens = (H // patch_size) * (W // patch_size)
-    kept = num_kept_tokens(num_tokens, config.mask_ratio_at(step))
     noise, times, keeps = [], [], []
     for index, latent in zip(batch.index_B.tolist(), batch.latent_BCHW, strict=True):
         generator = sample_generator(seed, index, "diffusion")
         noise.append(torch.randn(latent.shape, generator=generator))
         normal = torch.randn((), generator=generator)
         times.append(shift_time(torch.sigmoid(config.logit_mean + config.logit_std * normal), config.time_shift))
-        if kept < num_tokens:
-            keeps.append(torch.randperm(num_tokens, generator=generator)[:kept].sort().values)
+        if config.mask_ratio > 0:
+            keeps.append(torch.randperm(num_tokens, generator=generator))
     x1, t_B = torch.stack(noise), torch.stack(times)
     return NoisedBatch(
         x_BCHW=interpolate(batch.latent_BCHW, x1, t_B),

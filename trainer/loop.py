@@ -15,13 +15,13 @@ from torch import Tensor
 
 from moe.layer import set_capacity_factor
 from trainer.checkpoint import Saver, TrainState, list_checkpoints, load_checkpoint, load_init, newest_whole
-from trainer.data.dataset import DataState, build_loader
+from trainer.data.dataset import DataState
 from trainer.distributed import all_reduce_mean, from_main
 from trainer.ema import Ema
 from trainer.emergency import ARRIVAL_SECONDS, HeldErrors, all_ranks_arrive, build_arrival_group, end_within, time_limit
 from trainer.engine import build_engine
 from trainer.optim import learning_rate
-from trainer.prefetch import Prefetch, Prepared
+from trainer.prepared import Prepared, build_prepared, next_step
 from trainer.reporter import Reporter
 from trainer.run_lock import LockLostError, RunLock
 from trainer.run_plan import Plan
@@ -65,10 +65,9 @@ class Trainer:
         self.state = replace(self.state, data=self.skips.start)
         self.grid = GridSampler(plan.config, info, shape, plan.world, device)
         self.reporter = Reporter(plan, shape, device, self.state.step)
-        batches = build_loader(
+        self.batches = build_prepared(
             plan.dataset, plan.config, rank=plan.world.rank, world_size=plan.world.size, state=self.state.data
         )
-        self.prefetch = Prefetch(batches, plan.config, device)
         self.upcoming: list[Prepared] = []
         self.held = HeldErrors()
         self.budget = TimeBudget.from_environment()
@@ -122,8 +121,6 @@ class Trainer:
         self.sound = False
         rate = learning_rate(self.state.step, self.config.optim, self.config.train.max_steps)
         used = self.upcoming
-        if self.state.step + 1 < last:
-            self.prefetch.start(self.state.step + 1)
         set_capacity_factor(self.engine.module, self.config.moe.factor_at(self.state.step))
         every = self.config.train.profile_every
         with self.timer.measuring(self.engine, bool(every) and (self.state.step + 1) % every == 0):
@@ -148,9 +145,9 @@ class Trainer:
         """
         if more:
             with self.held.held():
-                next_step = self.state.step + (result is not None and result.applied)
+                number = self.state.step + (result is not None and result.applied)
                 with self.timer.section("data"):
-                    self.upcoming = self.prefetch.take(next_step)
+                    self.upcoming = next_step(self.batches, self.config, number)
         if self.lock.lost and self.held.error is None:
             self.held.error = LockLostError(f"run_dir={self.config.run_dir} was taken over by another job")
         report = torch.zeros(4 + self.reporter.router_size)

@@ -134,7 +134,7 @@ class EcDit(nn.Module):
 
     def embed_text(self, text_BLD: Tensor) -> Tensor:
         """Text tokens [B, L, text_dim] -> [B, L, D] in the weights' dtype; normed, as encoders differ in scale."""
-        out: Tensor = self.text_projection(layer_norm(text_BLD).to(self.patch_embedder.weight.dtype))
+        out: Tensor = self.text_projection(layer_norm(text_BLD.float()).to(self.patch_embedder.weight.dtype))
         return out
 
     def cache_text(self, text_BLD: Tensor) -> TextCache:

@@ -174,7 +174,7 @@ def prepare_moments(engine: Any, kinds: Iterable[str], step: float) -> None:
         for kind in kinds:
             if kind not in state:
                 state[kind] = torch.zeros_like(flat.detach())
-        state["step"] = torch.tensor(float(step))
+        state["step"] = torch.tensor(float(step), dtype=torch.float32, device=flat.device)  # fused: beside its tensor
 
 
 def assemble(pieces: Iterable[tuple[str, Shard]]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from moe.layer import auxiliary_loss
 from moe.routing import RoutingStats
 from trainer.config import TrainConfig
 from trainer.diffusion import training_loss
-from trainer.prefetch import Prepared
+from trainer.prepared import Prepared
 from trainer.routing_metrics import router_vector
 from trainer.step_timer import StepTimer
 

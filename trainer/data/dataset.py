@@ -12,14 +12,14 @@ from trainer.data.batches import DataState
 from trainer.data.dataset_file import LatentFolder, check_settings, check_shards, read_dataset_file
 from trainer.data.latents import Batch, LatentDataset, LatentInfo
 from trainer.data.layout import build_layout
-from trainer.data.loader import build_loader
+from trainer.data.loader import build_loader, load_batches
 from trainer.data.shard_dataset import ShardDataset
 from trainer.data.staging import build_stage
 from trainer.data_config import DataConfig
 from trainer.encoders import TextEncoder, build_codec, build_text_encoder
 from trainer.errors import ConfigError, require
 
-__all__ = ["Batch", "DataState", "LatentDataset", "LatentInfo", "build_loader", "open_dataset"]
+__all__ = ["Batch", "DataState", "LatentDataset", "LatentInfo", "build_loader", "load_batches", "open_dataset"]
 
 
 def open_dataset(config: TrainConfig) -> LatentDataset:

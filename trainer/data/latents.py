@@ -46,7 +46,7 @@ class LatentInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Normalised latents fp32, padded text fp32 with its mask (True: a real token), global sample indices."""
+    """Normalised latents fp32, padded text fp16 or fp32 with its mask (True: a real token), global sample indices."""
 
     latent_BCHW: Tensor
     text_BLD: Tensor

@@ -34,7 +34,27 @@ class RawBatch:
 def build_loader(
     dataset: LatentDataset, config: TrainConfig, *, rank: int, world_size: int, state: DataState
 ) -> Iterator[Batch]:
-    """This rank's micro-batches for ever, from `state` on; reads nothing that came before it.
+    """`load_batches` as they are."""
+    return load_batches(dataset, config, rank=rank, world_size=world_size, state=state, then=_unchanged)
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch
+
+
+def load_batches(
+    dataset: LatentDataset,
+    config: TrainConfig,
+    *,
+    rank: int,
+    world_size: int,
+    state: DataState,
+    then: Callable[[Batch], T],
+) -> Iterator[T]:
+    """`then` of this rank's micro-batches for ever, from `state` on; reads nothing that came before it.
+
+    With `data.num_workers` all of it happens in worker processes, and where there is a GPU a thread pins what they
+    send. Only captions that are encoded while training come first to this process.
 
     ConfigError if the data set is smaller than one global batch, or a global batch would lie in two buckets.
     """
@@ -62,12 +82,14 @@ def build_loader(
     if dataset.online_encoder is not None:  # in this process, where the GPU is; workers read meanwhile
         online = partial(encode_captions, dataset.online_encoder)
         finish = partial(pad_batch, max_tokens=dataset.info.max_tokens, dim=dataset.info.text_dim)
-        return map(finish, map(online, _run(read, positions, config.data.num_workers)))
-    whole = partial(_read_and_pad, read, dataset.info.max_tokens, dataset.info.text_dim)
-    return _run(whole, positions, config.data.num_workers)
+        return map(then, map(finish, map(online, _run(read, positions, config.data.num_workers))))
+    whole = partial(_read_and_pad, read, then, dataset.info.max_tokens, dataset.info.text_dim)
+    return _run(whole, positions, config.data.num_workers, pin=torch.cuda.is_available())
 
 
-def _run(make: Callable[[MicroBatch], T], positions: Iterator[MicroBatch], num_workers: int) -> Iterator[T]:
+def _run(
+    make: Callable[[MicroBatch], T], positions: Iterator[MicroBatch], num_workers: int, *, pin: bool = False
+) -> Iterator[T]:
     """Apply `make` to each micro-batch in order, in worker processes if there are any."""
     if num_workers == 0:
         return map(make, positions)
@@ -76,6 +98,7 @@ def _run(make: Callable[[MicroBatch], T], positions: Iterator[MicroBatch], num_w
         sampler=_Positions(positions),
         batch_size=None,
         num_workers=num_workers,
+        pin_memory=pin,  # calls a batch's own `pin_memory`
         generator=torch.Generator(),  # or the loader would draw from the global generator
     )
     return iter(loader)
@@ -131,8 +154,9 @@ def encode_captions(encoder: TextEncoder, raw: RawBatch) -> RawBatch:
 
 
 def pad_batch(raw: RawBatch, *, max_tokens: int, dim: int) -> Batch:
-    """Pad encoded text to [B, max_tokens, dim]."""
-    text_BLD = torch.zeros(len(raw.texts), max_tokens, dim)
+    """Pad encoded text to [B, max_tokens, dim]; what is stored in fp16 stays so, for it is most of a batch's bytes."""
+    halves = all(isinstance(text, Tensor) and text.dtype == torch.float16 for text in raw.texts)
+    text_BLD = torch.zeros(len(raw.texts), max_tokens, dim, dtype=torch.float16 if halves else torch.float32)
     mask_BL = torch.zeros(len(raw.texts), max_tokens, dtype=torch.bool)
     for row, text in enumerate(raw.texts):
         assert isinstance(text, Tensor)
@@ -141,5 +165,7 @@ def pad_batch(raw: RawBatch, *, max_tokens: int, dim: int) -> Batch:
     return Batch(latent_BCHW=raw.latent_BCHW, text_BLD=text_BLD, text_mask_BL=mask_BL, index_B=raw.index_B)
 
 
-def _read_and_pad(read: Callable[[MicroBatch], RawBatch], max_tokens: int, dim: int, micro: MicroBatch) -> Batch:
-    return pad_batch(read(micro), max_tokens=max_tokens, dim=dim)
+def _read_and_pad(
+    read: Callable[[MicroBatch], RawBatch], then: Callable[[Batch], T], max_tokens: int, dim: int, micro: MicroBatch
+) -> T:
+    return then(pad_batch(read(micro), max_tokens=max_tokens, dim=dim))

@@ -67,10 +67,10 @@ class ShardDataset:
 
 
 def read_empty_text(path: Path, dim: int, sha256: str | None) -> Tensor:
-    """Tokens [n, dim] fp32 of the empty caption; DamagedShardError if the file is not as it was written."""
+    """Stored tokens [n, dim] of the empty caption; DamagedShardError if the file is not as it was written."""
     try:
         content = path.read_bytes()
-        tokens = load(content)["text"].float()
+        tokens = load(content)["text"]
     except (OSError, SafetensorError, KeyError) as error:
         raise DamagedShardError(path, "cannot be read") from error
     same = sha256 is None or hashlib.sha256(content).hexdigest() == sha256

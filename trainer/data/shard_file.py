@@ -179,7 +179,7 @@ class ShardFile:
         return Sample(
             latent=_float(latent, shape),
             latent_std=None if std is None else _float(std, shape),
-            text=text.decode() if self.text.dtype == np.uint8 else _float(text, (-1, self.text.shape[1])),
+            text=text.decode() if self.text.dtype == np.uint8 else _half(text, (-1, self.text.shape[1])),
         )
 
     def key(self, row: int) -> str:
@@ -206,8 +206,13 @@ def _place(name: str, value: dict[str, Any], start: int, size: int) -> _Place:
     return _Place(dtype=dtype, shape=shape, start=start + first, row_bytes=row_bytes)
 
 
+def _half(content: bytearray, shape: tuple[int, ...]) -> Tensor:
+    """The fp16 values as they are stored."""
+    if not content:
+        return torch.zeros(0, *shape[1:], dtype=torch.float16)
+    return torch.frombuffer(content, dtype=torch.float16).view(shape)
+
+
 def _float(content: bytearray, shape: tuple[int, ...]) -> Tensor:
     """fp32 values; torch converts fp16 ten times faster than numpy."""
-    if not content:
-        return torch.zeros(0, *shape[1:])
-    return torch.frombuffer(content, dtype=torch.float16).float().view(shape)
+    return _half(content, shape).float()
