@@ -152,7 +152,7 @@ def test_offloaded_optimizer_takes_nothing_of_the_device() -> None:
 
 def test_97_billion_parameters_fit_on_sixteen_nodes_and_not_on_four() -> None:
     report = planned("ec_dit_m_64e", "--nodes", "16", "--device", "h100")
-    assert report["configured"]["fits"] and 0.2 < report["configured"]["mfu"] < 0.5
+    assert report["configured"]["fits"] and 0.1 < report["configured"]["mfu"] < 0.5
     small = planned("ec_dit_m_64e", "--nodes", "2", "--device", "h100", "train.micro_batch_size=1")
     assert not small["configured"]["fits"] and small["best"] is None
     assert 2 < small["smallest_nodes"] <= 8

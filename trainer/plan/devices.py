@@ -22,14 +22,20 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """Shares of nominal speed, and fixed costs. Sources: published H100 runs of dense and MoE transformers.
+    """Shares of nominal speed, and fixed costs.
 
-    `gemm`: 45-52 % of peak in dense diffusion transformers of 7B and more (NVIDIA NeMo's figures), before what
-    communication exposes; fewer than `rows` rows per expert lower it. `hidden`: share of ZeRO-3's gathers and
-    reductions behind compute with overlap_comm; stages 1 and 2 here run without. All-to-alls hide behind nothing.
+    `gemm`, `passes` and `host` are fitted to `benchmarks.step` on one H200 (ZeRO-3, bf16, widths 1152 and 2304) and to
+    a profile of it. `gemm`: share of peak of the matrix products alone; fewer than `rows` rows per expert lower it.
+    `passes`: bytes that norms, modulation, rotation, activations and casts move, forward and backward, per token,
+    width and block, as PyTorch runs them one by one. `host`: seconds in which Python starts a block's kernels, forward
+    and backward, DeepSpeed's hooks included; a small micro-batch does not get below it.
+    The others are estimates. `hidden`: share of ZeRO-3's gathers and reductions behind compute with overlap_comm;
+    stages 1 and 2 here run without. All-to-alls hide behind nothing.
     """
 
-    gemm: float = 0.50
+    gemm: float = 0.65
+    passes: float = 1800.0
+    host: float = 20e-3
     rows: int = 512
     node: float = 0.70
     nic: float = 0.80
@@ -38,8 +44,6 @@ class Efficiency:
     memory: float = 0.90
     reserved: float = 4e9  # device context, communication library, fragments
     latency: float = 40e-6  # of one collective
-    launch: float = 5e-6  # of one kernel
-    kernels: int = 25  # per block and pass
 
 
 DEVICES = {

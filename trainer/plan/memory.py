@@ -42,12 +42,11 @@ def state_terms(job: Job, layout: Layout) -> list[Term]:
         _bytes("reduce bucket", s * bucket, "s reduce_bucket_size", f"{s} x {bucket:.4g}"),
     ]
     if stage == 3:
-        live = min(
-            p,
-            float(job.zero.get("stage3_max_live_parameters", 1e9))
-            + float(job.zero.get("stage3_prefetch_bucket_size", 5e7)),
-        )
-        formula = "s min(p, max_live_parameters + prefetch_bucket_size)"
+        local = job.counts.one_expert * job.config.moe.num_experts / layout.ep_size if job.counts.num_moe else 0.0
+        block = job.counts.largest_block + local  # gathered at once, whatever the limit
+        limit = max(float(job.zero.get("stage3_max_live_parameters", 1e9)), block)
+        live = min(p, limit + float(job.zero.get("stage3_prefetch_bucket_size", 5e7)))
+        formula = "s min(p, max(max_live_parameters, one block) + prefetch_bucket_size)"
         terms.append(_bytes("gathered weights", s * live, formula, f"{s} x {live:.4g}"))
     return terms
 

@@ -54,17 +54,22 @@ def time_terms(job: Job, layout: Layout, device: Device, eff: Efficiency) -> lis
 
 
 def _compute(job: Job, layout: Layout, device: Device, eff: Efficiency, useful: float) -> Term:
-    """Matrix products at a share of the peak that falls with few rows per expert; bounded by kernel launches."""
-    done = useful * (4 / 3 if layout.recompute else 1)
+    """Matrix products, at a share of the peak that falls with few rows per expert, and passes between; or the host."""
+    again = 4 / 3 if layout.recompute else 1
+    done = useful * again
     share = eff.gemm
     if job.counts.num_moe:
         rows = layout.micro_batch_size * layout.ep_size * job.num_tokens
         share *= min(1.0, rows * job.config.moe.capacity_factor / job.config.moe.num_experts / eff.rows) ** 0.5
-    launches = layout.accumulation * job.config.model.num_layers * 3 * eff.kernels * eff.launch
-    seconds = max(done / (device.flops * share), launches)
+    config, tokens = job.config, layout.micro_batch_size * layout.accumulation * job.num_tokens
+    moved = eff.passes * tokens * config.model.dim * config.model.num_layers * again
+    host = eff.host * layout.accumulation * config.model.num_layers * again
+    seconds = max(done / (device.flops * share) + moved / (device.hbm * eff.hbm), host)
     return Term(
-        name="compute", value=seconds, unit="s", formula="max(FLOPs (x 4/3 if recomputed) / (peak x share), launches)",
-        figures=f"max({done:.4g} / ({device.flops:.4g} x {share:.3f}), {launches:.3g})",
+        name="compute", value=seconds, unit="s",
+        formula="max(FLOPs / (peak x share) + passes T D N / (HBM x share), host N); x 4/3 if recomputed",
+        figures=f"max({done:.4g} / ({device.flops:.4g} x {share:.3f}) + {moved:.4g} / ({device.hbm:.4g} x {eff.hbm}), "
+                f"{host:.3g})",
     )  # fmt: skip
 
 
