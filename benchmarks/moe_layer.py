@@ -8,7 +8,7 @@ All paths push the same number of rows (capacity_factor 2, so twice the tokens) 
 size, with biases:
 - `dense MLP`          one MLP on all rows: what the FLOPs cost without any routing; every ratio is to this
 - `bare matmuls`       the layer's six batched matmuls with outputs allocated beforehand: the floor
-- `expert choice`      moe.layer.ExpertChoiceMoe, the layer under test
+- `expert choice`      moe.layer.ExpertChoiceMoe, the layer under test, as in a step that reports no statistics
 - `one-hot einsum`     the same router and experts, tokens moved by one-hot products (the paper's pseudo-code)
 - `DeepSpeed MoE top-2` deepspeed.moe.layer.MoE: token choice, capacity factor 1, no dropped-token rescue
 
@@ -148,6 +148,7 @@ def build_work(case: Case) -> dict[str, Work]:
     layer = ExpertChoiceMoe(config, dim=case.dim, hidden_dim=case.hidden_dim)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    layer.collects_statistics = False
     layer.to(dtype)
     dense, native = Mlp(case.dim, case.hidden_dim, case.dim).to(dtype), build_deepspeed_moe(case)
     x_BSD, grad_BSD = (torch.randn(case.batch_size, case.num_tokens, case.dim).to(dtype) for _ in range(2))

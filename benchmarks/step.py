@@ -67,7 +67,10 @@ class Bench:
 
     def step(self, number: int, micro_batches: list[Prepared]) -> list[Prepared]:
         """One step as the training loop takes it: update, average, then the data of the next one, then the loss."""
-        result = train_step(self.engine, micro_batches, 1e-5, self.config, self.device, self.timer)
+        result = train_step(
+            self.engine, micro_batches, 1e-5, self.device, self.timer, patch_size=self.config.model.patch_size,
+            statistics=False,
+        )  # fmt: skip
         with self.timer.section("optimizer"):
             self.ema.update(self.engine, number + 1)
         with self.timer.section("data"):

@@ -35,6 +35,7 @@ from moe.routing import (
     choose_tokens_in_turn,
     chosen_mask,
     gated,
+    no_stats,
     routing_stats,
 )
 
@@ -87,6 +88,7 @@ class ExpertChoiceMoe(nn.Module):
         self.ep_size = group.size if group else 1
         self.num_local_experts = config.num_experts // self.ep_size
         self.capacity_factor = config.factor_at(0)  # in training; the trainer moves it along the schedule
+        self.collects_statistics = True  # the trainer asks for them in steps that it reports
         self.router = Router(dim, config.num_experts, reads_time=config.router_input == "unmodulated")
         self.experts = Experts(self.num_local_experts, dim, hidden_dim, tag)
         self.shared = Mlp(dim, config.num_shared_experts * hidden_dim, dim) if config.num_shared_experts else None
@@ -101,7 +103,7 @@ class ExpertChoiceMoe(nn.Module):
         unmodulated_BSD: Tensor | None = None,
         time_BD: Tensor | None = None,
     ) -> tuple[Tensor, RoutingStats]:
-        """[B, S, D] -> the sum of gate times expert output [B, S, D], and what the router did.
+        """[B, S, D] -> the sum of gate times expert output [B, S, D], and what the router did (if that is collected).
 
         `unmodulated_BSD` and `time_BD` are read by a router with `router_input: unmodulated`. All ranks of an expert
         group must call this with the same B and S. What lies between `rows` and `combine` is one function of
@@ -125,6 +127,8 @@ class ExpertChoiceMoe(nn.Module):
         if self.shared is not None:
             y_BSD = y_BSD + self.shared(x_BSD)
         loss = None if choice.loss is None else self.config.auxiliary_weight * choice.loss
+        if not self.collects_statistics:
+            return y_BSD, no_stats(y_BSD.device, loss)
         stats = routing_stats(
             logits_BSE.detach().softmax(-1), routing, num_images=B, dropped=choice.dropped, auxiliary_loss=loss
         )  # fmt: skip
@@ -215,6 +219,13 @@ def set_capacity_factor(model: nn.Module, factor: float) -> None:
     for module in model.modules():
         if isinstance(module, ExpertChoiceMoe):
             module.capacity_factor = factor
+
+
+def collect_statistics(model: nn.Module, wanted: bool) -> None:
+    """Whether the MoE layers of a model say what their routers did: dozens of small kernels in each layer."""
+    for module in model.modules():
+        if isinstance(module, ExpertChoiceMoe):
+            module.collects_statistics = wanted
 
 
 def auxiliary_loss(stats: list[RoutingStats]) -> Tensor | None:

@@ -140,6 +140,15 @@ def chosen_mask(index_BEC: Tensor, valid_BEC: Tensor | None, num_tokens: int) ->
     return mask_BES.clamp(max=1).transpose(1, 2)
 
 
+def no_stats(device: torch.device, auxiliary_loss: Tensor | None = None) -> RoutingStats:
+    """Where nobody asks what the router did: its own loss, and empty or zero elsewhere."""
+    zero = torch.zeros((), device=device)
+    return RoutingStats(
+        experts_per_token_BS=torch.zeros(0, dtype=torch.int32, device=device), gate_entropy=zero, affinity_kept=zero,
+        auxiliary_loss=zero if auxiliary_loss is None else auxiliary_loss,
+    )  # fmt: skip
+
+
 @torch.no_grad()
 def routing_stats(
     affinity_BSE: Tensor,

@@ -124,7 +124,10 @@ class Trainer:
         set_capacity_factor(self.engine.module, self.config.moe.factor_at(self.state.step))
         every = self.config.train.profile_every
         with self.timer.measuring(self.engine, bool(every) and (self.state.step + 1) % every == 0):
-            result = train_step(self.engine, used, rate, self.config, self.device, self.timer)
+            result = train_step(
+                self.engine, used, rate, self.device, self.timer, patch_size=self.config.model.patch_size,
+                statistics=(self.state.step + 1) % self.config.train.log_every == 0,
+            )  # fmt: skip
             if result.applied:
                 with self.timer.section("optimizer"):
                     self.ema.update(self.engine, self.state.step + 1)
@@ -160,7 +163,9 @@ class Trainer:
         )
         report = report.to(self.device)
         if result is not None:
-            report[0], report[4:] = result.losses.mean(), result.router
+            report[0] = result.losses.mean()
+            if len(result.router):
+                report[4:] = result.router
         loss, stop, failed, lost, *router = all_reduce_mean(report).tolist()
         return Exchange(loss=loss, stop=stop > 0, failed=failed > 0, lock_lost=lost > 0, router=router)
 

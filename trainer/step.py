@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.layer import auxiliary_loss
+from moe.layer import auxiliary_loss, collect_statistics
 from moe.routing import RoutingStats
-from trainer.config import TrainConfig
 from trainer.diffusion import training_loss
 from trainer.prepared import Prepared
 from trainer.routing_metrics import router_vector
@@ -33,7 +32,7 @@ from trainer.step_timer import StepTimer
 class StepResult:
     """What a step did. `losses` [num_micro_batches] and `router` are this rank's, on its device, not yet reduced.
 
-    `stats` are those of the last micro-batch, one per MoE layer.
+    `stats` are those of the last micro-batch, one per MoE layer. `router` is empty where no statistics were asked for.
     """
 
     applied: bool
@@ -48,21 +47,23 @@ def poisoned(loss: Tensor) -> Tensor:
 
 
 def train_step(
-    engine: Any, micro_batches: list[Prepared], rate: float, config: TrainConfig, device: torch.device, timer: StepTimer
-) -> StepResult:
-    """Run one optimizer step at a learning rate. Collective over all ranks.
+    engine: Any, micro_batches: list[Prepared], rate: float, device: torch.device, timer: StepTimer, *, patch_size: int,
+    statistics: bool,
+) -> StepResult:  # fmt: skip
+    """Run one optimizer step at a learning rate, with router statistics if wanted. Collective over all ranks.
 
     Routers may add a loss of their own; the losses that are reported are without it, so that routers compare.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
+    collect_statistics(engine.module, statistics)
     losses, router, last = [], [], []
     for micro in micro_batches:
         with timer.section("data"):
             noised = micro.noised.to(device)
         with timer.section("forward"):
             prediction, stats = engine(noised.x_BCHW, noised.t_B, noised.text_BLD, noised.text_mask_BL, noised.keep_BS)
-            loss = training_loss(prediction, noised, config.model.patch_size)
+            loss = training_loss(prediction, noised, patch_size)
             own = auxiliary_loss(stats)
             total = loss if own is None else loss + own
         with timer.section("backward"):
@@ -70,11 +71,11 @@ def train_step(
         with timer.section("optimizer"):
             engine.step()
         losses.append(torch.where(total.isfinite(), loss, total).detach())
-        router.append(router_vector(stats, noised.t_B).to(device))
+        if statistics:
+            router.append(router_vector(stats, noised.t_B).to(device))
         last = [replace(item, auxiliary_loss=item.auxiliary_loss.detach()) for item in stats]
-    return StepResult(
-        applied=engine.was_step_applied(), losses=torch.stack(losses), router=torch.stack(router).mean(0), stats=last
-    )
+    mean = torch.stack(router).mean(0) if router else torch.zeros(0)
+    return StepResult(applied=engine.was_step_applied(), losses=torch.stack(losses), router=mean, stats=last)
 
 
 def suspects(result: StepResult, micro_batches: list[Prepared]) -> list[int]:
