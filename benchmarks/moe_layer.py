@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.interleaved import Times, markdown_table, ratio, time_interleaved, write_json
+from benchmarks.interleaved import Times, keep_freed_memory, markdown_table, ratio, time_interleaved, write_json
 from moe.config import MoeConfig
 from moe.experts import Mlp
 from moe.layer import ExpertChoiceMoe
@@ -221,6 +221,7 @@ def run(options: argparse.Namespace) -> None:
         for num_experts in options.experts
     ]
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     results = []
     for case in cases:
         with torch.device(options.device):
