@@ -91,3 +91,18 @@ def test_checkpoint_benchmark_runs(launcher: Any, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert "| save | plain write |" in done.stdout and "in the background" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_step_benchmark_prints_measured_beside_planned(launcher: Any, tmp_path: Path) -> None:
+    file = tmp_path / "step.json"
+    options = ["debug", "parallel.ep_size=2", "train.micro_batch_size=2", "data.num_workers=1", "--steps", "2"]
+    done = launcher.run("-m", "benchmarks.step", *options, "--json", str(file), processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    content = json.loads(file.read_text())
+    assert len(content["measured"]["steps"]) == 2 and min(content["measured"]["steps"]) > 0
+    assert {"data", "forward", "backward", "optimizer", "all_to_all"} <= content["measured"]["sections"].keys()
+    assert content["lines"]["step, s"][0] == content["plan"]["configured"]["step_seconds"]
+    assert done.stdout.count("| step, s |") == 1, "the main process alone prints"
+    refused = launcher.run("-m", "benchmarks.step", "debug", "--steps", "0")
+    assert (refused.returncode, refused.stderr.splitlines()[-1]) == (2, "error: --steps is 0: use 1 or more")

@@ -30,7 +30,8 @@ def equal(a: NoisedBatch, b: NoisedBatch) -> bool:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_draw_the_same(workers: int) -> None:
     here, there = (prepared(config_of(f"data.num_workers={n}"), 3) for n in (0, workers))
-    assert all(torch.equal(a.index_B, b.index_B) and equal(a.noised, b.noised) for a, b in zip(here, there, strict=True))
+    for a, b in zip(here, there, strict=True):
+        assert torch.equal(a.index_B, b.index_B) and equal(a.noised, b.noised)
 
 
 def test_a_step_gets_its_micro_batches_masked_as_it_must_be() -> None:
