@@ -147,6 +147,14 @@ def test_model_and_its_data_never_wait_for_the_gpu(recompute: bool, waiting_is_a
         loss_of(model, batch.pin_memory().to(GPU)).backward()
 
 
+@pytest.mark.parametrize("router", [*EQUAL_SPLITS, "expert_race"])
+def test_each_router_has_a_deterministic_form(router: Any, deterministic: None) -> None:
+    layer = filled(ExpertChoiceMoe(config_of(router, normalize_gates=True), dim=16, hidden_dim=24)).to(GPU)
+    x, grad = torch.randn(3, 16, 16, device=GPU), torch.randn(3, 16, 16, device=GPU)
+    first = backward(layer, x, grad)
+    assert all(torch.equal(value, first[name]) for name, value in backward(layer, x, grad).items())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_deterministic_gradients_repeat_bitwise(dtype: torch.dtype, deterministic: None) -> None:
     model, batch = model_of(GPU, dtype), batch_of(64).to(GPU)

@@ -1,5 +1,6 @@
 """The transformer: shapes, masks, positions, initial values and activation checkpointing."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -77,19 +78,31 @@ def test_keeping_all_tokens_is_no_mask() -> None:
 
 
 def test_masked_tokens_keep_their_positions() -> None:
-    angle = rope_2d(4, 4, 16, torch.device("cpu"))
+    turn = rope_2d(4, 4, 16, torch.device("cpu"))
     keep = torch.tensor([[0, 5, 10]])
-    absolute, kept_angle = build().positions(keep, torch.device("cpu"))
-    assert torch.equal(kept_angle[0], angle[keep[0]])
+    absolute, kept_turn = build().positions(keep, torch.device("cpu"))
+    assert torch.equal(kept_turn[0], turn[keep[0]])
     assert torch.equal(absolute[0], sincos_2d(4, 4, 32, torch.device("cpu"))[keep[0]])
+
+
+def test_rotation_turns_each_pair_by_its_angle() -> None:
+    """Written out: pair p of a head of 16 turns with the row (p < 4) or the column, by 100^(-(p mod 4) / 4) a step."""
+    x, turn = torch.randn(1, 1, 12, 16), rope_2d(3, 4, 16, torch.device("cpu"))
+    found = rotate(x, turn[None])
+    for token in range(12):
+        for pair in range(8):
+            angle = (token // 4 if pair < 4 else token % 4) * 100.0 ** (-(pair % 4) / 4)
+            a, b = x[0, 0, token, 2 * pair : 2 * pair + 2].tolist()
+            wanted = [a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)]
+            torch.testing.assert_close(found[0, 0, token, 2 * pair : 2 * pair + 2], torch.tensor(wanted))
 
 
 def test_rotation_depends_on_distance_only() -> None:
     query, key = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
-    angle = rope_2d(6, 6, 16, torch.device("cpu"))
+    turn = rope_2d(6, 6, 16, torch.device("cpu"))
 
     def score(a: int, b: int) -> torch.Tensor:
-        return (rotate(query, angle[None, a : a + 1]) * rotate(key, angle[None, b : b + 1])).sum()
+        return (rotate(query, turn[None, a : a + 1]) * rotate(key, turn[None, b : b + 1])).sum()
 
     torch.testing.assert_close(score(0, 8), score(7, 15))  # both one row and two columns apart
     assert not torch.allclose(score(0, 8), score(0, 9))

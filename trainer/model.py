@@ -68,7 +68,7 @@ class DitBlock(nn.Module):
         condition_B6D: Tensor,
         text_BLD: Tensor,
         mask_B11L: Tensor,
-        angle_BSa: Tensor,
+        turn_BSa: Tensor,
         time_BD: Tensor,
         memory: ChoiceMemory | None = None,
         cached: tuple[Tensor, Tensor] | None = None,
@@ -77,7 +77,7 @@ class DitBlock(nn.Module):
         vectors = (condition_B6D + self.modulation).unbind(1)
         shift1, scale1, gate1, shift2, scale2, gate2 = vectors
         h_BSD = modulate(layer_norm(x_BSD), shift1, scale1)
-        x_BSD = x_BSD + gate1.unsqueeze(1) * self.self_attention(h_BSD, h_BSD, angle_BSa=angle_BSa)
+        x_BSD = x_BSD + gate1.unsqueeze(1) * self.self_attention(h_BSD, h_BSD, turn_BSa=turn_BSa)
         x_BSD = x_BSD + self.cross_attention(layer_norm(x_BSD), text_BLD, mask_B11L=mask_B11L, cached=cached)
         plain_BSD = layer_norm(x_BSD)
         h_BSD = modulate(plain_BSD, shift2, scale2)
@@ -121,7 +121,7 @@ class EcDit(nn.Module):
     def positions(
         self, keep_BS: Tensor | None, device: torch.device, size: tuple[int, int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Absolute embedding [1, S, D] and RoPE angles [1, S, a] of all tokens; [B, S, .] of the kept ones.
+        """Absolute embedding [1, S, D] and RoPE turns [1, S, a] of all tokens; [B, S, .] of the kept ones.
 
         `size` is the height and width of the latent where it is not the shape's: buckets differ in it.
         """
@@ -129,8 +129,8 @@ class EcDit(nn.Module):
         height, width = size or (self.shape.height, self.shape.width)
         grid = height // P, width // P
         tables = sincos_2d(*grid, config.dim, device), rope_2d(*grid, config.dim // config.num_heads, device)
-        absolute, angle = (table.unsqueeze(0) if keep_BS is None else table[keep_BS] for table in tables)
-        return absolute, angle
+        absolute, turn = (table.unsqueeze(0) if keep_BS is None else table[keep_BS] for table in tables)
+        return absolute, turn
 
     def embed_text(self, text_BLD: Tensor) -> Tensor:
         """Text tokens [B, L, text_dim] -> [B, L, D] in the weights' dtype; normed, as encoders differ in scale."""
@@ -164,7 +164,7 @@ class EcDit(nn.Module):
         if keep_BS is not None:
             patches = patches.gather(1, keep_BS.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
         H, W = x_BCHW.shape[-2:]
-        position_BSD, angle_BSa = self.positions(keep_BS, patches.device, (H, W))
+        position_BSD, turn_BSa = self.positions(keep_BS, patches.device, (H, W))
         x_BSD = self.patch_embedder(patches.to(dtype)) + position_BSD.to(dtype)
         text = self.embed_text(text_BLD)
         time_BD = self._condition(t_B, text, text_mask_BL)
@@ -172,7 +172,7 @@ class EcDit(nn.Module):
         mask_B11L = text_mask_BL[:, None, None, :]
         all_stats = []
         for i, block in enumerate(self.blocks):
-            arguments = (x_BSD, condition_B6D, text, mask_B11L, angle_BSa, time_BD)
+            arguments = (x_BSD, condition_B6D, text, mask_B11L, turn_BSa, time_BD)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 memory = ChoiceMemory() if block.has_moe else None
                 x_BSD, stats = checkpoint(block, *arguments, memory, use_reentrant=False)

@@ -69,13 +69,12 @@ def block_bytes(job: Job, micro_batch_size: int, *, moe: bool) -> float:
     """What one block keeps for its backward pass, attention and MLP."""
     model, moe_config, s = job.config.model, job.config.moe, job.num_bytes
     T, D, L = micro_batch_size * job.num_tokens, model.dim, micro_batch_size * job.text_tokens
-    H, r, S = model.num_heads, model.num_kv_heads / model.num_heads, job.num_tokens
+    H, r = model.num_heads, model.num_kv_heads / model.num_heads
     if s == 2:
         attention = T * D * (17 * 2 + 4 * 4 + 8 * r) + L * D * (4 + 8 * r)
     else:
         attention = T * D * (21 + 3 * r) * 4 + L * D * (2 + 2 * r) * 4
-    angles = (micro_batch_size if job.config.diffusion.mask_ratio else 1) * 4 * S * (D / H / 2) * 4
-    attention += angles + T * 4 * (4 * H + model.num_kv_heads) + T * s * 6
+    attention += T * 4 * (4 * H + model.num_kv_heads) + T * s * 6
     if not moe:
         return attention + s * T * D * (1 + 2 * model.mlp_ratio)
     rows, E = T * moe_config.capacity_factor, moe_config.num_experts
@@ -96,8 +95,9 @@ def activation_terms(job: Job, layout: Layout) -> list[Term]:
     T, D, s, m = b * job.num_tokens, config.model.dim, job.num_bytes, config.model.mlp_ratio
     num_moe, num_dense = job.counts.num_moe, config.model.num_layers - job.counts.num_moe
     dense, moe = block_bytes(job, b, moe=False), block_bytes(job, b, moe=True) if num_moe else 0.0
-    ends = s * T * D * 3 + s * T * config.model.patch_size**2 * job.shape.channels
+    ends: float = s * T * D * 3 + s * T * config.model.patch_size**2 * job.shape.channels
     ends += s * b * job.text_tokens * (3 * D + job.shape.text_dim)
+    ends += 8 * (T if config.diffusion.mask_ratio else job.num_tokens) * (D / config.model.num_heads / 2)  # RoPE
     if layout.recompute:
         kept = config.model.num_layers * s * T * D + max(dense, moe) + ends
         formula, figures = "N s T D + one block", f"{config.model.num_layers} x {s * T * D:.4g} + {max(dense, moe):.4g}"
