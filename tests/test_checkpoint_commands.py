@@ -168,6 +168,6 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     path = write_sample(tmp_path, 10)
     text = (path / "state.json").read_text()
     shutil.copy(path / "state.json", tmp_path)
-    (path / "state.json").write_text(text.replace('"format": 2', '"format": 3'))
-    with pytest.raises(ConfigError, match="has checkpoint format 3, this version reads 2"):
+    (path / "state.json").write_text(text.replace('"format": 3', '"format": 2'))
+    with pytest.raises(ConfigError, match="has checkpoint format 2, this version reads 3"):
         read_state(path)

@@ -32,7 +32,7 @@ from trainer.checkpoint.tensorfile import Source, Written, write_tensors
 from trainer.config import ConfigError, require
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
-FORMAT = 1
+FORMAT = 2  # of 1 the weights meant another pairing of channels in the rotary embedding
 KIND_OF = {"ema": "ema", "model": "weight"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _NAMES = {"bf16": "bfloat16", "fp32": "float32"}

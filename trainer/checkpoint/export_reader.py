@@ -43,7 +43,10 @@ def read_export_config(folder: Path, *, checksums: bool) -> dict[str, Any]:
     require(not problem, f"{folder} is not whole: {problem}: export it anew")
     content: dict[str, Any] = json.loads((folder / CONFIG).read_text())
     found = content.get("format")
-    require(found == FORMAT, f"{folder} has export format {found}, this version reads {FORMAT}: export it anew")
+    require(
+        found == FORMAT,
+        f"{folder} has export format {found}, this version reads {FORMAT}: read it with the version that wrote it",
+    )
     assert content["dtype"] in DTYPES, content["dtype"]
     return content
 

@@ -16,7 +16,7 @@ from trainer.optim import decays
 from trainer.shards import expert_range, full_shape, moment_kinds, optimizer_step
 
 STATE = "state.json"
-FORMAT = 2
+FORMAT = 3  # of 2 the weights meant another pairing of channels in the rotary embedding
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _HYPER_PARAMETERS = ("role", "lr", "weight_decay", "betas", "eps")
 
