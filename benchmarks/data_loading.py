@@ -3,7 +3,7 @@
     python -m benchmarks.data_loading                                      # all tables, some minutes
     python -m benchmarks.data_loading --only reader --samples 8000 --rounds 9 --json data.json
 
-reader   samples of 8 KiB latent and 20 tokens of width 1280 (50 KiB) from the same values, as fp32 tensors
+reader   samples of 8 KiB latent and 20 tokens of width 1280 (50 KiB) from the same values, latents as fp32
          `shards`            ShardDataset in the order of an epoch, checks included; every ratio is to this
          `unchecked`         the same without CRC-32 (format 1)
          `batches`           build_loader: normalised and padded micro-batches of 32
@@ -118,7 +118,7 @@ def reader_work(folder: Path, count: int) -> Work:
         )
         found = 0
         for latent, text in source:
-            torch.from_numpy(latent).float(), torch.from_numpy(text).float()
+            torch.from_numpy(latent).float(), torch.from_numpy(text)
             found += 1
         assert found == count
 
