@@ -55,7 +55,7 @@ class Bench:
     """An engine with random data of the recipe's shapes."""
 
     def __init__(self, job: Job, world: World) -> None:
-        self.job, self.config = job, job.config
+        self.config = job.config
         self.device = init_distributed(world)
         content = load_deepspeed_config(self.config, world.size)
         self.engine = build_engine(self.config, content, job.shape, self.device)

@@ -1,6 +1,5 @@
 """A real Slurm of several nodes on this machine, for tests of the batch scripts; see tests/slurm/start-test-slurm."""
 
-import json
 import os
 import re
 import shutil
@@ -10,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from tests_launcher import ROOT
 
@@ -112,11 +110,3 @@ class Cluster:
                 logs = "\n".join(self.log(job)[-3000:] for job in jobs)
                 raise TimeoutError(f"{self.call('squeue', check=False)}\n{logs}")
             time.sleep(POLL_SECONDS)
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Lines of a run's metrics; an unfinished last line does not count."""
-    path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]

@@ -3,7 +3,6 @@
 One GPU is enough. On several: `torchrun --nproc-per-node 8 -m benchmarks.parity`.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from test_moe import filled
+from test_train import MODULE, stable
+from tests_launcher import metrics
 from torch import Tensor, nn
 
 from moe.config import MoeConfig
@@ -21,11 +23,13 @@ from trainer.determinism import make_deterministic
 from trainer.diffusion import NoisedBatch, training_loss
 from trainer.model import EcDit, ModelShape
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: kernels and waits that a CPU has not"),
+]
 
 GPU = torch.device("cuda")
 EQUAL_SPLITS = ["expert_choice", "token_choice", "diffmoe"]
-MODULE = ("-m", "trainer.train", "debug")
 
 
 @pytest.fixture
@@ -40,14 +44,6 @@ def deterministic() -> Iterator[None]:
     make_deterministic()
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def filled(module: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return module
 
 
 def backward(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
@@ -161,14 +157,6 @@ def test_deterministic_gradients_repeat_bitwise(dtype: torch.dtype, deterministi
     first = gradients(model, batch)
     for _ in range(5):
         assert all(torch.equal(value, first[name]) for name, value in gradients(model, batch).items())
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def stable(run_dir: Path) -> list[tuple[float, ...]]:
-    return [(m["step"], m["loss"], m["grad_norm"], m["moe/1/coverage_0"]) for m in metrics(run_dir)]
 
 
 def run(launcher: Any, run_dir: Path, *overrides: str) -> None:

@@ -1,6 +1,5 @@
 """The loop under faults: `loop_checks.py` on two processes, and signals and the lock on the command line."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests_launcher import ROOT, Launcher
+from tests_launcher import ROOT, Launcher, metrics
 
 MODULE = ("-m", "trainer.train", "debug")
 TINY = ("model.dim=16", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1", "data.image_size=8")
@@ -43,11 +42,6 @@ def test_a_rank_that_cannot_go_on_ends_the_others(launcher: Launcher, tmp_path: 
     assert done.returncode != 0
     assert "ZeroDivisionError" in done.stderr and "rank 1 failed while others went on" in done.stderr
     assert not list(tmp_path.rglob("step_*"))
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def wait_for(condition: Any, seconds: float = 60) -> None:

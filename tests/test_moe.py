@@ -12,7 +12,7 @@ from moe.all_to_all import ExpertGroup, from_local_experts, to_local_experts
 from moe.config import MoeConfig
 from moe.dispatch import combine, dispatch, expert_rows
 from moe.experts import grouped_linear
-from moe.layer import ChoiceMemory, ExpertChoiceMoe
+from moe.layer import ChoiceMemory, ExpertChoiceMoe, collect_statistics
 from moe.reference import ReferenceMoe
 from moe.routing import choose_tokens, choose_tokens_in_turn, expert_choice, routing_stats
 
@@ -195,3 +195,16 @@ def test_capacity_is_exact_and_never_below_one() -> None:
 def test_placement_of_moe_blocks() -> None:
     assert [i for i in range(6) if MoeConfig(every=2).has_moe(i)] == [1, 3, 5]
     assert not any(MoeConfig(every=0).has_moe(i) for i in range(6))
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "token_choice"])
+def test_without_statistics_the_layer_computes_the_same(router: Any) -> None:
+    layer = filled(ExpertChoiceMoe(MoeConfig(num_experts=4, router=router), dim=8, hidden_dim=16))
+    x = torch.randn(2, 16, 8)
+    y, stats = layer(x)
+    collect_statistics(layer, False)
+    y_without, without = layer(x)
+    assert torch.equal(y, y_without)
+    assert torch.equal(stats.auxiliary_loss, without.auxiliary_loss)
+    assert (float(without.auxiliary_loss) > 0) == (router == "token_choice") == without.auxiliary_loss.requires_grad
+    assert without.experts_per_token_BS.numel() == 0 < stats.experts_per_token_BS.numel()

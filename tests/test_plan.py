@@ -150,6 +150,28 @@ def test_offloaded_optimizer_takes_nothing_of_the_device() -> None:
     assert there["weights"] == here["weights"] and there["peak"] < here["peak"]
 
 
+@pytest.mark.parametrize(
+    "recipe,overrides,step_seconds,taken_gb",
+    [
+        ("ec_dit_xl_8e", ["model.num_layers=8", "train.micro_batch_size=256"], 0.205, 36.9),
+        (
+            "ec_dit_3xl_8e",
+            ["model.num_layers=6", "train.micro_batch_size=128", "train.gradient_accumulation_steps=2"],
+            0.396,
+            50.3,
+        ),
+    ],
+)
+def test_plan_says_what_benchmarks_step_measured_on_one_h200(
+    recipe: str, overrides: list[str], step_seconds: float, taken_gb: float
+) -> None:
+    """Both runs are those that the plan's efficiencies are fitted to; memory is planned with some reserve."""
+    plain = "train.activation_checkpointing=false"
+    found = planned(recipe, *overrides, plain, "--device", "h200", "--world-size", "1")["configured"]
+    assert found["step_seconds"] == pytest.approx(step_seconds, rel=0.05)
+    assert taken_gb < found["peak_bytes"] / 1e9 < 1.25 * taken_gb
+
+
 def test_97_billion_parameters_fit_on_sixteen_nodes_and_not_on_four() -> None:
     report = planned("ec_dit_m_64e", "--nodes", "16", "--device", "h100")
     assert report["configured"]["fits"] and 0.1 < report["configured"]["mfu"] < 0.5

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from picture_server import PictureServer
-from slurm_cluster import Cluster, metrics
-from tests_launcher import ROOT, Launcher
+from slurm_cluster import Cluster
+from tests_launcher import ROOT, Launcher, metrics
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
 SHELL_FILES = [*SCRIPTS, *(ROOT / "slurm").glob("*.sh"), *(ROOT / "tests" / "slurm").glob("*-test-slurm")]

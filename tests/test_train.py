@@ -1,23 +1,23 @@
 """The real command line: resume, parity over processes, launchers, refusals of a changed run."""
 
-import json
 import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from tests_launcher import metrics
 
 from trainer.checkpoint import fault, find_checkpoint, list_checkpoints, newest_whole
 from trainer.config import ConfigError
+from trainer.distributed import World, check_devices
 from trainer.metrics import truncate_metrics
+from trainer.shards import prepare_moments
 
 MODULE = ("-m", "trainer.train", "debug")
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def stable(run_dir: Path) -> list[tuple[float, ...]]:
@@ -174,3 +174,42 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     truncate_metrics(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_steps_between_reports_compute_the_same_without_statistics(launcher: Any, single: Path, tmp_path: Path) -> None:
+    done = launcher.run(*MODULE, f"run_dir={tmp_path / 'run'}", "train.log_every=5")
+    assert done.returncode == 0, done.stderr[-3000:]
+    every = {m["step"]: m for m in metrics(single)}
+    found = metrics(tmp_path / "run")
+    assert [m["step"] for m in found] == [5, 10, 15, 20]
+    for m in found:
+        same = [key for key in m if key == "grad_norm" or key.startswith("moe/")]
+        assert len(same) > 10 and all(m[key] == every[m["step"]][key] for key in same)
+
+
+@pytest.mark.parametrize(
+    "local_rank,local_size,refused", [(0, 2, False), (1, 2, False), (0, 3, True), (2, 0, True), (1, 0, False)]
+)
+def test_a_node_needs_a_gpu_for_each_process(
+    monkeypatch: pytest.MonkeyPatch, local_rank: int, local_size: int, refused: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    world = World(rank=5, local_rank=local_rank, size=8, local_size=local_size)
+    if not refused:
+        check_devices(world)
+        return
+    with pytest.raises(ConfigError, match="3 processes on this node and 2 GPUs: start one process per GPU"):
+        check_devices(world)
+
+
+def test_restored_optimizer_state_lies_beside_its_tensors() -> None:
+    """Fused AdamW on a GPU takes its counter from there only; here the other device is `meta`."""
+    flat = torch.nn.Parameter(torch.empty(4, device="meta"))
+    inner = SimpleNamespace(state={flat: {}})
+    engine = SimpleNamespace(optimizer=SimpleNamespace(optimizer=inner, fp32_partitioned_groups_flat=[flat]))
+    prepare_moments(engine, ["exp_avg", "exp_avg_sq"], 7)
+    state = inner.state[flat]
+    assert state.keys() == {"exp_avg", "exp_avg_sq", "step"}
+    assert {value.device.type for value in state.values()} == {"meta"}
+    assert {value.dtype for value in state.values()} == {torch.float32}

@@ -1,12 +1,22 @@
 """Starts real commands of the repository, on one or more processes."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Lines of a run's metrics; an unfinished last line does not count."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
 
 
 class Launcher:

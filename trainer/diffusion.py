@@ -41,12 +41,6 @@ class NoisedBatch:
         """The same batch in memory that a GPU can read by itself."""
         return self._with(Tensor.pin_memory)
 
-    def masked(self, num_kept: int) -> "NoisedBatch":
-        """Of `keep_BS` in random order the first `num_kept`, in the order of the picture; None if those are all."""
-        if self.keep_BS is None or num_kept == self.keep_BS.shape[1]:
-            return replace(self, keep_BS=None)
-        return replace(self, keep_BS=self.keep_BS[:, :num_kept].sort(dim=1).values)
-
     def _with(self, change: Callable[[Tensor], Tensor]) -> "NoisedBatch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
@@ -74,10 +68,15 @@ def noise_batch(batch: Batch, config: DiffusionConfig, *, seed: int, patch_size:
 
 
 def mask_at(noised: NoisedBatch, config: DiffusionConfig, step: int) -> NoisedBatch:
-    """Mask a drawn batch as in optimizer step number `step`, which may be one in which all tokens are seen."""
+    """Mask a drawn batch as in optimizer step number `step`: the first tokens of the random order are kept.
+
+    They come in the order of the picture; None if those are all.
+    """
     if noised.keep_BS is None:
         return noised
-    return noised.masked(num_kept_tokens(noised.keep_BS.shape[1], config.mask_ratio_at(step)))
+    num_tokens = noised.keep_BS.shape[1]
+    num_kept = num_kept_tokens(num_tokens, config.mask_ratio_at(step))
+    return replace(noised, keep_BS=None if num_kept == num_tokens else noised.keep_BS[:, :num_kept].sort(dim=1).values)
 
 
 def draw_noise(batch: Batch, config: DiffusionConfig, *, seed: int, patch_size: int) -> NoisedBatch:

@@ -62,7 +62,7 @@ def _rows_and_columns(height: int, width: int, device: torch.device) -> tuple[Te
 def rotate(x_BHSh: Tensor, turn_BSa: Tensor) -> Tensor:
     """Turn each two neighbouring channels, a complex number, by their token's; a = h / 2, B may be 1.
 
-    One product of complex fp32 numbers: a third of the time of its real and imaginary parts one by one.
+    One product of complex fp32 numbers: three operations instead of the eleven of real and imaginary parts.
     """
     x_BHSa = torch.view_as_complex(x_BHSh.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(x_BHSa * turn_BSa.unsqueeze(1)).flatten(-2).to(x_BHSh.dtype)

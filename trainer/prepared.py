@@ -33,8 +33,9 @@ def prepare(batch: Batch, config: TrainConfig) -> Prepared:
 def build_prepared(
     dataset: LatentDataset, config: TrainConfig, *, rank: int, world_size: int, state: DataState
 ) -> Iterator[Prepared]:
-    """This rank's micro-batches for ever, noised by the data workers: every sample has generators of its own, and
-    drawing from them takes the time of some 0.7 ms a picture, in which a GPU would have nothing to do.
+    """This rank's micro-batches for ever, noised by the data workers.
+
+    Every sample has a generator of its own: drawing takes time, in which a GPU would have nothing to do.
     """
     then = partial(prepare, config=config)
     return load_batches(dataset, config, rank=rank, world_size=world_size, state=state, then=then)

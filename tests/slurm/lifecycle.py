@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from slurm_cluster import Cluster, metrics
-from tests_launcher import ROOT, Launcher
+from slurm_cluster import Cluster
+from tests_launcher import ROOT, Launcher, metrics
 
 STEPS = 150
 ROUTING = [f"moe/1/coverage_{count}" for count in range(5)]

@@ -84,12 +84,10 @@ def load_batches(
         finish = partial(pad_batch, max_tokens=dataset.info.max_tokens, dim=dataset.info.text_dim)
         return map(then, map(finish, map(online, _run(read, positions, config.data.num_workers))))
     whole = partial(_read_and_pad, read, then, dataset.info.max_tokens, dataset.info.text_dim)
-    return _run(whole, positions, config.data.num_workers, pin=torch.cuda.is_available())
+    return _run(whole, positions, config.data.num_workers)
 
 
-def _run(
-    make: Callable[[MicroBatch], T], positions: Iterator[MicroBatch], num_workers: int, *, pin: bool = False
-) -> Iterator[T]:
+def _run(make: Callable[[MicroBatch], T], positions: Iterator[MicroBatch], num_workers: int) -> Iterator[T]:
     """Apply `make` to each micro-batch in order, in worker processes if there are any."""
     if num_workers == 0:
         return map(make, positions)
@@ -98,7 +96,7 @@ def _run(
         sampler=_Positions(positions),
         batch_size=None,
         num_workers=num_workers,
-        pin_memory=pin,  # calls a batch's own `pin_memory`
+        pin_memory=torch.cuda.is_available(),  # calls a batch's own `pin_memory`; one without passes as it is
         generator=torch.Generator(),  # or the loader would draw from the global generator
     )
     return iter(loader)
