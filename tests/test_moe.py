@@ -206,5 +206,5 @@ def test_without_statistics_the_layer_computes_the_same(router: Any) -> None:
     y_without, without = layer(x)
     assert torch.equal(y, y_without)
     assert torch.equal(stats.auxiliary_loss, without.auxiliary_loss)
-    assert (float(without.auxiliary_loss) > 0) == (router == "token_choice") == without.auxiliary_loss.requires_grad
+    assert bool(without.auxiliary_loss > 0) == (router == "token_choice") == without.auxiliary_loss.requires_grad
     assert without.experts_per_token_BS.numel() == 0 < stats.experts_per_token_BS.numel()
