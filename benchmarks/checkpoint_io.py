@@ -30,12 +30,12 @@ from trainer.checkpoint.reader import rank_file
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig, TrainLoopConfig
 from trainer.data.batches import DataState
 from trainer.data.dataset import build_loader, open_dataset
-from trainer.deepspeed_config import load_deepspeed_config
-from trainer.diffusion import noise_batch, training_loss
+from trainer.diffusion.flow import noise_batch, training_loss
+from trainer.diffusion.model import ModelShape
 from trainer.distributed import World, barrier, detect_world, init_distributed
-from trainer.ema import Ema
-from trainer.engine import build_engine
-from trainer.model import ModelShape
+from trainer.engine.deepspeed_config import load_deepspeed_config
+from trainer.engine.ema import Ema
+from trainer.engine.engine import build_engine
 
 BLOCK = 1 << 26
 STATE = TrainState(step=1, data=DataState(seed=0, epoch=0, consumed=0, samples_seen=0))

@@ -25,10 +25,10 @@ from benchmarks.compare_report import write_report
 from benchmarks.interleaved import write_json
 from benchmarks.validation_loss import validation_loss
 from trainer.config import TrainConfig, load_config, require, run_cli
-from trainer.flops import forward_multiply_adds
-from trainer.model import ModelShape
-from trainer.pipeline import Pipeline
+from trainer.diffusion.model import ModelShape
+from trainer.diffusion.pipeline import Pipeline
 from trainer.plan.job import count_parameters
+from trainer.telemetry.flops import forward_multiply_adds
 
 RECIPE = "demo"
 SPEED_STEPS, SPEED_EVERY = 40, 10  # of one measurement; the first interval is left out
@@ -121,7 +121,9 @@ def command(arguments: list[str], log: Path) -> None:
 def prepare_data(config: CompareConfig) -> None:
     """Draw and encode the embedded scenes, as `make demo` does, unless they are there."""
     if not (LATENTS / "dataset.json").is_file():
-        command(["-m", "trainer.data.scenes", "--out", str(IMAGES), "--num-images", "16000"], config.out / "data.log")
+        command(
+            ["-m", "trainer.data.demo.scenes", "--out", str(IMAGES), "--num-images", "16000"], config.out / "data.log"
+        )
         command(["-m", "trainer.data.encode", RECIPE], config.out / "data.log")
 
 

@@ -41,17 +41,17 @@ from PIL import Image
 from benchmarks.interleaved import markdown_table, ratio, time_interleaved, write_json
 from trainer.config import TrainConfig, TrainLoopConfig, require, run_cli
 from trainer.data.batches import DataState
-from trainer.data.dataset_file import read_dataset_file
 from trainer.data.encode import build_encoder, encode_tar, shard_names
-from trainer.data.format import signed_json
 from trainer.data.index import build_index
-from trainer.data.latents import LatentInfo
-from trainer.data.layout import Layout, build_layout
+from trainer.data.latents.dataset_file import read_dataset_file
+from trainer.data.latents.format import signed_json
+from trainer.data.latents.interface import LatentInfo
+from trainer.data.latents.shard_dataset import ShardDataset
+from trainer.data.latents.shard_file import ShardEntry
+from trainer.data.latents.shard_writer import pack_shard, picture_batches, save_shard
 from trainer.data.loader import build_loader
-from trainer.data.shard_dataset import ShardDataset
-from trainer.data.shard_file import ShardEntry
-from trainer.data.shard_writer import pack_shard, picture_batches, save_shard
-from trainer.data_config import DataConfig
+from trainer.data.order import SampleLayout, build_layout
+from trainer.settings.data import DataConfig
 
 CHANNELS, SIDE, TOKENS, WIDTH, PER_SHARD = 4, 32, 20, 1280, 1000
 PIXELS = 128
@@ -86,7 +86,7 @@ def open_samples(shards: list[tuple[Path, ShardEntry]], *, checked: bool = True)
         channels=CHANNELS, height=SIDE, width=SIDE, text_dim=WIDTH, max_tokens=TOKENS, codec="", text_encoder="",
         fingerprint="benchmark", mean=[0.0] * CHANNELS, std=[1.0] * CHANNELS,
     )  # fmt: skip
-    layout = Layout.of_shards([entry.num_samples for _, entry in shards])
+    layout = SampleLayout.of_shards([entry.num_samples for _, entry in shards])
     return ShardDataset(info, shards, "benchmark", layout, empty_text=torch.zeros(1, WIDTH))
 
 

@@ -5,7 +5,7 @@
 
 features    pictures of 256 pixels on disk: `store` is eval.feature_store with hashing, decoding, resizing and writing,
             `bare` the Inception network alone on what is already in memory
-detection   the same for eval.objects.score and YOLOv3-tiny (if its weights are here)
+detection   the same for eval.suites.geneval_steps and YOLOv3-tiny (if its weights are here)
 frechet     distance of 2048 features from moments: `ours`, scipy's sqrtm, torchmetrics (general eigenvalues)
 memory      peak of a process that streams 30,000 and 10^6 pictures' features into moments, and that indexes 10^6
 """
@@ -33,13 +33,13 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.interleaved import markdown_table, ratio, time_interleaved, write_json
-from eval.encoders import InceptionEncoder
 from eval.feature_store import FeatureStore, add_picture_features
-from eval.fid import Moments, frechet_from_moments
-from eval.image_files import read_picture
+from eval.metrics.fid import Moments, frechet_from_moments
 from eval.metrics.statistics import moments_of
-from eval.objects.detectors import build_detector
-from eval.objects.score import detect_files, open_detections
+from eval.networks.detectors import build_detector
+from eval.networks.encoders import InceptionEncoder
+from eval.pictures.image_files import read_picture
+from eval.suites.geneval_steps import detect_files, open_detections
 from eval.weights import find_file
 from trainer.config import require, run_cli
 

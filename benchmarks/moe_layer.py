@@ -8,7 +8,7 @@ All paths push the same number of rows (capacity_factor 2, so twice the tokens) 
 size, with biases:
 - `dense MLP`          one MLP on all rows: what the FLOPs cost without any routing; every ratio is to this
 - `bare matmuls`       the layer's six batched matmuls with outputs allocated beforehand: the floor
-- `expert choice`      moe.layer.ExpertChoiceMoe, the layer under test, as in a step that reports no statistics
+- `expert choice`      moe.layer.MoeLayer, the layer under test, as in a step that reports no statistics
 - `one-hot einsum`     the same router and experts, tokens moved by one-hot products (the paper's pseudo-code)
 - `DeepSpeed MoE top-2` deepspeed.moe.layer.MoE: token choice, capacity factor 1, no dropped-token rescue
 
@@ -34,7 +34,7 @@ from torch.nn import functional
 from benchmarks.interleaved import Times, keep_freed_memory, markdown_table, ratio, time_interleaved, write_json
 from moe.config import MoeConfig
 from moe.experts import Mlp
-from moe.layer import ExpertChoiceMoe
+from moe.layer import MoeLayer
 from moe.routing import expert_choice
 from trainer.config import require, run_cli
 
@@ -77,7 +77,7 @@ class Case:
         return 6 * 2 * rows * self.dim * self.hidden_dim
 
 
-def one_hot_forward(layer: ExpertChoiceMoe, x_BSD: Tensor) -> Tensor:
+def one_hot_forward(layer: MoeLayer, x_BSD: Tensor) -> Tensor:
     """What `layer` computes, with dispatch and combine as products with one-hot matrices."""
     affinity_BSE = layer.router(x_BSD).softmax(-1)
     routing = expert_choice(affinity_BSE, layer.config.capacity(x_BSD.shape[1]))
@@ -88,7 +88,7 @@ def one_hot_forward(layer: ExpertChoiceMoe, x_BSD: Tensor) -> Tensor:
     return torch.einsum("becs,ebcd->bsd", weight_BECS, y_EBCD)
 
 
-def bare_matmuls(layer: ExpertChoiceMoe, case: Case) -> Work:
+def bare_matmuls(layer: MoeLayer, case: Case) -> Work:
     """The six batched matmuls of the experts on contiguous rows; nothing is allocated while it runs."""
     w1_EFD, w2_EDF = layer.experts.w1.detach(), layer.experts.w2.detach()
     rows = case.batch_size * case.num_tokens * CAPACITY_FACTOR // case.num_experts
@@ -145,7 +145,7 @@ def build_work(case: Case) -> dict[str, Work]:
     torch.manual_seed(0)
     dtype = DTYPES[case.dtype]
     config = MoeConfig(num_experts=case.num_experts, capacity_factor=CAPACITY_FACTOR)
-    layer = ExpertChoiceMoe(config, dim=case.dim, hidden_dim=case.hidden_dim)
+    layer = MoeLayer(config, dim=case.dim, hidden_dim=case.hidden_dim)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     layer.collects_statistics = False

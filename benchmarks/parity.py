@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 -m benchmarks.parity --routers token_choice expert_race --optimizers sgd --stages 3
 
 fp32, 5 optimizer steps with gradient accumulation 2 and clipping that is always active. The reference is
-the same model with the plain-loop MoE (`moe.reference`), a stock torch optimizer and one process. SGD shows
+the same model with the plain-loop MoE (`moe.oracle.layer`), a stock torch optimizer and one process. SGD shows
 errors in the scale of gradients, which AdamW hides. Columns: largest relative difference of loss and of
 global gradient norm over the steps; largest difference of a parameter, relative to its own update and beyond one
 rounding of each weight: of a tensor that hardly moves, a single rounding is more than 1e-4 of the update.
@@ -23,19 +23,19 @@ from torch import Tensor
 
 from moe.config import MoeConfig
 from moe.layer import auxiliary_loss
-from moe.reference import ReferenceMoe
+from moe.oracle.layer import ReferenceMoe
 from trainer.config import DataConfig, DiffusionConfig, OptimConfig, ParallelConfig, TrainConfig, TrainLoopConfig
 from trainer.config import ModelConfig as Size
 from trainer.data.batches import DataState
 from trainer.data.dataset import build_loader, open_dataset
-from trainer.deepspeed_config import load_deepspeed_config
-from trainer.diffusion import noise_batch, training_loss
+from trainer.diffusion.flow import noise_batch, training_loss
+from trainer.diffusion.model import EcDit, ModelShape
 from trainer.distributed import World, all_reduce_mean, detect_world, init_distributed
-from trainer.engine import build_engine
-from trainer.model import EcDit, ModelShape
-from trainer.optim import build_optimizer
+from trainer.engine.deepspeed_config import load_deepspeed_config
+from trainer.engine.engine import build_engine
+from trainer.engine.optim import build_optimizer
+from trainer.engine.zero_state import gather_master
 from trainer.randomness import keyed_generator
-from trainer.shards import gather_master
 
 GLOBAL_BATCH, ACCUMULATION, STEPS = 16, 2, 5
 ROUTERS: dict[str, dict[str, Any]] = {

@@ -7,8 +7,8 @@ The engine, the optimizer step and the average are those of a run; data are rand
 lie in memory, made into noised batches by `data.num_workers` processes as in training. Nothing is read or written.
 `--device` is what trainer.plan should take the devices for; its other options (`--text-tokens`, ...) work, too.
 
-`step` is the median over the steps; then one is measured section by section (trainer/step_timer.py), which is slower.
-Memory is the most that PyTorch held at once, and with it what the device context and the libraries take.
+`step` is the median over the steps; then one is measured section by section (trainer/telemetry/step_timer.py), which is
+slower. Memory is the most that PyTorch held at once, and with it what the device context and the libraries take.
 """
 
 import argparse
@@ -24,21 +24,21 @@ from torch import Tensor
 from benchmarks.interleaved import markdown_table, wait_for_gpu, write_json
 from trainer.config import TrainConfig, require, run_cli
 from trainer.data.batches import DataState
-from trainer.data.latents import LatentInfo
-from trainer.data.layout import Layout
-from trainer.data.shard_file import Sample
-from trainer.deepspeed_config import load_deepspeed_config
-from trainer.determinism import make_deterministic
+from trainer.data.latents.interface import LatentInfo
+from trainer.data.latents.shard_file import Sample
+from trainer.data.order import SampleLayout
 from trainer.distributed import World, all_reduce_mean, detect_world, init_distributed
-from trainer.ema import Ema
-from trainer.encoders import TextEncoder
-from trainer.engine import build_engine
+from trainer.encoders.build import TextEncoder
+from trainer.engine.deepspeed_config import load_deepspeed_config
+from trainer.engine.determinism import make_deterministic
+from trainer.engine.ema import Ema
+from trainer.engine.engine import build_engine
+from trainer.loop.prepared import Prepared, build_prepared, next_step
+from trainer.loop.step import train_step
 from trainer.plan.command import parse as parse_plan
 from trainer.plan.command import plan
 from trainer.plan.job import Job
-from trainer.prepared import Prepared, build_prepared, next_step
-from trainer.step import train_step
-from trainer.step_timer import StepTimer
+from trainer.telemetry.step_timer import StepTimer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class RandomData:
     def __init__(self, job: Job, size: int) -> None:
         generator, shape, tokens = torch.Generator().manual_seed(0), job.shape, job.text_tokens
         self.shard_sizes = [size]
-        self.layout = Layout.of_shards(self.shard_sizes)
+        self.layout = SampleLayout.of_shards(self.shard_sizes)
         self.info = LatentInfo(
             channels=shape.channels, height=shape.height, width=shape.width, text_dim=shape.text_dim,
             max_tokens=tokens, codec="", text_encoder="", fingerprint="random",

@@ -6,11 +6,11 @@ Shapes: N scenes, C x H x W latent.
 import torch
 from torch import Tensor
 
-from trainer.data.scenes import held_out_scenes, render
-from trainer.diffusion import interpolate
-from trainer.pipeline import Pipeline
+from trainer.data.demo.scenes import held_out_scenes, render
+from trainer.diffusion.flow import interpolate
+from trainer.diffusion.pipeline import Pipeline
+from trainer.diffusion.sampling import pad_text
 from trainer.randomness import keyed_generator
-from trainer.sampling import pad_text
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 SEED = 20_000  # of the scenes; the suites of eval.run draw theirs from seed 0 on

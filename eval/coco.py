@@ -18,9 +18,9 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from eval.feature_store import num_workers, prefetched
-from eval.generate import write_text
+from eval.pictures.generate import write_text
 from trainer.config import ConfigError, require, run_cli
-from trainer.data.files import replacing
+from trainer.files import replacing
 
 
 def read_annotations(path: Path) -> dict[str, Any]:

@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.encoders import ImageEncoder
-from eval.generate import write_text
-from eval.image_files import read_picture
+from eval.networks.encoders import ImageEncoder
+from eval.pictures.generate import write_text
+from eval.pictures.image_files import read_picture
 from eval.weights import file_sha256
 from trainer.config import ConfigError, require
-from trainer.data.files import replacing
+from trainer.files import replacing
 
 SHARD_ROWS = 512
 _AHEAD = 4  # batches of pictures that worker threads prepare while the network runs

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.allocation import word_lines
-from eval.charts import compute_chart, coverage_chart, moved_chart, region_chart, training_chart
-from eval.compute_map import ComputeMaps, compute_by_region
-from eval.generate import write_text
-from eval.geneval import FAULTS
-from eval.page import card, escape, figure_grid, file_uri, image, interval_plot, page, table, verdict_figure
+from eval.metrics.geneval import FAULTS
+from eval.pages.allocation import word_lines
+from eval.pages.charts import compute_chart, coverage_chart, moved_chart, region_chart, training_chart
+from eval.pages.compute_map import ComputeMaps, compute_by_region
+from eval.pages.page import card, escape, figure_grid, file_uri, image, interval_plot, page, table, verdict_figure
+from eval.pictures.generate import write_text
 from trainer.config import require, run_cli
 
 SHOWN_PER_TAG = 16
@@ -280,7 +280,7 @@ def render_report(content: ReportInput) -> str:
 
 
 def _main(argv: list[str] | None) -> None:
-    from eval.compare import comparison_page, comparison_text, read_scores
+    from eval.pages.compare import comparison_page, comparison_text, read_scores
 
     parser = argparse.ArgumentParser(prog="eval.report", description="Put reports of eval.run side by side.")
     parser.add_argument("command", choices=["compare"])

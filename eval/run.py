@@ -16,26 +16,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.board import log_scores
-from eval.compute_map import ComputeMaps, object_patches, trace_compute
-from eval.detector import detect
-from eval.drawing import draw_set
-from eval.generate import read_pictures, write_text
-from eval.numbers import log_numbers, write_csv
-from eval.prompt_files import read_prompts
-from eval.prompts import Prompt, demo_prompts, render_prompts
-from eval.protocol import package_versions, sampling_card
+from eval.demo.detector import detect
+from eval.demo.suite import SUITES, Evaluation
+from eval.pages.board import log_scores
+from eval.pages.compute_map import ComputeMaps, object_patches, trace_compute
+from eval.pages.numbers import log_numbers, write_csv
+from eval.pictures.drawing import draw_set
+from eval.pictures.generate import read_pictures, write_text
+from eval.pictures.prompt_files import read_prompts
+from eval.pictures.prompts import Prompt, demo_prompts, render_prompts
+from eval.pictures.protocol import package_versions, sampling_card
 from eval.report import ReportInput, render_report
 from eval.scoring import SUITES as SCORE_SUITES
 from eval.scoring import ScoreConfig
 from eval.standard import add_score_arguments, score_config
 from eval.standard_run import draw_and_score
-from eval.suites import SUITES, Evaluation
 from trainer.checkpoint import is_export
 from trainer.config import ConfigError, require, run_cli
-from trainer.data.emoji import ATTRIBUTION
+from trainer.data.demo.emoji import ATTRIBUTION
+from trainer.diffusion.pipeline import Pipeline
 from trainer.distributed import World, barrier, detect_world, init_distributed
-from trainer.pipeline import Pipeline
 
 MAPS_PER_TAG = 4
 WEIGHTS: tuple[Literal["ema", "untrained"], ...] = ("ema", "untrained")

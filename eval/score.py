@@ -11,8 +11,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.image_files import folder_files, geneval_files, unpack_npz
-from eval.prompt_files import read_prompts
+from eval.pictures.image_files import folder_files, geneval_files, unpack_npz
+from eval.pictures.prompt_files import read_prompts
 from eval.scoring import SUITES, ScoreConfig, check_all
 from eval.standard import add_score_arguments, score_config, score_pictures
 from trainer.config import require, run_cli

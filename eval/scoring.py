@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from eval.clip import CMMD_CLIP, DEFAULT_CLIP
-from eval.encoders import ImageEncoder
 from eval.feature_store import FeatureStore, add_picture_features, hash_files
-from eval.geneval import Rules
-from eval.image_files import folder_files, open_npz, unpack_npz
-from eval.objects.cache import FLOOR
-from eval.prompts import Prompt
-from eval.resize import CONVENTIONS, check_convention
+from eval.metrics.geneval import Rules
+from eval.networks.clip import CMMD_CLIP, DEFAULT_CLIP
+from eval.networks.encoders import ImageEncoder
+from eval.networks.resize import CONVENTIONS, check_convention
+from eval.pictures.image_files import folder_files, open_npz, unpack_npz
+from eval.pictures.prompts import Prompt
+from eval.suites.detection_cache import FLOOR
 from trainer.config import require
 
 
@@ -63,7 +63,7 @@ class ScoreConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class ScoringJob:
     """Pictures in the order of the prompts, `num_samples` of each, and this process's share of the work."""
 
     config: ScoreConfig
@@ -143,8 +143,8 @@ class ScoreSuite:
     """The three steps of a suite."""
 
     check: Callable[[ScoreConfig, list[Prompt]], None]
-    prepare: Callable[[Job], None]
-    score: Callable[[Job], Result]
+    prepare: Callable[[ScoringJob], None]
+    score: Callable[[ScoringJob], Result]
 
 
 def _suite_of(module: str) -> ScoreSuite:
@@ -156,8 +156,8 @@ def _suite_of(module: str) -> ScoreSuite:
     return ScoreSuite(check=step("check"), prepare=step("prepare"), score=step("score"))
 
 
-_MODULES = {name: f"eval.score_suites.{name}" for name in ("fid", "cmmd", "dino", "clip")}
-_MODULES |= {"geneval": "eval.objects.suite", "text": "eval.text_rendering"}
+_MODULES = {name: f"eval.suites.{name}" for name in ("fid", "cmmd", "dino", "clip")}
+_MODULES |= {"geneval": "eval.suites.geneval", "text": "eval.suites.text"}
 SUITES = {name: _suite_of(module) for name, module in _MODULES.items()}
 
 
@@ -167,7 +167,7 @@ def check_all(config: ScoreConfig, prompts: list[Prompt]) -> None:
         SUITES[name].check(config, prompts)
 
 
-def prepare_all(job: Job) -> None:
+def prepare_all(job: ScoringJob) -> None:
     """This rank's share of every suite's expensive part."""
     for name in job.config.suites:
         SUITES[name].prepare(job)
@@ -175,6 +175,6 @@ def prepare_all(job: Job) -> None:
             torch.cuda.empty_cache()  # the next suite's network needs the room
 
 
-def score_all(job: Job) -> dict[str, Result]:
+def score_all(job: ScoringJob) -> dict[str, Result]:
     """Results of all suites, from what is kept."""
     return {name: SUITES[name].score(job) for name in job.config.suites}

@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.clip import CMMD_CLIP, DEFAULT_CLIP
-from eval.generate import write_text
-from eval.geneval import Rules
-from eval.numbers import flat_numbers, log_numbers, write_csv
-from eval.prompts import Prompt
-from eval.protocol import package_versions
-from eval.resize import CONVENTIONS
-from eval.score_page import render_scores
-from eval.scoring import Job, ScoreConfig, prepare_all, score_all
+from eval.metrics.geneval import Rules
+from eval.networks.clip import CMMD_CLIP, DEFAULT_CLIP
+from eval.networks.resize import CONVENTIONS
+from eval.pages.numbers import flat_numbers, log_numbers, write_csv
+from eval.pages.score_page import render_scores
+from eval.pictures.generate import write_text
+from eval.pictures.prompts import Prompt
+from eval.pictures.protocol import package_versions
+from eval.scoring import ScoreConfig, ScoringJob, prepare_all, score_all
 from trainer.distributed import World, barrier
 
 _HEADLINES = ("fid/fid", "fid/kid/mean", "cmmd/cmmd", "dino/fd_dinov2", "clip/score/cosine", "geneval/overall/value")
@@ -73,7 +73,7 @@ def score_pictures(
 ) -> None:
     """Compute on every rank, then score and report on the first. Collective."""
     start = time.perf_counter()
-    job = Job(
+    job = ScoringJob(
         config=config, prompts=prompts, files=files, rank=world.rank, world_size=world.size,
         progress=world.is_main and sys.stderr.isatty(),
     )  # fmt: skip

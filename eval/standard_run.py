@@ -3,18 +3,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.charts import compute_chart, training_chart
-from eval.compute_map import trace_compute
-from eval.drawing import draw_set
-from eval.image_files import geneval_files
-from eval.page import image
-from eval.prompts import Prompt
+from eval.pages.charts import compute_chart, training_chart
+from eval.pages.compute_map import trace_compute
+from eval.pages.page import image
+from eval.pictures.drawing import draw_set
+from eval.pictures.image_files import geneval_files
+from eval.pictures.prompts import Prompt
 from eval.report import read_metrics
 from eval.scoring import ScoreConfig, check_all
 from eval.standard import score_pictures
 from trainer.config import ConfigError
+from trainer.diffusion.pipeline import Pipeline
 from trainer.distributed import barrier, detect_world, init_distributed
-from trainer.pipeline import Pipeline
 
 SHOWN_MAPS = 4  # prompts whose routing is drawn
 

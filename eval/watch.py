@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.generate import write_text
-from eval.numbers import flat_numbers, log_numbers
-from eval.prompt_files import read_prompts
-from eval.prompts import Prompt, demo_prompts
+from eval.pages.numbers import flat_numbers, log_numbers
+from eval.pictures.generate import write_text
+from eval.pictures.prompt_files import read_prompts
+from eval.pictures.prompts import Prompt, demo_prompts
 from eval.scoring import SUITES, ScoreConfig, check_all
 from eval.standard import add_score_arguments, score_config
 from eval.standard_run import draw_and_score
@@ -26,7 +26,7 @@ from eval.validation_loss import fixed_samples, validation_loss
 from trainer.checkpoint import fault, list_checkpoints, read_state
 from trainer.config import ConfigError, config_from_dict, require, run_cli
 from trainer.data.dataset import open_dataset
-from trainer.pipeline import Pipeline
+from trainer.diffusion.pipeline import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)

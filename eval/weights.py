@@ -29,7 +29,7 @@ from typing import IO
 
 from eval.weights_table import TABLE, Weights
 from trainer.config import ConfigError, require, run_cli
-from trainer.data.files import replacing
+from trainer.files import replacing
 
 _BLOCK = 1 << 20
 

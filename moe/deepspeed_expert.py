@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from moe.all_to_all import ExpertGroup
 from moe.config import MoeConfig
-from moe.layer import ExpertChoiceMoe
+from moe.layer import MoeLayer
 
 _REQUIRED: tuple[tuple[object, Sequence[str]], ...] = (
     (groups, ("_create_expert_and_data_parallel", "_get_expert_parallel_group", "_get_expert_data_parallel_group")),
@@ -68,15 +68,15 @@ def _group_name(ep_size: int) -> str:
     return f"ep_size_{ep_size}"
 
 
-class ExpertParallelMoe(ExpertChoiceMoe, AutoEPMoELayer):  # type: ignore[misc]
-    """`ExpertChoiceMoe` that DeepSpeed treats as an expert-parallel layer under ZeRO 1, 2 and 3.
+class ExpertParallelMoe(MoeLayer, AutoEPMoELayer):  # type: ignore[misc]
+    """`MoeLayer` that DeepSpeed treats as an expert-parallel layer under ZeRO 1, 2 and 3.
 
     AutoEP's own constructor and forward (token choice) are not used; only its type is.
     """
 
     def __init__(self, config: MoeConfig, *, dim: int, hidden_dim: int, group: ExpertGroup) -> None:
         tag = _expert_tagger(group.size)
-        ExpertChoiceMoe.__init__(self, config, dim=dim, hidden_dim=hidden_dim, group=group, tag=tag)
+        MoeLayer.__init__(self, config, dim=dim, hidden_dim=hidden_dim, group=group, tag=tag)
 
     def set_deepspeed_parallelism(self, *args: object, **kwargs: object) -> None:
         """Called by the engine to bind groups; ours are bound at construction."""

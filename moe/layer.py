@@ -17,7 +17,8 @@ from moe.all_to_all import ExpertGroup, from_local_experts, largest, to_local_ex
 from moe.config import MoeConfig
 from moe.dispatch import combine, dispatch, expert_rows
 from moe.experts import Experts, Mlp
-from moe.rivals import (
+from moe.routers.modules import CapacityPredictor, Router, Threshold
+from moe.routers.rivals import (
     balance_loss,
     last_taken,
     pack,
@@ -27,7 +28,6 @@ from moe.rivals import (
     threshold_loss,
     token_choice,
 )
-from moe.router import CapacityPredictor, Router, Threshold
 from moe.routing import (
     RoutingStats,
     affinity_of,
@@ -63,7 +63,7 @@ class _Choice:
     dropped: Tensor | None = None
 
 
-class ExpertChoiceMoe(nn.Module):
+class MoeLayer(nn.Module):
     """Drop-in for a transformer's MLP: expert choice (EC-DIT algorithm 1) and, by `config.router`, its rivals.
 
     Expert choice, token choice and DiffMoE in training give every expert equally many rows, filled up with rows of
@@ -217,14 +217,14 @@ class ExpertChoiceMoe(nn.Module):
 def set_capacity_factor(model: nn.Module, factor: float) -> None:
     """Set the capacity factor of training in every MoE layer of a model (`MoeConfig.factor_at`)."""
     for module in model.modules():
-        if isinstance(module, ExpertChoiceMoe):
+        if isinstance(module, MoeLayer):
             module.capacity_factor = factor
 
 
 def collect_statistics(model: nn.Module, wanted: bool) -> None:
     """Whether the MoE layers of a model say what their routers did: dozens of small kernels in each layer."""
     for module in model.modules():
-        if isinstance(module, ExpertChoiceMoe):
+        if isinstance(module, MoeLayer):
             module.collects_statistics = wanted
 
 

@@ -30,7 +30,7 @@
 
 # May a job put itself back into the queue? `no`: chain jobs instead (README.md, "Without requeue").
 : "${REQUEUE:=yes}"
-# Adapt ep_size and batch arithmetic to the number of nodes of each start (trainer/elastic.py).
+# Adapt ep_size and batch arithmetic to the number of nodes of each start (trainer/engine/elastic.py).
 : "${ELASTIC:=yes}"
 # Check the nodes before training (trainer/doctor.py), and keep bad ones out for so long.
 : "${DOCTOR:=yes}" "${BAD_NODE_HOURS:=24}"

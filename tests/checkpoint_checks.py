@@ -23,12 +23,12 @@ from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.state import group_settings
 from trainer.config import load_config
 from trainer.distributed import World, barrier, detect_world, init_distributed
-from trainer.loop import Trainer
-from trainer.run import prepare_run_folder
-from trainer.run_lock import RunLock
-from trainer.run_plan import plan_run
-from trainer.shards import flat_masters
-from trainer.signals import StopSignal
+from trainer.engine.zero_state import flat_masters
+from trainer.loop.loop import Trainer
+from trainer.loop.run import prepare_run_folder
+from trainer.loop.run_lock import RunLock
+from trainer.loop.signals import StopSignal
+from trainer.loop.start_checks import plan_run
 
 SAVED, LAST, GLOBAL_BATCH = 5, 15, 8
 STAGES = {

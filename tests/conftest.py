@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for browser, tests_launcher, s
 from slurm_cluster import Cluster, NoPackagesError, why_not
 from tests_launcher import Launcher
 
-from eval.image_files import read_picture
+from eval.pictures.image_files import read_picture
 from eval.weights import fetch
 from trainer.config import ConfigError
 

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.parity import ROUTERS, SHAPE, parity_config, random_value
 from moe.deepspeed_expert import build_expert_group
-from moe.layer import ExpertChoiceMoe
+from moe.layer import MoeLayer
 from trainer.checkpoint import (
     CheckpointError,
     Topology,
@@ -38,12 +38,12 @@ from trainer.checkpoint.agree import agree
 from trainer.config import EmaConfig, TrainConfig
 from trainer.data.batches import DataState
 from trainer.data.dataset import open_dataset
-from trainer.deepspeed_config import load_deepspeed_config
+from trainer.diffusion.model import EcDit
 from trainer.distributed import World, barrier, detect_world, init_distributed
-from trainer.ema import Ema
-from trainer.engine import build_engine, build_model
-from trainer.model import EcDit
-from trainer.shards import gather_master
+from trainer.engine.deepspeed_config import load_deepspeed_config
+from trainer.engine.ema import Ema
+from trainer.engine.engine import build_engine, build_model
+from trainer.engine.zero_state import gather_master
 
 START = TrainState(step=0, data=DataState(seed=0, epoch=0, consumed=0, samples_seen=0))
 
@@ -111,7 +111,7 @@ def routers_sample_alike_with_and_without_expert_parallelism(world: World) -> No
     for router in ROUTERS:
         config = parity_config("sgd", 2, world.size, router)
         engine: Any = engine_of(config, 3, world)
-        model = EcDit(config.model, config.moe, SHAPE, ExpertChoiceMoe)
+        model = EcDit(config.model, config.moe, SHAPE, MoeLayer)
         model.load_state_dict(gather_master(engine))
         x, t, text, mask = inputs(4)
         text = text * (1 + world.rank)
@@ -141,7 +141,7 @@ def ema_is_the_average_of_the_weights(world: World) -> None:
             for name, value in gather_master(engine).items():
                 expected[name] = expected[name].lerp(value, 1 - decay)
         before = gather_master(engine)
-        model = EcDit(parity_config("sgd", 1, 1).model, parity_config("sgd", 1, 1).moe, SHAPE, ExpertChoiceMoe)
+        model = EcDit(parity_config("sgd", 1, 1).model, parity_config("sgd", 1, 1).moe, SHAPE, MoeLayer)
         with torch.no_grad():
             live = engine(*inputs(4))[0]  # type: ignore[operator]
             with ema.swapped(engine):

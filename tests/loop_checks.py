@@ -19,23 +19,23 @@ from typing import Any
 import deepspeed
 import torch
 
-from trainer import loop
 from trainer.checkpoint import list_checkpoints
 from trainer.config import load_config
 from trainer.data.batches import DataState, micro_batches
 from trainer.data.dataset import LatentDataset
-from trainer.data.shard_file import Sample
+from trainer.data.latents.shard_file import Sample
 from trainer.distributed import World, detect_world, from_main, init_distributed
-from trainer.emergency import PeerError, build_arrival_group
-from trainer.loop import Trainer
-from trainer.prepared import Prepared
-from trainer.run import prepare_run_folder
-from trainer.run_lock import LockLostError, RunLock
-from trainer.run_plan import Plan, plan_run
-from trainer.sample_grid import GridSampler
-from trainer.shards import gather_master
-from trainer.signals import StopSignal
-from trainer.skips import DivergedError
+from trainer.engine.zero_state import gather_master
+from trainer.loop import loop
+from trainer.loop.leaving import PeerError, build_arrival_group
+from trainer.loop.loop import Trainer
+from trainer.loop.prepared import Prepared
+from trainer.loop.run import prepare_run_folder
+from trainer.loop.run_lock import LockLostError, RunLock
+from trainer.loop.sample_grid import GridSampler
+from trainer.loop.signals import StopSignal
+from trainer.loop.skips import DivergedError
+from trainer.loop.start_checks import Plan, plan_run
 
 BATCH = 8
 TINY = [

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed
 
-from eval.fid import FrechetDistance, frechet_from_features, moments
 from eval.metrics.clip_score import ClipScoreMetric, clip_score, cosines
+from eval.metrics.fid import FrechetDistance, frechet_from_features, moments
 from eval.metrics.gathered import GatheredMetric
 from eval.metrics.kernel import kid
 from eval.metrics.neighbours import neighbours

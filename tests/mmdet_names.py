@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from eval.objects.mask2former_keys import reorder_merging
+from eval.networks.mask2former_keys import reorder_merging
 
 SWIN, PIXELS = "model.pixel_level_module.encoder.swin.", "model.pixel_level_module.decoder."
 QUERIES, HEAD = "model.transformer_module.", "panoptic_head."

@@ -14,13 +14,13 @@ import deepspeed.utils
 import torch
 
 from benchmarks.parity import SHAPE, parity_config
-from trainer.deepspeed_config import load_deepspeed_config
 from trainer.distributed import World, detect_world, init_distributed
-from trainer.ema import Ema
-from trainer.engine import build_engine
+from trainer.engine.deepspeed_config import load_deepspeed_config
+from trainer.engine.ema import Ema
+from trainer.engine.engine import build_engine
+from trainer.engine.zero_state import flat_masters
 from trainer.plan.job import Job, Layout
 from trainer.plan.memory import state_terms
-from trainer.shards import flat_masters
 
 
 def bytes_of(tensors: Iterable[Any]) -> dict[int, int]:

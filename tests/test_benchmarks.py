@@ -12,7 +12,7 @@ import torch
 from benchmarks.interleaved import markdown_table, ratio, time_interleaved
 from benchmarks.moe_layer import Case, one_hot_forward, table
 from moe.config import MoeConfig
-from moe.layer import ExpertChoiceMoe
+from moe.layer import MoeLayer
 
 SMALL = ["--dim", "16", "--tokens", "16", "--batch-size", "2", "--rounds", "2", "--threads", "1"]
 
@@ -45,7 +45,7 @@ def test_unfair_shapes_are_refused() -> None:
 
 def test_one_hot_path_computes_the_same_layer() -> None:
     torch.manual_seed(0)
-    layer = ExpertChoiceMoe(MoeConfig(num_experts=4, capacity_factor=2), dim=8, hidden_dim=32).double()
+    layer = MoeLayer(MoeConfig(num_experts=4, capacity_factor=2), dim=8, hidden_dim=32).double()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     x_BSD, grad_BSD = torch.randn(2, 16, 8).double().requires_grad_(), torch.randn(2, 16, 8).double()

@@ -19,12 +19,13 @@ from tests_launcher import Launcher
 
 from moe.config import MoeConfig
 from trainer.config import ConfigError, DataConfig, DiffusionConfig, ModelConfig, TrainConfig, TrainLoopConfig
-from trainer.data import encode, scenes
+from trainer.data import encode
 from trainer.data.batches import DataState
 from trainer.data.dataset import Batch, build_loader, open_dataset
-from trainer.data.dataset_file import read_dataset_file
-from trainer.data.shard_file import DamagedShardError
-from trainer.diffusion import NoisedBatch, noise_batch
+from trainer.data.demo import scenes
+from trainer.data.latents.dataset_file import read_dataset_file
+from trainer.data.latents.shard_file import DamagedShardError
+from trainer.diffusion.flow import NoisedBatch, noise_batch
 
 SHAPES = [(16, 16), (24, 12), (10, 20), (17, 16), (12, 23)]  # height, width
 BUCKETS = ["8x8", "12x4", "4x12"]

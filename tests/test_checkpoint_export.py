@@ -23,7 +23,7 @@ from trainer.checkpoint.__main__ import main
 from trainer.checkpoint.export import split_shards
 from trainer.config import ConfigError, TrainConfig, load_config
 from trainer.data.dataset import LatentInfo
-from trainer.pipeline import Pipeline
+from trainer.diffusion.pipeline import Pipeline
 from trainer.sample import main as sample_main
 
 TINY = [

@@ -11,7 +11,7 @@ from trainer.cluster import bad_nodes
 from trainer.cluster.outcome import VARIABLE, Outcome, Recorder
 from trainer.cluster.verdict import last_words, newest_step, settle, silent_nodes
 from trainer.config import ConfigError
-from trainer.time_budget import TimeBudget
+from trainer.loop.time_budget import TimeBudget
 
 
 def checkpoint(run_dir: Path, step: int) -> None:

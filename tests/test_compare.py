@@ -12,7 +12,7 @@ from benchmarks import compare as compare_module
 from benchmarks.compare import DEFAULT_VARIANTS, VARIANTS, compare, parse, result_of, sizes
 from benchmarks.compare_report import spread, table
 from trainer.config import ConfigError, load_config
-from trainer.model import EcDit, ModelShape
+from trainer.diffusion.model import EcDit, ModelShape
 
 SHAPE = ModelShape(channels=16, height=8, width=8, text_dim=384)
 

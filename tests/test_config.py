@@ -7,9 +7,9 @@ import pytest
 
 from trainer.config import ConfigError, config_from_dict, config_to_dict, load_config, save_config
 from trainer.data.dataset import open_dataset
-from trainer.deepspeed_config import load_deepspeed_config
 from trainer.distributed import World
-from trainer.run_plan import plan_run, rounded_capacities
+from trainer.engine.deepspeed_config import load_deepspeed_config
+from trainer.loop.start_checks import plan_run, rounded_capacities
 from trainer.train import main
 
 
@@ -47,7 +47,10 @@ def test_bad_overrides_name_setting_value_and_remedy(override: str, words: str) 
     "overrides,words",
     [
         (["router=token_choice", "top_k=9"], "moe.top_k is 9: use 1 to moe.num_experts=8"),
-        (["router=token_choice", "gate=identity"], "moe.gate=identity has negative gates, whose sum moe.router=token_"),
+        (
+            ["router=token_choice", "gate=identity"],
+            "moe.gate=identity has negative gates, whose sum moe.router=token_",
+        ),
         (["normalize_gates=true", "gate=identity"], "whose sum moe.normalize_gates=true would divide by"),
         (
             ["router=diffmoe"],

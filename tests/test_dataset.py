@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer.config import ConfigError, DataConfig, TrainConfig, load_config
-from trainer.data import encode, scenes
+from trainer.data import encode
 from trainer.data.batches import DataState
 from trainer.data.dataset import Batch, LatentDataset, build_loader, open_dataset
-from trainer.data.format import signed_json
-from trainer.data.layout import EpochOrder
-from trainer.data.shard_file import Sample
-from trainer.encoders import build_text_encoder
+from trainer.data.demo import scenes
+from trainer.data.latents.format import signed_json
+from trainer.data.latents.shard_file import Sample
+from trainer.data.order import EpochOrder
+from trainer.encoders.build import build_text_encoder
 from trainer.randomness import sample_generator
 
 SHARDS = [5, 1, 9, 4, 7, 3]
@@ -295,7 +296,7 @@ def test_stale_data_is_refused(broken: Path) -> None:
 
 
 def test_files_are_closed_again_when_there_are_many(latents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.data.shard_dataset._MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("trainer.data.latents.shard_dataset._MAX_OPEN_FILES", 2)
     config = config_for(latents, 26, 1)
     dataset = open_dataset(config)
     assert len(list(islice(build_loader(dataset, config, rank=0, world_size=1, state=START), 2))) == 2

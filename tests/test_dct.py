@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from trainer.data.scenes import render, training_scene
-from trainer.dct import PATCH, DctCodec, cosine_basis, kept_basis
+from trainer.data.demo.scenes import render, training_scene
+from trainer.encoders.dct import PATCH, DctCodec, cosine_basis, kept_basis
 
 
 def test_basis_is_orthonormal() -> None:

@@ -20,10 +20,12 @@ from picture_server import BAD, GOOD, PictureServer
 from tests_launcher import Launcher
 
 from trainer.config import ConfigError
-from trainer.data import download, encode, images, img2dataset
-from trainer.data.download_report import PartReport, total
+from trainer.data import download, encode
+from trainer.data.images import decode as images
+from trainer.data.images import img2dataset
+from trainer.data.images.download_report import PartReport, total
+from trainer.data.images.url_list import open_url_list, read_slice, split_http, table_digest
 from trainer.data.index import build_index
-from trainer.data.url_list import open_url_list, read_slice, split_http, table_digest
 
 
 def write_list(path: Path, rows: list[dict[str, Any]], group: int = 7) -> Path:

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from trainer.config import ConfigError, TrainConfig, load_config
-from trainer.elastic import choose_ep_size, fit, split_share
+from trainer.engine.elastic import choose_ep_size, fit, split_share
 
 
 @pytest.mark.parametrize(

@@ -19,15 +19,15 @@ from tests_launcher import Launcher
 
 from trainer.config import ConfigError, DataConfig, TrainConfig, TrainLoopConfig
 from trainer.data import encode as e
-from trainer.data import scenes
 from trainer.data.dataset import Batch, DataState, build_loader, open_dataset
+from trainer.data.demo import scenes
 from trainer.data.index import build_index
-from trainer.data.layout import EpochOrder
+from trainer.data.latents.shard_writer import Encoder
 from trainer.data.loader import RawBatch, encode_captions
-from trainer.data.shard_writer import Encoder
-from trainer.encoders import PixelCodec, build_codec, build_text_encoder
+from trainer.data.order import EpochOrder
+from trainer.encoders.build import PixelCodec, build_codec, build_text_encoder
+from trainer.encoders.vae import SmallVae
 from trainer.randomness import sample_generator
-from trainer.vae import SmallVae
 
 NUM_IMAGES, SHARD_SIZE, IMAGE_SIZE = 20, 8, 16
 
@@ -140,7 +140,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 def test_large_tars_become_several_shards(
     images: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainer.data.shard_writer.MAX_SHARD_BYTES", 3 * (2 * 3 * 16 * 16 + 2 * 384 * 20))
+    monkeypatch.setattr("trainer.data.latents.shard_writer.MAX_SHARD_BYTES", 3 * (2 * 3 * 16 * 16 + 2 * 384 * 20))
     assert e.encode(encoder_for(images, tmp_path))
     names = [path.name for path in sorted(tmp_path.glob("*.safetensors"))][:-1]
     counts = {"00000": 3, "00001": 3, "00002": 2}  # of 8, 8 and 4 samples at 3 a shard

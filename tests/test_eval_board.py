@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from eval.board import log_scores
+from eval.pages.board import log_scores
 
 RESULTS = {"geneval": {"overall": {"value": 0.5}, "tags": {"colors": {"value": 0.25}}}, "fid": {"generated": 7.0}}
 

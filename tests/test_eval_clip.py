@@ -10,17 +10,17 @@ import timm
 import torch
 from PIL import Image
 
-from eval.clip import ClipModel, find_clip, load_clip, text_features
-from eval.encoders import DinoEncoder
-from eval.fid import frechet_from_features
-from eval.generate import picture_path, write_picture
-from eval.image_files import read_picture
+from eval.metrics.fid import frechet_from_features
 from eval.metrics.kernel import cmmd
-from eval.objects.colors import TEMPLATES, ClipColors
-from eval.objects.detectors import FoundObject
-from eval.objects.names import COLORS
-from eval.prompts import Prompt
-from eval.scoring import Job, ScoreConfig, check_all, prepare_all, score_all
+from eval.networks.clip import ClipModel, find_clip, load_clip, text_features
+from eval.networks.colors import TEMPLATES, ClipColors
+from eval.networks.detectors import FoundObject
+from eval.networks.encoders import DinoEncoder
+from eval.pictures.generate import picture_path, write_picture
+from eval.pictures.geneval_names import COLORS
+from eval.pictures.image_files import read_picture
+from eval.pictures.prompts import Prompt
+from eval.scoring import ScoreConfig, ScoringJob, check_all, prepare_all, score_all
 from trainer.config import ConfigError
 
 ARCH = "ViT-tiny-test"
@@ -128,8 +128,8 @@ def test_clip_and_cmmd_suites_end_to_end(weights: Path, clip: ClipModel, tmp_pat
     )
     check_all(config, prompts)
     for rank in (1, 0):  # the second rank may be first
-        prepare_all(Job(config=config, prompts=prompts, files=files, rank=rank, world_size=2))
-    results = score_all(Job(config=config, prompts=prompts, files=files))
+        prepare_all(ScoringJob(config=config, prompts=prompts, files=files, rank=rank, world_size=2))
+    results = score_all(ScoringJob(config=config, prompts=prompts, files=files))
     images = clip.encode(torch.stack([clip.prepare(read_picture(file)) for file in files]))
     texts = clip.encode_texts([prompts[i // 2].text for i in range(12)])
     expected = torch.nn.functional.cosine_similarity(images, texts).double()
@@ -144,13 +144,13 @@ def test_clip_and_cmmd_suites_end_to_end(weights: Path, clip: ClipModel, tmp_pat
 def test_dino_suite_with_a_small_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, depth=1)
-    monkeypatch.setattr("eval.score_suites.dino.DinoEncoder", lambda: DinoEncoder(model))
+    monkeypatch.setattr("eval.suites.dino.DinoEncoder", lambda: DinoEncoder(model))
     draw = np.random.default_rng(0)
     files = [tmp_path / name / f"{i}.png" for name in ("drawn", "real") for i in range(4)]
     for file in files:
         write_picture(file, torch.from_numpy(draw.integers(0, 256, (20, 20, 3), dtype=np.uint8)))
     config = ScoreConfig(suites=("dino",), out=tmp_path / "out", reference=tmp_path / "real", num_neighbours=2)
-    job = Job(config=config, prompts=[], files=files[:4])
+    job = ScoringJob(config=config, prompts=[], files=files[:4])
     prepare_all(job)
     found = score_all(job)["dino"]
     encoder = DinoEncoder(model)

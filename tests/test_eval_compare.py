@@ -8,8 +8,8 @@ import pytest
 from browser import DESK, PHONE, find_browser, width_in_browser
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from eval.compare import card_differences, find_report, read_scores
-from eval.numbers import log_numbers
+from eval.pages.compare import card_differences, find_report, read_scores
+from eval.pages.numbers import log_numbers
 from eval.report import main
 from trainer.config import ConfigError
 

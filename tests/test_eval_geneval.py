@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval.geneval import (
+from eval.metrics.geneval import (
     TAGS,
     Detection,
     Fault,
+    PictureVerdict,
     Rules,
-    Verdict,
     box_iou,
     judge,
     mean_score,
@@ -183,7 +183,7 @@ def test_wilson_interval_inverts_the_score_test() -> None:
 
 
 def test_overall_is_the_unweighted_mean_of_the_tags() -> None:
-    right, wrong = Verdict(faults=()), Verdict(faults=(Fault(kind="missing", reason="r"),))
+    right, wrong = PictureVerdict(faults=()), PictureVerdict(faults=(Fault(kind="missing", reason="r"),))
     summary = summarize(
         ["counting", "counting", "counting", "colors"], ["0", "0", "1", "2"], [right, wrong, wrong, right]
     )

@@ -9,8 +9,8 @@ import torch
 from tests_launcher import Launcher
 from torch import Tensor
 
-from eval.fid import frechet_from_features, frechet_from_moments, moments
 from eval.metrics.clip_score import ClipScoreMetric, clip_score, cosines, r_precision
+from eval.metrics.fid import frechet_from_features, frechet_from_moments, moments
 from eval.metrics.frechet import FrechetReference, fid_infinity, inception_score
 from eval.metrics.gathered import GatheredMetric
 from eval.metrics.kernel import cmmd, kid, polynomial_mmd

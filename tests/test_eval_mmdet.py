@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from eval.objects.mask2former import build_network, instances, masks_at_picture_size, unused_weights
-from eval.objects.mask2former_keys import convert_mask2former
+from eval.networks.mask2former import build_network, instances, masks_at_picture_size, unused_weights
+from eval.networks.mask2former_keys import convert_mask2former
 
 if any(importlib.util.find_spec(name) is None for name in ("mmdet", "mmengine", "mmcv")):
     pytest.skip("mmdet, mmengine and mmcv are not installed", allow_module_level=True)

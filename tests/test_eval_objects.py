@@ -10,18 +10,18 @@ import torch
 from mmdet_names import mmdet_state
 from torch import Tensor, nn
 
-from eval.generate import picture_path, write_picture, write_text
-from eval.geneval import Rules
-from eval.objects import results
-from eval.objects.cache import LineCache, from_line, to_line
-from eval.objects.colors import NearestColors, crop
-from eval.objects.detectors import FoundObject, MaskRcnn, build_detector, build_maskrcnn, describe_detector
-from eval.objects.mask2former import Mask2Former, build_network, input_size, instances, mask_box, unused_weights
-from eval.objects.mask2former_keys import convert_key, convert_mask2former, reorder_merging
-from eval.objects.names import CATEGORY_NUMBERS, CLASSES
-from eval.objects.prompts import OFFICIAL_SHA256, geneval_prompts, geneval_rows, rows_sha256
-from eval.objects.rle import decode_mask, encode_mask
-from eval.objects.score import (
+from eval.metrics.geneval import Rules
+from eval.networks.colors import NearestColors, crop
+from eval.networks.detectors import FoundObject, MaskRcnn, build_detector, build_maskrcnn, describe_detector
+from eval.networks.mask2former import Mask2Former, build_network, input_size, instances, mask_box, unused_weights
+from eval.networks.mask2former_keys import convert_key, convert_mask2former, reorder_merging
+from eval.pictures.generate import picture_path, write_picture, write_text
+from eval.pictures.geneval_names import CATEGORY_NUMBERS, CLASSES
+from eval.pictures.geneval_prompts import OFFICIAL_SHA256, geneval_prompts, geneval_rows, rows_sha256
+from eval.pictures.prompts import Prompt
+from eval.suites import geneval_results as results
+from eval.suites.detection_cache import LineCache, from_line, to_line
+from eval.suites.geneval_steps import (
     best_of,
     detect_files,
     judge_colors,
@@ -30,7 +30,7 @@ from eval.objects.score import (
     result_lines,
     score_files,
 )
-from eval.prompts import Prompt
+from eval.suites.rle import decode_mask, encode_mask
 from trainer.config import ConfigError
 
 CAT, DOG, CUP = (CLASSES.index(name) for name in ("cat", "dog", "cup"))

@@ -12,21 +12,21 @@ import pytest
 import torch
 from browser import DESK, PHONE, find_browser, width_in_browser
 
-from eval.background import background_score, border_colors
-from eval.charts import coverage_layers, training_chart
-from eval.compute_map import ComputeMaps, compute_by_region, object_patches, trace_compute
-from eval.controls import judge_all, permuted_scores, with_overall
-from eval.detector import RULES, detect
-from eval.generate import generate_pictures
-from eval.geneval import Detection, judge
-from eval.prompts import demo_prompts, render_prompts
+from eval.demo.background import background_score, border_colors
+from eval.demo.controls import judge_all, permuted_scores, with_overall
+from eval.demo.detector import RULES, detect
+from eval.demo.suite import SUITES, Evaluation
+from eval.metrics.geneval import Detection, judge
+from eval.pages.charts import coverage_layers, training_chart
+from eval.pages.compute_map import ComputeMaps, compute_by_region, object_patches, trace_compute
+from eval.pictures.generate import generate_pictures
+from eval.pictures.prompts import demo_prompts, render_prompts
 from eval.report import read_metrics
 from eval.run import EvalConfig, main, parse, run_folder, score
-from eval.suites import SUITES, Evaluation
 from trainer.config import ConfigError, load_config
 from trainer.data.dataset import LatentInfo
-from trainer.data.scenes import CATEGORIES
-from trainer.pipeline import Pipeline
+from trainer.data.demo.scenes import CATEGORIES
+from trainer.diffusion.pipeline import Pipeline
 
 PER_TAG = 2
 
@@ -239,7 +239,7 @@ def test_a_real_run_is_scored_alike_by_one_and_by_two_processes(tmp_path: Path, 
         "model.patch_size=4",
     ]
     for command in (
-        ["-m", "trainer.data.scenes", "--out", str(images), "--num-images", "64"],
+        ["-m", "trainer.data.demo.scenes", "--out", str(images), "--num-images", "64"],
         ["-m", "trainer.data.encode", "debug", *overrides],
         ["-m", "trainer.train", "debug", *overrides],
         ["-m", "eval.run", str(run), "--suite", "geneval", "--per-category", "3"],

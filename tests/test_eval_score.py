@@ -16,11 +16,11 @@ from PIL import Image
 from tests_launcher import Launcher
 
 from eval import coco
-from eval.generate import picture_path, write_picture
-from eval.numbers import flat_numbers
-from eval.objects.prompts import OFFICIAL_SHA256
-from eval.prompt_files import read_prompts
-from eval.prompts import metadata_lines, prompts_sha256
+from eval.pages.numbers import flat_numbers
+from eval.pictures.generate import picture_path, write_picture
+from eval.pictures.geneval_prompts import OFFICIAL_SHA256
+from eval.pictures.prompt_files import read_prompts
+from eval.pictures.prompts import metadata_lines, prompts_sha256
 from eval.score import main
 from eval.scoring import ScoreConfig
 from trainer.config import ConfigError

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from eval.generate import picture_path, write_picture
-from eval.prompts import Prompt
-from eval.scoring import SUITES, Job, ScoreConfig
-from eval.text_rendering import asked_text, reading_order, similarity, word_accuracy
+from eval.pictures.generate import picture_path, write_picture
+from eval.pictures.prompts import Prompt
+from eval.scoring import SUITES, ScoreConfig, ScoringJob
+from eval.suites.text import asked_text, reading_order, similarity, word_accuracy
 from trainer.config import ConfigError
 
 
@@ -67,7 +67,7 @@ def test_rendered_words_are_read(tmp_path: Path) -> None:
         canvas = Image.new("RGB", (480, 120), "white")
         ImageDraw.Draw(canvas).text((20, 30), words, "black", ImageFont.load_default(48))
         write_picture(file, torch.from_numpy(np.array(canvas)))
-    job = Job(config=config, prompts=prompts, files=files)
+    job = ScoringJob(config=config, prompts=prompts, files=files)
     SUITES["text"].check(config, prompts)
     SUITES["text"].prepare(job)
     found = SUITES["text"].score(job)

@@ -12,9 +12,10 @@ from eval import run as score_run
 from eval.validation_loss import TIMES, fixed_noise, fixed_samples, validation_loss
 from eval.watch import finished_steps, log_file, main, parse
 from trainer.config import ConfigError, load_config
-from trainer.data import encode, scenes
+from trainer.data import encode
 from trainer.data.dataset import open_dataset
-from trainer.pipeline import Pipeline
+from trainer.data.demo import scenes
+from trainer.diffusion.pipeline import Pipeline
 
 
 @pytest.fixture(scope="module")

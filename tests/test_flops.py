@@ -6,8 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe.config import MoeConfig
 from trainer.config import ModelConfig
-from trainer.flops import peak_of, peak_tflops, training_flops
-from trainer.model import EcDit, ModelShape, init_weights
+from trainer.diffusion.model import EcDit, ModelShape, init_weights
+from trainer.telemetry.flops import peak_of, peak_tflops, training_flops
 
 SHAPE = ModelShape(channels=4, height=16, width=16, text_dim=48)
 

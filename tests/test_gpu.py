@@ -16,12 +16,12 @@ from tests_launcher import metrics
 from torch import Tensor, nn
 
 from moe.config import MoeConfig
-from moe.layer import ChoiceMemory, ExpertChoiceMoe
-from moe.reference import ReferenceMoe
+from moe.layer import ChoiceMemory, MoeLayer
+from moe.oracle.layer import ReferenceMoe
 from trainer.config import ModelConfig
-from trainer.determinism import make_deterministic
-from trainer.diffusion import NoisedBatch, training_loss
-from trainer.model import EcDit, ModelShape
+from trainer.diffusion.flow import NoisedBatch, training_loss
+from trainer.diffusion.model import EcDit, ModelShape
+from trainer.engine.determinism import make_deterministic
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,7 +66,7 @@ def config_of(router: Any, **settings: Any) -> MoeConfig:
 @pytest.mark.parametrize("router", [*EQUAL_SPLITS, "expert_race"])
 def test_layer_equals_the_plain_loops(router: Any) -> None:
     config = config_of(router, num_shared_experts=1)
-    layer = filled(ExpertChoiceMoe(config, dim=16, hidden_dim=24)).to(GPU)
+    layer = filled(MoeLayer(config, dim=16, hidden_dim=24)).to(GPU)
     x, grad = torch.randn(3, 16, 16), torch.randn(3, 16, 16)
     wanted = backward(filled(ReferenceMoe(config, dim=16, hidden_dim=24)), x, grad)
     found = backward(layer, x.to(GPU), grad.to(GPU))
@@ -78,7 +78,7 @@ def test_layer_equals_the_plain_loops(router: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("router", EQUAL_SPLITS)
 def test_layer_never_waits_for_the_gpu(router: Any, dtype: torch.dtype, waiting_is_an_error: None) -> None:
-    layer = filled(ExpertChoiceMoe(config_of(router), dim=16, hidden_dim=24)).to(GPU, dtype)
+    layer = filled(MoeLayer(config_of(router), dim=16, hidden_dim=24)).to(GPU, dtype)
     x_BSD = torch.randn(3, 16, 16, device=GPU, dtype=dtype, requires_grad=True)
     for mode in ("default", "error"):
         torch.cuda.set_sync_debug_mode(mode)
@@ -145,7 +145,7 @@ def test_model_and_its_data_never_wait_for_the_gpu(recompute: bool, waiting_is_a
 
 @pytest.mark.parametrize("router", [*EQUAL_SPLITS, "expert_race"])
 def test_each_router_has_a_deterministic_form(router: Any, deterministic: None) -> None:
-    layer = filled(ExpertChoiceMoe(config_of(router, normalize_gates=True), dim=16, hidden_dim=24)).to(GPU)
+    layer = filled(MoeLayer(config_of(router, normalize_gates=True), dim=16, hidden_dim=24)).to(GPU)
     x, grad = torch.randn(3, 16, 16, device=GPU), torch.randn(3, 16, 16, device=GPU)
     first = backward(layer, x, grad)
     assert all(torch.equal(value, first[name]) for name, value in backward(layer, x, grad).items())
@@ -223,5 +223,5 @@ def test_more_processes_than_gpus_are_refused_in_one_sentence(launcher: Any, tmp
     done = launcher.run(*MODULE, f"run_dir={tmp_path / 'run'}", processes=number, timeout=120)
     assert done.returncode != 0
     assert f"error: {number} processes on this node and {number - 1} GPUs" in done.stderr
-    assert "trainer/run.py" not in done.stderr, "a traceback of ours, not only torchrun's"
+    assert "trainer/loop/run.py" not in done.stderr, "a traceback of ours, not only torchrun's"
     assert not (tmp_path / "run").exists()

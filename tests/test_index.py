@@ -11,11 +11,12 @@ import pytest
 from PIL import Image, ImageOps
 
 from trainer.config import ConfigError
-from trainer.data import images, scenes
 from trainer.data import index as index_module
+from trainer.data.demo import scenes
+from trainer.data.images import decode as images
+from trainer.data.images.index_file import INDEX_NAME, Index, check_unchanged, open_index, tar_index_path
+from trainer.data.images.tar_scan import IndexRow, ScanResult, scan_tar
 from trainer.data.index import build_index, main
-from trainer.data.index_file import INDEX_NAME, Index, check_unchanged, open_index, tar_index_path
-from trainer.data.tar_scan import IndexRow, ScanResult, scan_tar
 
 NOISE = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
 

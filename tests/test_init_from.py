@@ -20,7 +20,7 @@ from trainer.checkpoint.upcycle import Upcycled
 from trainer.config import ConfigError, TrainConfig, load_config
 from trainer.data.dataset import LatentInfo
 from trainer.data.synthetic import SyntheticDataset
-from trainer.model import EcDit, ModelShape
+from trainer.diffusion.model import EcDit, ModelShape
 
 TINY = [
     "model.dim=16", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1", "data.image_size=8",

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from trainer.config import DataConfig
-from trainer.data import encode, inspect, scenes
+from trainer.data import encode, inspect
+from trainer.data.demo import scenes
 
 NUM_IMAGES = 18
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from trainer.data.batches import DataState, micro_batches
-from trainer.data.layout import EpochOrder, Layout, build_layout
+from trainer.data.order import EpochOrder, SampleLayout, build_layout
 from trainer.errors import ConfigError
 
 # Nine shards of two data sets and three buckets.
@@ -22,15 +22,15 @@ SET_OF = np.repeat(SETS, SIZES)
 BLOCK = 6
 
 
-def one_set(block: int = BLOCK) -> tuple[Layout, dict[int, int]]:
+def one_set(block: int = BLOCK) -> tuple[SampleLayout, dict[int, int]]:
     return build_layout(SIZES[:6], BUCKETS[:6], SETS[:6], [1.0], block, drop_small=False)
 
 
-def two_sets(weights: tuple[float, float], block: int = BLOCK) -> Layout:
+def two_sets(weights: tuple[float, float], block: int = BLOCK) -> SampleLayout:
     return build_layout(SIZES, BUCKETS, SETS, weights, block, drop_small=False)[0]
 
 
-def epoch_of(layout: Layout, epoch: int, seed: int = 0) -> list[int]:
+def epoch_of(layout: SampleLayout, epoch: int, seed: int = 0) -> list[int]:
     order = layout.order(seed, epoch, 2)
     return [order[i] for i in range(layout.size)]
 
@@ -101,7 +101,7 @@ def test_a_mix_of_single_buckets_goes_through_each_data_set_in_its_own_order() -
 
 
 def global_batches(
-    layout: Layout, state: DataState, steps: int, world: int, micro: int, accumulation: int
+    layout: SampleLayout, state: DataState, steps: int, world: int, micro: int, accumulation: int
 ) -> list[list[int]]:
     ranks = [
         micro_batches(

@@ -10,8 +10,8 @@ from benchmarks.parity import ROUTERS
 from moe.config import MoeConfig
 from moe.layer import auxiliary_loss
 from trainer.config import ModelConfig
-from trainer.layers import Attention, attend, modulate, patchify, rope_2d, rotate, sincos_2d, unpatchify
-from trainer.model import EcDit, ModelShape, init_weights, initial_value
+from trainer.diffusion.layers import Attention, attend, modulate, patchify, rope_2d, rotate, sincos_2d, unpatchify
+from trainer.diffusion.model import EcDit, ModelShape, init_weights, initial_value
 
 SHAPE = ModelShape(channels=3, height=8, width=8, text_dim=12)
 CONFIG = ModelConfig(dim=32, num_layers=4, num_heads=2, num_kv_heads=1, patch_size=2, pooled_text=True)

@@ -12,8 +12,8 @@ from moe.all_to_all import ExpertGroup, from_local_experts, to_local_experts
 from moe.config import MoeConfig
 from moe.dispatch import combine, dispatch, expert_rows
 from moe.experts import grouped_linear
-from moe.layer import ChoiceMemory, ExpertChoiceMoe, collect_statistics
-from moe.reference import ReferenceMoe
+from moe.layer import ChoiceMemory, MoeLayer, collect_statistics
+from moe.oracle.layer import ReferenceMoe
 from moe.routing import choose_tokens, choose_tokens_in_turn, expert_choice, routing_stats
 
 
@@ -33,7 +33,7 @@ def test_layer_equals_the_plain_loops_forward_and_backward(
     num_experts: int, factor: float, tokens: int, tie_break: Any
 ) -> None:
     config = MoeConfig(num_experts=num_experts, capacity_factor=factor, tie_break=tie_break)
-    layer = filled(ExpertChoiceMoe(config, dim=16, hidden_dim=24))
+    layer = filled(MoeLayer(config, dim=16, hidden_dim=24))
     oracle = filled(ReferenceMoe(config, dim=16, hidden_dim=24))
     x = torch.randn(3, tokens, 16, requires_grad=True)
     x_oracle = x.detach().clone().requires_grad_()
@@ -62,7 +62,7 @@ def test_grouped_linear_gradients_are_right() -> None:
 
 
 def test_one_expert_that_takes_all_tokens_is_the_dense_mlp() -> None:
-    layer = filled(ExpertChoiceMoe(MoeConfig(num_experts=1, capacity_factor=1.0), dim=8, hidden_dim=16))
+    layer = filled(MoeLayer(MoeConfig(num_experts=1, capacity_factor=1.0), dim=8, hidden_dim=16))
     x = torch.randn(2, 6, 8)
     w1, w2, w3 = (p[0] for p in layer.experts.parameters())
     dense = torch.nn.functional.gelu(x @ w1.T + w3[0, :16]) @ w2.T + w3[0, 16:]
@@ -70,7 +70,7 @@ def test_one_expert_that_takes_all_tokens_is_the_dense_mlp() -> None:
 
 
 def test_output_does_not_depend_on_batch_mates() -> None:
-    layer = filled(ExpertChoiceMoe(MoeConfig(num_experts=4), dim=8, hidden_dim=16))
+    layer = filled(MoeLayer(MoeConfig(num_experts=4), dim=8, hidden_dim=16))
     x = torch.randn(4, 16, 8)
     torch.testing.assert_close(layer(x)[0][1:2], layer(x[1:2])[0])
 
@@ -98,7 +98,7 @@ def test_each_expert_takes_its_highest_affinities() -> None:
 def test_rotated_ties_go_to_the_experts_in_turn(num_experts: int, factor: float, tokens: int) -> None:
     """Affinities of few values, so that most are tied: the plain loops choose the same; all tied: evenly."""
     config = MoeConfig(num_experts=num_experts, capacity_factor=factor, tie_break="rotate")
-    layer, oracle = (filled(kind(config, dim=8, hidden_dim=8)) for kind in (ExpertChoiceMoe, ReferenceMoe))
+    layer, oracle = (filled(kind(config, dim=8, hidden_dim=8)) for kind in (MoeLayer, ReferenceMoe))
     distinct = torch.randn(3, 8)
     x = distinct[torch.randint(3, (2, tokens), generator=torch.Generator().manual_seed(1))]
     ours, expected = layer(x), oracle(x)
@@ -129,7 +129,7 @@ def test_statistics_of_a_known_routing() -> None:
 
 
 def test_recomputation_repeats_the_choice_among_tied_affinities() -> None:
-    layer = filled(ExpertChoiceMoe(MoeConfig(num_experts=4), dim=8, hidden_dim=16))
+    layer = filled(MoeLayer(MoeConfig(num_experts=4), dim=8, hidden_dim=16))
     x = torch.ones(1, 16, 8)  # all affinities tied
     memory = ChoiceMemory()
     _, first = layer(x, memory)
@@ -142,7 +142,7 @@ def test_recomputation_repeats_the_choice_among_tied_affinities() -> None:
 
 
 def test_router_is_fp32_under_bf16() -> None:
-    layer = filled(ExpertChoiceMoe(MoeConfig(num_experts=4), dim=8, hidden_dim=16)).to(torch.bfloat16)
+    layer = filled(MoeLayer(MoeConfig(num_experts=4), dim=8, hidden_dim=16)).to(torch.bfloat16)
     assert layer.router(torch.randn(1, 16, 8, dtype=torch.bfloat16)).dtype == torch.float32
     assert layer(torch.randn(1, 16, 8, dtype=torch.bfloat16))[0].dtype == torch.bfloat16
 
@@ -199,7 +199,7 @@ def test_placement_of_moe_blocks() -> None:
 
 @pytest.mark.parametrize("router", ["expert_choice", "token_choice"])
 def test_without_statistics_the_layer_computes_the_same(router: Any) -> None:
-    layer = filled(ExpertChoiceMoe(MoeConfig(num_experts=4, router=router), dim=8, hidden_dim=16))
+    layer = filled(MoeLayer(MoeConfig(num_experts=4, router=router), dim=8, hidden_dim=16))
     x = torch.randn(2, 16, 8)
     y, stats = layer(x)
     collect_statistics(layer, False)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from moe.config import MoeConfig
 from trainer.config import ConfigError, ModelConfig, TrainConfig, TrainLoopConfig, load_config
-from trainer.model import EcDit, ModelShape, init_weights
+from trainer.diffusion.model import EcDit, ModelShape, init_weights
 from trainer.plan.command import parse, plan, run
 from trainer.plan.devices import DEVICES, Efficiency
 from trainer.plan.job import Job, Layout, count_parameters

@@ -7,8 +7,8 @@ import torch
 
 from trainer.config import DiffusionConfig, TrainConfig, load_config
 from trainer.data.dataset import DataState, build_loader, open_dataset
-from trainer.diffusion import NoisedBatch, noise_batch
-from trainer.prepared import Prepared, build_prepared, next_step
+from trainer.diffusion.flow import NoisedBatch, noise_batch
+from trainer.loop.prepared import Prepared, build_prepared, next_step
 
 START = DataState(seed=0, epoch=0, consumed=0, samples_seen=0)
 

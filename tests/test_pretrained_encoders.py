@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer.config import ConfigError, DataConfig, TrainConfig
-from trainer.data import encode, scenes
+from trainer.data import encode
 from trainer.data.dataset import open_dataset
-from trainer.encoders import build_codec, build_text_encoder
-from trainer.pretrained import files_digest
+from trainer.data.demo import scenes
+from trainer.encoders.build import build_codec, build_text_encoder
+from trainer.encoders.pretrained import files_digest
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

@@ -9,9 +9,9 @@ import torch
 
 from moe.all_to_all import ExpertGroup, largest
 from moe.config import MoeConfig
-from moe.layer import ChoiceMemory, ExpertChoiceMoe, auxiliary_loss, set_capacity_factor
-from moe.reference import ReferenceMoe
-from moe.rivals import balance_loss, pack, race, similarity_loss, token_choice
+from moe.layer import ChoiceMemory, MoeLayer, auxiliary_loss, set_capacity_factor
+from moe.oracle.layer import ReferenceMoe
+from moe.routers.rivals import balance_loss, pack, race, similarity_loss, token_choice
 from moe.routing import chosen_mask, gated
 
 E, S, D = 4, 8, 12
@@ -64,7 +64,7 @@ def inputs(batch: int = 4) -> list[torch.Tensor]:
 def test_layer_equals_the_plain_loops_forward_and_backward(variant: str, training: bool) -> None:
     config, grad = config_of(variant), torch.randn(4, S, D)
     results = []
-    for kind in (ExpertChoiceMoe, ReferenceMoe):
+    for kind in (MoeLayer, ReferenceMoe):
         layer = filled(kind(config, dim=D, hidden_dim=16)).train(training)
         x, plain, time = inputs()
         y, stats = layer(x, None, plain, time)
@@ -86,7 +86,7 @@ def test_layer_equals_the_plain_loops_forward_and_backward(variant: str, trainin
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_recomputation_repeats_the_choice(variant: str) -> None:
-    layer = filled(ExpertChoiceMoe(config_of(variant), dim=D, hidden_dim=16))
+    layer = filled(MoeLayer(config_of(variant), dim=D, hidden_dim=16))
     x, plain, time = inputs()
     memory = ChoiceMemory()
     _, first = layer(x, memory, plain, time)
@@ -101,7 +101,7 @@ def test_recomputation_repeats_the_choice(variant: str) -> None:
 def test_experts_take_equally_many_rows(variant: str) -> None:
     config = config_of(variant)
     assert config.has_equal_splits
-    layer = filled(ExpertChoiceMoe(config, dim=D, hidden_dim=16))
+    layer = filled(MoeLayer(config, dim=D, hidden_dim=16))
     memory = ChoiceMemory()
     layer(*inputs()[:1], memory, *inputs()[1:])
     per_pool = config.pool_images(4)
@@ -146,7 +146,7 @@ def test_race_takes_the_best_pairs_wherever_they_are() -> None:
 
 @pytest.mark.parametrize("variant", ["diffmoe", "race"])
 def test_a_learned_threshold_makes_pictures_independent_of_their_batch(variant: str) -> None:
-    layer = filled(ExpertChoiceMoe(replace(config_of(variant), capacity_factor=1.0), dim=D, hidden_dim=16))
+    layer = filled(MoeLayer(replace(config_of(variant), capacity_factor=1.0), dim=D, hidden_dim=16))
     x = inputs()[0] * torch.tensor([4.0, 1, 1, 1]).view(4, 1, 1)  # the first picture's scores are the most extreme
     assert not torch.allclose(layer(x)[0][:1], layer(x[:1])[0], atol=1e-3), "in training pictures compete"
     layer.eval()
@@ -160,7 +160,7 @@ def test_a_learned_threshold_makes_pictures_independent_of_their_batch(variant: 
 @pytest.mark.parametrize("variant", ["diffmoe", "race"])
 def test_threshold_learns_the_share_of_training(variant: str) -> None:
     """SGD on the auxiliary loss alone: sampling then takes as many experts per token as training."""
-    layer = filled(ExpertChoiceMoe(config_of(variant), dim=D, hidden_dim=16))
+    layer = filled(MoeLayer(config_of(variant), dim=D, hidden_dim=16))
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_("threshold" in name)
     optimizer = torch.optim.SGD([layer.threshold.value], lr=1e-2)
@@ -177,7 +177,7 @@ def test_threshold_learns_the_share_of_training(variant: str) -> None:
 def test_capacity_factor_falls_along_its_schedule() -> None:
     config = MoeConfig(num_experts=8, capacity_factor=2.0, capacity_factor_start=4.0, capacity_anneal_steps=10)
     assert [config.factor_at(step) for step in (0, 5, 10, 99)] == [4.0, 3.0, 2.0, 2.0]
-    layer = filled(ExpertChoiceMoe(config, dim=D, hidden_dim=16))
+    layer = filled(MoeLayer(config, dim=D, hidden_dim=16))
     x = torch.randn(2, 16, D)
     for step, rows in ((0, 8), (5, 6), (10, 4)):
         set_capacity_factor(layer, config.factor_at(step))
@@ -195,7 +195,7 @@ def test_a_batch_that_groups_do_not_divide_has_smaller_groups() -> None:
 
 def test_only_routers_with_a_loss_of_their_own_add_one() -> None:
     for variant, has in (("batch", False), ("token_choice", True), ("diffmoe", True), ("race", True)):
-        layer = filled(ExpertChoiceMoe(config_of(variant), dim=D, hidden_dim=16))
+        layer = filled(MoeLayer(config_of(variant), dim=D, hidden_dim=16))
         stats = [layer(inputs()[0])[1] for _ in range(2)]
         loss = auxiliary_loss(stats)
         assert (loss is not None) == has
@@ -204,7 +204,7 @@ def test_only_routers_with_a_loss_of_their_own_add_one() -> None:
 
 
 def test_statistics_know_load_and_overlap() -> None:
-    layer = filled(ExpertChoiceMoe(config_of("batch"), dim=D, hidden_dim=16))
+    layer = filled(MoeLayer(config_of("batch"), dim=D, hidden_dim=16))
     _, stats = layer(inputs()[0])
     torch.testing.assert_close(stats.load_E, torch.full((E,), 1 / E))
     assert stats.together_EE.shape == (E, E) and torch.equal(stats.together_EE, stats.together_EE.T)

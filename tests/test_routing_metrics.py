@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from moe.config import MoeConfig
-from moe.layer import ExpertChoiceMoe
+from moe.layer import MoeLayer
 from moe.routing import RoutingStats, expert_choice, routing_stats
-from trainer.routing_metrics import router_histograms, router_metrics, router_vector, vector_size
+from trainer.telemetry.routing_metrics import router_histograms, router_metrics, router_vector, vector_size
 
 
 def stats_of(x: torch.Tensor, **settings: Any) -> list[RoutingStats]:
-    layer = ExpertChoiceMoe(MoeConfig(num_experts=4, **settings), dim=8, hidden_dim=8)
+    layer = MoeLayer(MoeConfig(num_experts=4, **settings), dim=8, hidden_dim=8)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _, parameter in sorted(layer.named_parameters()):

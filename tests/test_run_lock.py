@@ -13,7 +13,7 @@ import pytest
 from tests_launcher import ROOT, Launcher
 
 from trainer.config import ConfigError
-from trainer.run_lock import Holder, RunLock
+from trainer.loop.run_lock import Holder, RunLock
 
 LEASE = 1.5
 # Another host is another name: the lease's marker then says nothing about processes here.
@@ -22,7 +22,7 @@ import os, socket, sys, time
 if sys.argv[3]:
     socket.gethostname = lambda: sys.argv[3]
 from pathlib import Path
-from trainer.run_lock import RunLock
+from trainer.loop.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]), float(sys.argv[2]))
 lock.acquire()
 print("held", flush=True)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from trainer.data import scenes as s
+from trainer.data.demo import scenes as s
 
 TRAINING = [s.training_scene(0, i) for i in range(4000)] + [s.training_scene(7, i) for i in range(1000)]
 HELD_OUT = s.held_out_scenes(0, 100)

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer.config import ConfigError, DataConfig, TrainConfig
-from trainer.data import encode, scenes
+from trainer.data import encode
 from trainer.data.dataset import open_dataset
-from trainer.data.format import signed_json
-from trainer.data.shard_file import DamagedShardError
+from trainer.data.demo import scenes
+from trainer.data.latents.format import signed_json
+from trainer.data.latents.shard_file import DamagedShardError
 
 NUM_IMAGES, SHARD_SIZE = 12, 5
 SHARD, OTHER = "00001.safetensors", "00000.safetensors"

@@ -7,7 +7,7 @@ import sys
 
 from tests_launcher import ROOT
 
-from trainer.signals import SIGNALS, StopSignal
+from trainer.loop.signals import SIGNALS, StopSignal
 
 
 def test_each_signal_is_remembered_and_handlers_come_back() -> None:
@@ -29,7 +29,7 @@ def test_each_signal_is_remembered_and_handlers_come_back() -> None:
 
 def test_a_second_interrupt_ends_the_process_at_once() -> None:
     code = (
-        "import os, signal, time\nfrom trainer.signals import StopSignal\n"
+        "import os, signal, time\nfrom trainer.loop.signals import StopSignal\n"
         "with StopSignal() as stop:\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n    os.kill(os.getpid(), signal.SIGINT)\n    print(stop.received)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"

@@ -9,7 +9,7 @@ import pytest
 
 from moe.experts import Experts
 from trainer.config import TrainConfig, load_config
-from trainer.model import ModelShape
+from trainer.diffusion.model import ModelShape
 from trainer.plan.command import parse, plan
 from trainer.plan.job import count_parameters, meta_model
 

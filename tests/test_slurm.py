@@ -67,7 +67,9 @@ def test_encode_train_shrink_and_evaluate_by_themselves(cluster: Cluster, tmp_pa
     """Four dependent jobs: encode on 2 nodes, train on 2 x 2 ranks, go on with 2 on one node, score. EP 2, ZeRO-3."""
     images, latents, run, alone = (tmp_path / name for name in ("images", "latents", "run", "alone"))
     launcher = Launcher()
-    done = launcher.run("-m", "trainer.data.scenes", "--out", str(images), "--num-images", "64", "--shard-size", "16")
+    done = launcher.run(
+        "-m", "trainer.data.demo.scenes", "--out", str(images), "--num-images", "64", "--shard-size", "16"
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     data = ["debug", *TINY, "data.source=shards", f"data.images={images}", f"data.latents={latents}",
             "model.patch_size=4", "diffusion.sampling_steps=2", "train.max_steps=12"]  # fmt: skip

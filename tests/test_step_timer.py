@@ -8,8 +8,8 @@ import torch
 
 from moe.all_to_all import ExpertGroup
 from moe.config import MoeConfig
-from moe.layer import ExpertChoiceMoe
-from trainer.step_timer import StepTimer
+from moe.layer import MoeLayer
+from trainer.telemetry.step_timer import StepTimer
 
 
 def test_seconds_inside_are_not_counted_outside() -> None:
@@ -31,7 +31,7 @@ def test_seconds_inside_are_not_counted_outside() -> None:
 
 def test_layers_are_watched_only_while_measured() -> None:
     group = ExpertGroup(size=2, rank=0, exchange=lambda out, x: out.copy_(x))
-    layer = ExpertChoiceMoe(MoeConfig(num_experts=4), dim=8, hidden_dim=8, group=group)
+    layer = MoeLayer(MoeConfig(num_experts=4), dim=8, hidden_dim=8, group=group)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     coordinator = SimpleNamespace(fetch_sub_module=lambda: None)

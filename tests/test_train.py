@@ -14,8 +14,8 @@ from tests_launcher import metrics
 from trainer.checkpoint import fault, find_checkpoint, list_checkpoints, newest_whole
 from trainer.config import ConfigError
 from trainer.distributed import World, check_devices
-from trainer.metrics import truncate_metrics
-from trainer.shards import prepare_moments
+from trainer.engine.zero_state import prepare_moments
+from trainer.telemetry.metrics import truncate_metrics
 
 MODULE = ("-m", "trainer.train", "debug")
 

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe.config import MoeConfig
-from trainer.data_config import DataConfig
 from trainer.errors import ConfigError, require
+from trainer.settings.data import DataConfig
 
 __all__ = [
     "ConfigError",
@@ -55,7 +55,7 @@ class TrainLoopConfig:
     A step whose loss or gradient norm is not finite is skipped; after `max_bad_steps` in a row the run goes back
     to its newest checkpoint and on past those samples, at most `max_rollbacks` times to the same checkpoint.
     `emergency_save_seconds` bounds the attempt to save when something else fails between two steps.
-    Every `profile_every`-th step is measured section by section, and is slower for it (trainer/step_timer.py).
+    Every `profile_every`-th step is measured section by section, and is slower for it (telemetry/step_timer.py).
     `deterministic` makes a GPU's sums repeatable, so that a resumed run repeats an unbroken one bitwise.
     """
 
@@ -102,7 +102,7 @@ class ParallelConfig:
     """`ep_size` ranks share the experts of a layer; `deepspeed_config` is a native DeepSpeed JSON file.
 
     With `elastic` a start on another number of processes adapts `ep_size` and the batch arithmetic of the recipe by
-    the rule of trainer/elastic.py, the global batch unchanged; without it, it is refused.
+    the rule of trainer/engine/elastic.py, the global batch unchanged; without it, it is refused.
     """
 
     ep_size: int = 1

@@ -9,8 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from trainer.config import require, run_cli
-from trainer.pipeline import Pipeline
-from trainer.sampling import picture_grid
+from trainer.diffusion.pipeline import Pipeline
+from trainer.diffusion.sampling import picture_grid
 
 
 def main(argv: list[str] | None = None) -> None:

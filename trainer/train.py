@@ -12,7 +12,7 @@ TRAIN_OUTCOME is told which of these it was; TRAIN_DEADLINE (Unix time) ends the
 import argparse
 import os
 
-from trainer.signals import StopSignal
+from trainer.loop.signals import StopSignal
 
 
 def parse(argv: list[str] | None) -> tuple[str, list[str]]:
@@ -53,7 +53,7 @@ def start(recipe: str, overrides: list[str], stop: StopSignal) -> None:
             config = load_config(recipe, overrides)
             import deepspeed.utils
 
-            from trainer.run import train
+            from trainer.loop.run import train
 
             deepspeed.utils.logger.setLevel("ERROR")
             recorder.record(train(config, world, stop))

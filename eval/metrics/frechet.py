@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.fid import Moments, covariance_factor
+from eval.metrics.fid import Moments, covariance_factor
 from eval.metrics.statistics import moments_of
 
 

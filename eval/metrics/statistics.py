@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.encoders import InceptionEncoder
 from eval.feature_store import FeatureStore, add_picture_features, hash_files
-from eval.fid import Moments
-from eval.image_files import folder_files, open_npz, unpack_npz
-from eval.resize import CONVENTIONS, check_convention
+from eval.metrics.fid import Moments
+from eval.networks.encoders import InceptionEncoder
+from eval.networks.resize import CONVENTIONS, check_convention
+from eval.pictures.image_files import folder_files, open_npz, unpack_npz
 from trainer.config import ConfigError, require, run_cli
-from trainer.data.files import replacing
+from trainer.files import replacing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moe.layer import ExpertChoiceMoe
+from moe.layer import MoeLayer
 from trainer.checkpoint.agree import agree, refused
 from trainer.checkpoint.export import CONFIG
 from trainer.checkpoint.export_reader import ExportReader, WeightSource, is_export, read_export_config
@@ -20,10 +20,10 @@ from trainer.checkpoint.load import fill
 from trainer.checkpoint.upcycle import Upcycled, check_upcycle
 from trainer.config import ConfigError, TrainConfig, config_from_dict, require
 from trainer.data.dataset import LatentInfo
-from trainer.diffusion import num_kept_tokens
+from trainer.diffusion.flow import num_kept_tokens
+from trainer.diffusion.model import EcDit, ModelShape
 from trainer.distributed import World
-from trainer.model import EcDit, ModelShape
-from trainer.shards import master_shards, publish_master
+from trainer.engine.zero_state import master_shards, publish_master
 
 _DATA_KEYS = {"codec": "data.codec", "text_encoder": "data.text_encoder"}
 
@@ -98,7 +98,7 @@ def _check_shapes(folder: Path, config: TrainConfig, info: LatentInfo) -> None:
     """Compare with a model that is built without memory: what the settings do not say."""
     shape = ModelShape(channels=info.channels, height=info.height, width=info.width, text_dim=info.text_dim)
     with torch.device("meta"):
-        model = EcDit(config.model, config.moe, shape, ExpertChoiceMoe)
+        model = EcDit(config.model, config.moe, shape, MoeLayer)
     reader = ExportReader(folder)
     here, there = {name: tuple(p.shape) for name, p in model.named_parameters()}, _source(reader, config).shapes
     reader.close()

@@ -17,8 +17,8 @@ from trainer.checkpoint.tensorfile import CHUNK_BYTES, TensorFile
 from trainer.config import require
 from trainer.data.dataset import DataState
 from trainer.distributed import World
-from trainer.ema import Ema
-from trainer.shards import prepare_moments, publish_master
+from trainer.engine.ema import Ema
+from trainer.engine.zero_state import prepare_moments, publish_master
 
 
 def load_checkpoint(checkpoint: Path, engine: Any, ema: Ema, world: World) -> TrainState:

@@ -30,7 +30,7 @@ from trainer.checkpoint.reader import KINDS, CheckpointReader, piece_metadata, r
 from trainer.checkpoint.state import STATE, Topology, read_state, topology_of
 from trainer.checkpoint.tensorfile import Source, Written, write_tensors
 from trainer.config import ConfigError, config_from_dict, require, save_config
-from trainer.run_lock import RunLock
+from trainer.loop.run_lock import RunLock
 
 Hashes = dict[tuple[str, str], str]
 

@@ -28,8 +28,8 @@ from trainer.checkpoint.tensorfile import Written
 from trainer.config import TrainConfig
 from trainer.data.dataset import LatentInfo
 from trainer.distributed import World, all_reduce_sum
-from trainer.ema import Ema
-from trainer.shards import MOMENTS, Shard, master_shards, moment_shards
+from trainer.engine.ema import Ema
+from trainer.engine.zero_state import MOMENTS, Shard, master_shards, moment_shards
 
 
 def engine_pieces(engine: Any, ema: Ema) -> Iterator[Piece]:

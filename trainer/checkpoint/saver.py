@@ -23,7 +23,7 @@ from trainer.checkpoint.state import Topology, TrainState
 from trainer.config import ConfigError, TrainConfig
 from trainer.data.dataset import LatentInfo
 from trainer.distributed import World
-from trainer.ema import Ema
+from trainer.engine.ema import Ema
 
 logger = logging.getLogger("ec_dit")
 

@@ -28,7 +28,7 @@ def check(args: argparse.Namespace) -> None:
     if args.world_size:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the head may have no GPU
         from trainer.distributed import World
-        from trainer.run_plan import plan_run
+        from trainer.loop.start_checks import plan_run
 
         plan = plan_run(config, World(rank=0, local_rank=0, size=args.world_size, local_size=args.local_size))
         last = config.train.stop_at_step or config.train.max_steps

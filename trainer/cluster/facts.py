@@ -18,8 +18,8 @@ from trainer.checkpoint import git_commit
 from trainer.cluster.fit import job_of, memory_need
 from trainer.config import ConfigError, TrainConfig, require
 from trainer.distributed import World
+from trainer.loop.start_checks import Plan, plan_run
 from trainer.plan.memory import checkpoint_bytes
-from trainer.run_plan import Plan, plan_run
 
 WRITE_BYTES = 1 << 26
 GIB = 1 << 30

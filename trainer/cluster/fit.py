@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
+from trainer.loop.start_checks import Plan
 from trainer.plan.devices import Efficiency
 from trainer.plan.job import Job, configured_layout
 from trainer.plan.memory import memory_terms
-from trainer.run_plan import Plan
 
 GB = 1e9
 

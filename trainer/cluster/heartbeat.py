@@ -19,8 +19,8 @@ from contextlib import contextmanager, suppress
 import torch
 
 from trainer.distributed import World
-from trainer.emergency import ARRIVAL_SECONDS
 from trainer.errors import ConfigError
+from trainer.loop.leaving import ARRIVAL_SECONDS
 
 SILENCE = "TRAIN_SILENCE_SECONDS"
 DEFAULT_SILENCE, BEATS = 60.0, 6  # BEATS: intervals within a silence

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from trainer.data.layout import Layout
+from trainer.data.order import SampleLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class MicroBatch:
 
 
 def micro_batches(
-    layout: Layout | Sequence[int],
+    layout: SampleLayout | Sequence[int],
     state: DataState,
     *,
     micro_batch_size: int,
@@ -72,8 +72,8 @@ def micro_batches(
 
     Sample a * world * micro + rank * micro + j of a global batch is row j of accumulation step a.
     """
-    if not isinstance(layout, Layout):
-        layout = Layout.of_shards(layout)
+    if not isinstance(layout, SampleLayout):
+        layout = SampleLayout.of_shards(layout)
     size, global_batch_size = layout.size, micro_batch_size * num_micro_batches * world_size
     order, epoch = None, -1
     while True:

@@ -9,15 +9,15 @@ from typing import Any
 
 from trainer.config import TrainConfig
 from trainer.data.batches import DataState
-from trainer.data.dataset_file import LatentFolder, check_settings, check_shards, read_dataset_file
-from trainer.data.latents import Batch, LatentDataset, LatentInfo
-from trainer.data.layout import build_layout
+from trainer.data.latents.dataset_file import LatentFolder, check_settings, check_shards, read_dataset_file
+from trainer.data.latents.interface import Batch, LatentDataset, LatentInfo
+from trainer.data.latents.shard_dataset import ShardDataset
+from trainer.data.latents.staging import build_stage
 from trainer.data.loader import build_loader, load_batches
-from trainer.data.shard_dataset import ShardDataset
-from trainer.data.staging import build_stage
-from trainer.data_config import DataConfig
-from trainer.encoders import TextEncoder, build_codec, build_text_encoder
+from trainer.data.order import build_layout
+from trainer.encoders.build import TextEncoder, build_codec, build_text_encoder
 from trainer.errors import ConfigError, require
+from trainer.settings.data import DataConfig
 
 __all__ = ["Batch", "DataState", "LatentDataset", "LatentInfo", "build_loader", "load_batches", "open_dataset"]
 
@@ -63,7 +63,7 @@ def open_dataset(config: TrainConfig) -> LatentDataset:
 
 def _check_bucket(config: TrainConfig, height: int, width: int) -> None:
     """Refuse a latent size that the model cannot take."""
-    from trainer.diffusion import num_kept_tokens  # imports this module
+    from trainer.diffusion.flow import num_kept_tokens  # imports this module
 
     patch = config.model.patch_size
     require(

@@ -23,12 +23,12 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from trainer.config import ConfigError, require, run_cli
-from trainer.data import img2dataset
-from trainer.data.download_report import PartReport, finished_tars, remove_damaged, summarize, total
-from trainer.data.files import replacing
-from trainer.data.img2dataset import DISTRIBUTORS, DownloadSettings
-from trainer.data.shard_writer import write_json
-from trainer.data.url_list import UrlList, open_url_list, read_slice, split_http, table_digest
+from trainer.data.images import img2dataset
+from trainer.data.images.download_report import PartReport, finished_tars, remove_damaged, summarize, total
+from trainer.data.images.img2dataset import DISTRIBUTORS, DownloadSettings
+from trainer.data.images.url_list import UrlList, open_url_list, read_slice, split_http, table_digest
+from trainer.data.latents.shard_writer import write_json
+from trainer.files import replacing
 
 # Columns that img2dataset fills itself.
 _RESERVED = (

@@ -22,8 +22,11 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from trainer.config import DataConfig, load_config, require, run_cli
-from trainer.data.files import replacing
-from trainer.data.format import (
+from trainer.data.images.decode import nearest_bucket
+from trainer.data.images.index_file import Index, TarEntry, check_unchanged, open_index
+from trainer.data.images.tar_scan import IndexRow
+from trainer.data.index import index_or_open
+from trainer.data.latents.format import (
     CROP,
     DATASET_NAME,
     EMPTY_NAME,
@@ -32,13 +35,10 @@ from trainer.data.format import (
     encoding_fingerprint,
     signed_json,
 )
-from trainer.data.images import nearest_bucket
-from trainer.data.index import index_or_open
-from trainer.data.index_file import Index, TarEntry, check_unchanged, open_index
-from trainer.data.shard_writer import Encoder, write_json, write_shard
-from trainer.data.tar_scan import IndexRow
+from trainer.data.latents.shard_writer import Encoder, write_json, write_shard
 from trainer.distributed import World, detect_world
-from trainer.encoders import TextEncoder, build_codec, build_text_encoder
+from trainer.encoders.build import TextEncoder, build_codec, build_text_encoder
+from trainer.files import replacing
 
 _TOKEN_MULTIPLE = 8  # text is padded to a multiple of this length
 Sidecar = dict[str, Any]

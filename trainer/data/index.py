@@ -22,7 +22,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from trainer.config import require, run_cli
-from trainer.data.index_file import (
+from trainer.data.images.index_file import (
     INDEX_NAME,
     ROW_SCHEMA,
     Index,
@@ -35,7 +35,7 @@ from trainer.data.index_file import (
     tar_sizes,
     write_table,
 )
-from trainer.data.tar_scan import IndexRow, scan_tar, tar_digest
+from trainer.data.images.tar_scan import IndexRow, scan_tar, tar_digest
 
 _REPEATED = "key seen before in the same folder"
 _MAX_EXAMPLES = 3

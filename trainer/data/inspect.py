@@ -19,13 +19,13 @@ import torch
 from tqdm import tqdm
 
 from trainer.config import ConfigError, require, run_cli
-from trainer.data.contact_sheet import Figure, contact_sheet
-from trainer.data.dataset_file import LatentFolder, check_shards, read_dataset_file
-from trainer.data.files import replacing
-from trainer.data.format import DATASET_NAME
-from trainer.data.index_file import INDEX_NAME, open_index
-from trainer.data.shard_file import DamagedShardError, ShardFile
-from trainer.encoders import ImageCodec, build_codec
+from trainer.data.images.contact_sheet import Figure, contact_sheet
+from trainer.data.images.index_file import INDEX_NAME, open_index
+from trainer.data.latents.dataset_file import LatentFolder, check_shards, read_dataset_file
+from trainer.data.latents.format import DATASET_NAME
+from trainer.data.latents.shard_file import DamagedShardError, ShardFile
+from trainer.encoders.build import ImageCodec, build_codec
+from trainer.files import replacing
 
 _MAX_READ = 64  # shards whose captions are counted
 _DECODE_BATCH = 16

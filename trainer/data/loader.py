@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from trainer.config import TrainConfig, require
 from trainer.data.batches import DataState, MicroBatch, micro_batches
-from trainer.data.latents import Batch, LatentDataset
-from trainer.data.shard_file import Sample
-from trainer.encoders import TextEncoder
+from trainer.data.latents.interface import Batch, LatentDataset
+from trainer.data.latents.shard_file import Sample
+from trainer.encoders.build import TextEncoder
 from trainer.randomness import sample_generator
 
 T = TypeVar("T")

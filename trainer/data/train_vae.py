@@ -16,12 +16,12 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from trainer.config import DataConfig, load_config, require, run_cli
-from trainer.data.files import replacing
 from trainer.data.index import index_or_open
-from trainer.data.shard_writer import picture_batches
-from trainer.encoders import VAE_PREFIX
+from trainer.data.latents.shard_writer import picture_batches
+from trainer.encoders.build import VAE_PREFIX
+from trainer.encoders.vae import FACTOR, SmallVae
+from trainer.files import replacing
 from trainer.randomness import keyed_generator
-from trainer.vae import FACTOR, SmallVae
 
 BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS, MAX_PICTURES = 32, 2e-3, 50, 8192
 KL_WEIGHT = 1e-4  # keeps latents bounded and near one unit, costs hardly any sharpness

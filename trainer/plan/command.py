@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import ConfigError, TrainConfig, load_config, require
-from trainer.data.latents import LatentInfo
-from trainer.deepspeed_config import load_deepspeed_config, zero_stage
-from trainer.model import ModelShape
+from trainer.data.latents.interface import LatentInfo
+from trainer.diffusion.model import ModelShape
+from trainer.engine.deepspeed_config import load_deepspeed_config, zero_stage
 from trainer.plan.devices import DEVICES, Efficiency, find_device
 from trainer.plan.job import Job, Term, configured_layout
 from trainer.plan.memory import checkpoint_bytes
-from trainer.plan.search import Outcome, best_per_ep_size, evaluate, search, smallest_nodes
+from trainer.plan.search import PlanResult, best_per_ep_size, evaluate, search, smallest_nodes
 
 _CODECS = {"pixel": (3, 1), "dct": (16, 4)}
 _UNITS = {"byte": (1e9, "GB"), "FLOP": (1e12, "TFLOP"), "s": (1.0, "s"), "": (1.0, "")}
@@ -67,7 +67,7 @@ def data_shape(config: TrainConfig, given: argparse.Namespace) -> tuple[ModelSha
     return shape, given.text_tokens or text_tokens
 
 
-def plan(given: argparse.Namespace) -> tuple[dict[str, Any], Job, Outcome, list[Outcome]]:
+def plan(given: argparse.Namespace) -> tuple[dict[str, Any], Job, PlanResult, list[PlanResult]]:
     """(report, job, the configured outcome, all outcomes): everything that is printed."""
     for flag in ("world_size", "nodes", "per_node", "channels", "factor", "text_dim", "text_tokens"):
         value = getattr(given, flag)
@@ -102,7 +102,7 @@ def plan(given: argparse.Namespace) -> tuple[dict[str, Any], Job, Outcome, list[
     return report, job, mine, outcomes
 
 
-def describe(outcome: Outcome, *, terms: bool = True) -> dict[str, Any]:
+def describe(outcome: PlanResult, *, terms: bool = True) -> dict[str, Any]:
     """One outcome for JSON."""
     content: dict[str, Any] = {
         "layout": asdict(outcome.layout), "fits": outcome.fits, "peak_bytes": outcome.value("peak"),
@@ -121,7 +121,7 @@ def show(term: Term, *, explain: bool) -> str:
     return f"{line} = {term.formula}" + (f" = {term.figures}" if term.figures else "") if explain else line.rstrip()
 
 
-def verdict(report: dict[str, Any], mine: Outcome, outcomes: list[Outcome]) -> str:
+def verdict(report: dict[str, Any], mine: PlanResult, outcomes: list[PlanResult]) -> str:
     """One sentence: fits, or not and what would."""
     if mine.fits:
         peak, limit = mine.value("peak") / 1e9, mine.limit / 1e9
@@ -146,7 +146,7 @@ def notes(job: Job) -> list[str]:
     return found
 
 
-def text(report: dict[str, Any], job: Job, mine: Outcome, outcomes: list[Outcome], *, explain: bool) -> str:
+def text(report: dict[str, Any], job: Job, mine: PlanResult, outcomes: list[PlanResult], *, explain: bool) -> str:
     """The report for a person."""
     counts, device = job.counts, report["device"]
     lines = [

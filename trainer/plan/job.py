@@ -9,9 +9,9 @@ import torch
 
 from moe.experts import Experts
 from trainer.config import TrainConfig
-from trainer.diffusion import num_kept_tokens
-from trainer.flops import training_flops
-from trainer.model import DitBlock, EcDit, ModelShape
+from trainer.diffusion.flow import num_kept_tokens
+from trainer.diffusion.model import DitBlock, EcDit, ModelShape
+from trainer.telemetry.flops import training_flops
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@
 | D, m   | width, MLP ratio; H heads, r = key/value heads per head        |
 | L      | text tokens of a caption; N blocks, Nm of them with MoE        |
 
-What a block keeps for its backward pass is counted from the code of `trainer.model` with fused attention: bf16
+What a block keeps for its backward pass is counted from `trainer.diffusion.model` with fused attention: bf16
 attention keeps its normed and rotated queries in fp32 too. The tests compare with counted allocations.
 """
 

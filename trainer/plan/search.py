@@ -13,7 +13,7 @@ MAX_NODES = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class PlanResult:
     """One layout: its terms, whether it fits, and if not why."""
 
     layout: Layout
@@ -48,9 +48,9 @@ class Outcome:
         )
 
 
-def evaluate(job: Job, layout: Layout, device: Device, efficiency: Efficiency, refusal: str = "") -> Outcome:
+def evaluate(job: Job, layout: Layout, device: Device, efficiency: Efficiency, refusal: str = "") -> PlanResult:
     """Memory and time of one layout."""
-    return Outcome(
+    return PlanResult(
         layout=layout,
         memory=memory_terms(job, layout, efficiency),
         time=time_terms(job, layout, device, efficiency),
@@ -79,11 +79,11 @@ def layouts(job: Job, world_size: int, images_per_rank: int) -> Iterator[Layout]
                     )  # fmt: skip
 
 
-def search(job: Job, world_size: int, images_per_rank: int, device: Device, efficiency: Efficiency) -> list[Outcome]:
+def search(job: Job, world_size: int, images_per_rank: int, device: Device, efficiency: Efficiency) -> list[PlanResult]:
     """All layouts: those that fit first, the fastest first; among equals without recomputation, the lower stage."""
     found = [evaluate(job, layout, device, efficiency) for layout in layouts(job, world_size, images_per_rank)]
 
-    def order(outcome: Outcome) -> tuple[float, ...]:
+    def order(outcome: PlanResult) -> tuple[float, ...]:
         layout = outcome.layout
         return not outcome.fits, round(outcome.value("step"), 4), layout.recompute, layout.stage, outcome.value("peak")
 
@@ -100,9 +100,9 @@ def smallest_nodes(job: Job, device: Device, efficiency: Efficiency) -> int | No
     return None
 
 
-def best_per_ep_size(outcomes: list[Outcome]) -> list[Outcome]:
+def best_per_ep_size(outcomes: list[PlanResult]) -> list[PlanResult]:
     """The first outcome of each ep_size, in order."""
-    seen: dict[int, Outcome] = {}
+    seen: dict[int, PlanResult] = {}
     for outcome in outcomes:
         seen.setdefault(outcome.layout.ep_size, outcome)
     return list(seen.values())

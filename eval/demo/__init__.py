@@ -1,0 +1,1 @@
+"""The embedded benchmark: a detector, prompts and controls for the drawn scenes."""

@@ -1,0 +1,168 @@
+"""CLIP models of open_clip: `ARCH:FILE`, or `ARCH:TAG` of open_clip's own table, such as ViT-L-14:openai.
+
+Local files only. Pictures are the saved 8-bit ones, resized and cropped as the model's authors do; captions longer
+than the context are cut, and counted. Shapes: N pictures or captions, D features.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from eval.feature_store import SHARD_ROWS, FeatureStore
+from eval.networks.inception import read_torchscript
+from eval.weights import cache_folder, file_sha256, find_weights_file
+from eval.weights_table import TABLE
+from trainer.config import ConfigError, require
+from trainer.encoders.pretrained import encoder_device
+
+DEFAULT_CLIP, CMMD_CLIP = "ViT-L-14:openai", "ViT-L-14-336:openai"
+_TOKENIZER_KEYS = ("hf_tokenizer_name", "hf_model_name")
+_BATCH = 64
+
+
+def _openai_name(arch: str) -> str:
+    return f"clip-{arch.lower()}-openai"
+
+
+def find_clip(spec: str) -> tuple[str, str, Path]:
+    """Architecture, tag ("" for a file) and file of a model; ConfigError with what to do when it is not here."""
+    import open_clip
+
+    arch, colon, where = spec.partition(":")
+    require(bool(colon and where), f"CLIP model {spec} must be ARCH:TAG or ARCH:FILE, for instance {DEFAULT_CLIP}")
+    require(open_clip.get_model_config(arch) is not None, f"open_clip knows no {arch}: see open_clip.list_models()")
+    if Path(where).is_file():
+        return arch, "", Path(where)
+    tags = open_clip.list_pretrained_tags_by_model(arch)
+    require(where in tags, f"CLIP model {spec}: {where} is no file, and no tag of {arch} ({', '.join(tags)})")
+    if where == "openai" and _openai_name(arch) in TABLE:
+        return arch, where, find_weights_file(_openai_name(arch))
+    folder = cache_folder() / f"open_clip_{arch}_{where}"
+    files = [path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".bin", ".pt")]
+    source = open_clip.get_pretrained_cfg(arch, where)
+    hub = source.get("hf_hub", "").rstrip("/") or source.get("url", "")
+    require(bool(files), f"CLIP model {spec} is not here: copy its weights from {hub} to {folder}, or give {arch}:FILE")
+    return arch, where, files[0]
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except RuntimeError as error:
+        if "TorchScript" not in str(error):
+            raise
+        content = read_torchscript(path)
+    state = content.get("state_dict", content)
+    names = {name: name.removeprefix("module.") for name in state}
+    unused = ("input_resolution", "context_length", "vocab_size")
+    return {short: state[name].float() for name, short in names.items() if short not in unused}
+
+
+def load_clip(spec: str) -> "ClipModel":
+    """The model with its weights; ConfigError when they are missing or do not fit."""
+    import open_clip
+
+    arch, tag, path = find_clip(spec)
+    sha256 = file_sha256(path)
+    # OpenAI trained with a quicker GELU, whatever the architecture's name says.
+    quick = tag == "openai" or any(entry.sha256 == sha256 and "openai" in entry.name for entry in TABLE.values())
+    model = open_clip.create_model(arch, pretrained_text=False, force_quick_gelu=quick)
+    try:
+        model.load_state_dict(_read_state(path))
+    except (RuntimeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{path} does not hold weights of {arch}: {' '.join(str(error).split())[:200]}") from error
+    preset = open_clip.get_pretrained_cfg(arch, tag) if tag else {}
+    return ClipModel(arch, model, sha256, preset)
+
+
+def network_name(arch: str) -> str:
+    """Of a model in keys and cards."""
+    return f"open_clip-{arch}"
+
+
+class ClipModel:
+    """Both towers on this process's device; an ImageEncoder of the feature store for pictures."""
+
+    def __init__(self, arch: str, model: Any, weights_sha256: str, preset: dict[str, Any] | None = None) -> None:
+        import open_clip
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        text = open_clip.get_model_config(arch)["text_cfg"]
+        strange = [name for name in _TOKENIZER_KEYS if text.get(name)]
+        require(not strange, f"{arch} has the tokenizer {text.get('hf_tokenizer_name')}: use one with CLIP's own")
+        self.context = int(text.get("context_length", 77))
+        self.tokenizer = open_clip.SimpleTokenizer(context_length=self.context, **text.get("tokenizer_kwargs", {}))
+        self.device = encoder_device()
+        self.model = model.eval().requires_grad_(False).to(self.device)
+        known = {k: v for k, v in (preset or {}).items() if k in PreprocessCfg.__dataclass_fields__}
+        settings = replace(PreprocessCfg(), size=model.visual.image_size, **known)
+        self.transform = image_transform_v2(settings, is_train=False)
+        self.dim = int(open_clip.get_model_config(arch)["embed_dim"])
+        size = settings.size if isinstance(settings.size, int) else settings.size[0]
+        self.key = {
+            "network": network_name(arch),
+            "weights_sha256": weights_sha256,
+            "preprocess": f"{settings.interpolation}-{settings.resize_mode}-{size}-crop",
+            "precision": "fp32",
+        }
+
+    def prepare(self, picture_HW3: Tensor) -> Tensor:
+        """The model's own resize, crop and scaling."""
+        found: Tensor = self.transform(Image.fromarray(picture_HW3.numpy()))
+        return found
+
+    @torch.inference_mode()
+    def encode(self, x_N3hw: Tensor) -> Tensor:
+        """Pictures to features, not normalised, fp32 [N, D] on the CPU."""
+        found: Tensor = self.model.encode_image(x_N3hw.to(self.device)).float().cpu()
+        return found
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """Captions to features, not normalised, fp32 [N, D] on the CPU."""
+        parts = [
+            self.model.encode_text(self.tokenizer(list(texts[i : i + _BATCH])).to(self.device)).float().cpu()
+            for i in range(0, len(texts), _BATCH)
+        ]
+        return torch.cat(parts) if parts else torch.empty(0, self.dim)
+
+    def is_truncated(self, text: str) -> bool:
+        """Whether the caption and its two marks exceed the context."""
+        return len(self.tokenizer.encode(text)) + 2 > self.context
+
+
+def text_hash(text: str) -> str:
+    """Name of a caption in the feature store."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def text_features(store_folder: Path, clip: ClipModel, texts: Sequence[str]) -> Tensor:
+    """Features of captions [N, D], each distinct one computed once and kept in the store."""
+    key = {**clip.key, "preprocess": f"text-{clip.context}"}
+    store = FeatureStore(store_folder, key, clip.dim)
+    known = store.refresh()
+    todo = {text_hash(text): text for text in texts}
+    names = [name for name in todo if name not in known]
+    for start in range(0, len(names), SHARD_ROWS):
+        part = names[start : start + SHARD_ROWS]
+        store.add(part, clip.encode_texts([todo[name] for name in part]))
+    return store.matrix([text_hash(text) for text in texts])
+
+
+@torch.inference_mode()
+def zero_shot_probabilities(clip: ClipModel, pictures: Sequence[Image.Image], classifier_KD: Tensor) -> Tensor:
+    """Softmax over classes of each picture with CLIP's temperature of 100, fp32 [N, K]."""
+    x_N3hw = torch.stack([clip.transform(picture) for picture in pictures])
+    features_ND = functional.normalize(clip.encode(x_N3hw), dim=1)
+    return (100 * features_ND @ classifier_KD.T).softmax(1)

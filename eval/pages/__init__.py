@@ -1,0 +1,1 @@
+"""What a person looks at: report pages, charts, tables of numbers."""

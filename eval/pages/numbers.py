@@ -1,0 +1,44 @@
+"""The numbers of a report by name, for tables, csv and TensorBoard."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eval.pictures.generate import write_text
+
+# Parts of a result that are no measurements.
+_LEFT_OUT = {"card", "verdicts", "skipped", "seconds", "counts", "values", "closest", "seed", "splits", "subsets",
+             "subset_size", "k", "quantile", "distractors", "faults"}  # fmt: skip
+
+
+def flat_numbers(content: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numeric leaves of nested results as {"fid/kid/mean": value}; the order is kept."""
+    found: dict[str, float] = {}
+    for name, value in content.items():
+        if name in _LEFT_OUT:
+            continue
+        if isinstance(value, Mapping):
+            found |= flat_numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[f"{prefix}{name}"] = float(value)
+    return found
+
+
+def write_csv(path: Path, report: Mapping[str, Any]) -> None:
+    """One row per number: name, value."""
+    rows = [f"{name},{value!r}" for name, value in flat_numbers(report["results"]).items()]
+    write_text(path, "\n".join(["name,value", *rows]) + "\n")
+
+
+def log_numbers(run_dir: Path, report: Mapping[str, Any]) -> bool:
+    """Add the numbers to the run's TensorBoard at the checkpoint's step; False for what is no run with a log."""
+    folder = run_dir / "tensorboard"
+    if not folder.is_dir():
+        return False
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder), filename_suffix=".eval") as writer:
+        for name, value in flat_numbers(report["results"]).items():
+            if not name.endswith(("/low", "/high", "/correct", "/total")):
+                writer.add_scalar(f"eval/{name.removesuffix('/value')}", value, report["step"])
+    return True

@@ -1,0 +1,1 @@
+"""Prompts, the pictures drawn for them, and how they were drawn."""

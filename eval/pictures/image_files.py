@@ -1,0 +1,111 @@
+"""Pictures on disk: which files a set consists of, and how they are read.
+
+A set is a folder in GenEval's layout (DIR/00000/samples/0000.png), any other folder of pictures (read in the order
+of their names), or the batch file of ADM's evaluator (an npz with `arr_0`, uint8 [N, H, W, 3]), which is unpacked.
+Nothing is dropped silently: a missing, empty or damaged picture is an error that names it.
+"""
+
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from eval.pictures.generate import picture_path, write_picture
+from trainer.config import ConfigError, require
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+_NUMBERED = re.compile(r"\d+\.png")
+
+
+def read_picture(path: Path) -> Tensor:
+    """A picture as uint8 [H, W, 3]; transparency and palettes become RGB. ConfigError if it cannot be decoded."""
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image.convert("RGB")))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ConfigError(f"picture {path} cannot be read ({error}): delete it and draw or copy it again") from error
+
+
+def geneval_files(folder: Path, num_prompts: int, num_samples: int) -> list[Path]:
+    """The files of prompts 0, 1, ... with `num_samples` each; ConfigError unless exactly these are there."""
+    require(folder.is_dir(), f"pictures {folder} do not exist: give a folder in GenEval's layout")
+    groups = {path.name for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"\d{5}", path.name)}
+    require(
+        bool(groups), f"{folder} has no folder 00000: pictures must lie in DIR/00000/samples/0000.png, as in GenEval"
+    )
+    expected = {f"{number:05d}" for number in range(num_prompts)}
+    surplus = sorted(groups - expected)
+    require(
+        not surplus,
+        f"{folder} has {len(groups)} prompts, first surplus {surplus[0] if surplus else ''}, but the prompt set has "
+        f"{num_prompts}: use the set that the pictures were drawn for",
+    )
+    files: list[Path] = []
+    missing: list[Path] = []
+    for number in range(num_prompts):
+        paths = [picture_path(folder, number, sample) for sample in range(num_samples)]
+        files += paths
+        missing += [path for path in paths if not path.is_file() or path.stat().st_size == 0]
+        found = {p.name for p in paths[0].parent.glob("*.png") if _NUMBERED.fullmatch(p.name)}
+        extra = sorted(found - {path.name for path in paths})
+        require(
+            not extra,
+            f"{paths[0].parent} has {len(found)} pictures, {num_samples} are asked for: set --samples to {len(found)}",
+        )
+    require(
+        not missing,
+        f"{len(missing)} of {len(files)} pictures are missing, first {missing[0] if missing else ''}: draw the rest",
+    )
+    return files
+
+
+def folder_files(folder: Path) -> list[Path]:
+    """All pictures under a folder in the order of their names; ConfigError if there are fewer than two."""
+    require(folder.is_dir(), f"pictures {folder} do not exist: give a folder of pictures")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    require(
+        len(files) >= 2, f"{folder} has {len(files)} pictures ({', '.join(sorted(SUFFIXES))}): 2 or more are needed"
+    )
+    return files
+
+
+def unpack_npz(path: Path, folder: Path) -> list[Path]:
+    """The pictures of an ADM batch file as PNG files in `folder`; those already there stay."""
+    with open_npz(path) as content:
+        require("arr_0" in content, f"{path} has no arr_0: give an npz of pictures as ADM writes it")
+        pictures = content["arr_0"]
+    require(
+        pictures.dtype == np.uint8 and pictures.ndim == 4 and pictures.shape[-1] == 3,
+        f"{path}: arr_0 is {pictures.dtype} {pictures.shape}, pictures must be uint8 [N, H, W, 3]",
+    )
+    files = [folder / f"{number:07d}.png" for number in range(len(pictures))]
+    for file, picture in zip(files, pictures, strict=True):
+        if not file.is_file():
+            write_picture(file, torch.from_numpy(picture))
+    return files
+
+
+def write_npz(path: Path, files: Sequence[Path]) -> None:
+    """Pictures of one size as the batch file that ADM's evaluator reads."""
+    pictures = [read_picture(file).numpy() for file in files]
+    shapes = sorted({picture.shape for picture in pictures})
+    require(len(shapes) == 1, f"pictures have {len(shapes)} sizes, first {shapes[:2]}: a batch file needs one")
+    with path.open("wb") as file:
+        np.savez(file, arr_0=np.stack(pictures))
+
+
+def open_npz(path: Path) -> "np.lib.npyio.NpzFile":
+    """An npz file without pickles; ConfigError if it is missing or no npz."""
+    require(path.is_file(), f"{path} is not a file: give an npz file or a folder of pictures")
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"{path} cannot be read as npz ({error}): copy it again") from error
+    if not isinstance(found, np.lib.npyio.NpzFile):
+        raise ConfigError(f"{path} is no npz file: give one with mu and sigma, or with arr_0")
+    return found

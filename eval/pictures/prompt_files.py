@@ -1,0 +1,111 @@
+"""Prompt sets by name or from files, whatever benchmark they belong to.
+
+    demo               the built-in scenes (eval.pictures.prompts)
+    geneval[:SEED]     GenEval by its rule; without a seed the official 553
+    FILE.txt           a prompt per line
+    FILE.csv, .tsv     a header with prompt (caption, text) and optionally id (item_id, caption_id), tag (category): as
+                       PartiPrompts and DPG-Bench; rows that repeat an id and its prompt (DPG's questions) are one
+    FILE.jsonl         the same keys per line, all kept as metadata: GenEval, GenEval 2, lists of `eval.coco`
+    FOLDER             a file NAME.txt per prompt (DPG-Bench)
+
+Without an id a prompt is named by a hash of its text, so that its pictures stay the same in another set.
+"""
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from eval.pictures.geneval_prompts import OFFICIAL_SEED, geneval_prompts
+from eval.pictures.prompts import Prompt
+from trainer.config import ConfigError, require
+
+_TEXT = ("prompt", "caption", "text")
+_ID = ("id", "item_id", "caption_id")
+_TAG = ("tag", "category")
+_Row = tuple[int, Mapping[str, Any]]
+
+
+def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    lower = {key.lower(): value for key, value in row.items() if isinstance(key, str)}
+    return next((lower[name] for name in names if lower.get(name) not in (None, "")), None)
+
+
+def _text_rows(path: Path) -> Iterable[_Row]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [(number, {"prompt": line.strip()}) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _table_rows(path: Path) -> Iterable[_Row]:
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        rows = [(reader.line_num, row) for row in reader]
+    names = [name.lower() for name in reader.fieldnames or []]
+    require(
+        any(name in names for name in _TEXT),
+        f"{path} has the columns {', '.join(names) or 'none'}: name one of them prompt, caption or text",
+    )
+    return rows
+
+
+def _json_rows(path: Path) -> Iterable[_Row]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} line {number} is no JSON ({error.msg}): correct it") from error
+        require(isinstance(row, dict), f"{path} line {number} is no JSON object: correct it")
+        rows.append((number, row))
+    return rows
+
+
+def _folder_rows(path: Path) -> Iterable[_Row]:
+    files = sorted(path.glob("*.txt"))
+    return [(n, {"id": f.stem, "prompt": f.read_text(encoding="utf-8").strip()}) for n, f in enumerate(files, 1)]
+
+
+_READERS = {".txt": _text_rows, ".csv": _table_rows, ".tsv": _table_rows, ".jsonl": _json_rows}
+
+
+def read_prompt_file(path: Path) -> list[Prompt]:
+    """The prompts of a file or folder; ConfigError for an empty set, a row without text, or a repeated one."""
+    if path.is_dir():
+        rows = _folder_rows(path)
+    else:
+        require(path.suffix in _READERS, f"--prompts {path}: use {', '.join(_READERS)}, a folder of .txt, or geneval")
+        require(path.is_file(), f"--prompts {path} is not a file")
+        try:
+            rows = _READERS[path.suffix](path)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is not UTF-8 text ({error.reason}): convert it") from error
+    prompts: dict[str, Prompt] = {}
+    lines: dict[str, int] = {}
+    for number, row in rows:
+        text = _first(row, _TEXT)
+        require(isinstance(text, str) and bool(text.strip()), f"{path} row {number} has no prompt: fill or delete it")
+        given = _first(row, _ID)
+        name = str(given) if given is not None else hashlib.sha256(text.encode()).hexdigest()[:16]
+        if name in prompts:
+            same = path.suffix in (".csv", ".tsv") and given is not None and prompts[name].text == text
+            require(same, f"{path} row {number} repeats row {lines[name]} ({name}): delete one, or give each an id")
+            continue
+        tag = _first(row, _TAG)
+        metadata = {key: value for key, value in row.items() if isinstance(key, str)}
+        prompts[name] = Prompt(id=name, text=text, tag=str(tag or ""), metadata={**metadata, "prompt": text})
+        lines[name] = number
+    require(bool(prompts), f"--prompts {path} is empty: give at least one prompt")
+    return list(prompts.values())
+
+
+def read_prompts(spec: str) -> list[Prompt]:
+    """The set that --prompts names, other than the built-in scenes; ConfigError if it cannot be used."""
+    name, _, seed = spec.partition(":")
+    if name == "geneval":
+        require(not seed or seed.isdigit(), f"--prompts {spec}: the seed must be a number")
+        return geneval_prompts(int(seed) if seed else OFFICIAL_SEED)
+    return read_prompt_file(Path(spec))

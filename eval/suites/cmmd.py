@@ -1,0 +1,29 @@
+"""CMMD: kernel distance to real pictures in the space of a CLIP model."""
+
+from eval.feature_store import hash_files
+from eval.metrics.kernel import cmmd
+from eval.networks.clip import find_clip, load_clip
+from eval.pictures.prompts import Prompt
+from eval.scoring import Result, ScoreConfig, ScoringJob, needs_reference
+
+
+def check(config: ScoreConfig, prompts: list[Prompt]) -> None:
+    """Model and reference pictures must be here."""
+    del prompts
+    find_clip(config.cmmd_clip)
+    needs_reference(config, pictures=True)
+
+
+def prepare(job: ScoringJob) -> None:
+    """CLIP features of pictures and reference."""
+    job.add(load_clip(job.config.cmmd_clip))
+
+
+def score(job: ScoringJob) -> Result:
+    """CLIP-MMD."""
+    clip = load_clip(job.config.cmmd_clip)
+    store = job.store(clip)
+    value = cmmd(store.matrix(job.hashes), store.matrix(hash_files(job.reference_files)))
+    card = {"metric": "cmmd-1", **clip.key, "pictures": len(job.files), "reference": str(job.config.reference),
+            "reference_pictures": len(job.reference_files), "sigma": 10, "scale": 1000}  # fmt: skip
+    return {"cmmd": value, "skipped": {}, "card": card}

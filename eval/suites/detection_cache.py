@@ -1,0 +1,94 @@
+"""Detections kept as lines of JSON, so that thresholds and colour models are tried without a detector or a GPU.
+
+FOLDER/<key>/part_*.jsonl: every job appends to a file of its own, a line per picture, found again by the hash of the
+picture's file. A line that a killed job left half written is passed over. Masks are COCO's compressed run lengths.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eval.networks.detectors import FoundObject
+from eval.pictures.generate import write_text
+from eval.suites.rle import decode_mask, encode_mask
+
+FLOOR = 0.05  # objects below this score are not kept; the judge's thresholds lie above
+Line = dict[str, Any]
+
+
+class LineCache:
+    """Lines with an `id` under a folder named after `card`, which is written beside them."""
+
+    def __init__(self, folder: Path, card: dict[str, Any]) -> None:
+        self.card = card
+        self.name = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = folder / self.name
+        if not (self.folder / "card.json").is_file():
+            write_text(self.folder / "card.json", json.dumps(card, indent=2, sort_keys=True) + "\n")
+
+    def read(self) -> dict[str, Line]:
+        """All whole lines by id."""
+        found: dict[str, Line] = {}
+        for path in sorted(self.folder.glob("part_*.jsonl")):
+            for text in path.read_text().splitlines():
+                try:
+                    line = json.loads(text)
+                except json.JSONDecodeError:  # cut off by a kill; its picture is done again
+                    continue
+                found[line["id"]] = line
+        return found
+
+    @contextmanager
+    def appending(self) -> Iterator["LineWriter"]:
+        """A new file of this process; removed if nothing was written."""
+        path = self.folder / f"part_{os.getpid()}_{secrets.token_hex(4)}.jsonl"
+        with path.open("w") as file:
+            yield LineWriter(file)
+        if path.stat().st_size == 0:
+            path.unlink()
+
+
+class LineWriter:
+    """Writes a line at a time and flushes it."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def write(self, line: Line) -> None:
+        """Append one line."""
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+
+def to_line(identity: str, picture_HW3: Tensor, found: Sequence[FoundObject]) -> Line:
+    """A picture's objects for the cache: class number, score, box, mask."""
+    objects = [
+        [
+            item.class_number,
+            round(item.score, 6),
+            *(round(value, 3) for value in item.box),
+            None if item.mask_HW is None else encode_mask(item.mask_HW.numpy()),
+        ]
+        for item in found
+        if item.score > FLOOR
+    ]
+    return {"id": identity, "height": picture_HW3.shape[0], "width": picture_HW3.shape[1], "objects": objects}
+
+
+def from_line(line: Line, *, masks: bool = False) -> list[FoundObject]:
+    """Objects of a line, best first; masks are unpacked only when asked for."""
+    found = []
+    for number, score, x1, y1, x2, y2, text in line["objects"]:
+        mask = None
+        if masks and text is not None:
+            mask = torch.from_numpy(decode_mask(text, line["height"], line["width"]).copy())
+        found.append(FoundObject(class_number=number, score=score, box=(x1, y1, x2, y2), mask_HW=mask))
+    return found

@@ -1,0 +1,35 @@
+"""Frechet distance, precision and recall in the space of DINOv2. Shapes: N and M pictures, D features."""
+
+from eval.feature_store import hash_files
+from eval.metrics.frechet import FrechetReference
+from eval.metrics.neighbours import neighbours
+from eval.networks.encoders import DinoEncoder
+from eval.pictures.prompts import Prompt
+from eval.scoring import Result, ScoreConfig, ScoringJob, attempt, needs_reference
+from eval.weights import find_weights_file
+
+
+def check(config: ScoreConfig, prompts: list[Prompt]) -> None:
+    """Weights and reference pictures must be here."""
+    del prompts
+    find_weights_file("dinov2-vit-l-14")
+    needs_reference(config, pictures=True)
+
+
+def prepare(job: ScoringJob) -> None:
+    """DINOv2 features of pictures and reference."""
+    job.add(DinoEncoder())
+
+
+def score(job: ScoringJob) -> Result:
+    """Frechet distance, precision and recall in DINOv2's space."""
+    encoder = DinoEncoder()
+    store = job.store(encoder)
+    features_ND, real_MD = store.matrix(job.hashes), store.matrix(hash_files(job.reference_files))
+    reference = FrechetReference.from_rows(real_MD)
+    skipped: dict[str, str] = {}
+    result: Result = {"fd_dinov2": reference.distance_to_rows(features_ND)}
+    attempt(result, skipped, "neighbours", lambda: neighbours(features_ND, real_MD, k=job.config.num_neighbours))
+    card = {"metric": "fd-dinov2-1", **encoder.key, "pictures": len(job.files), "reference": str(job.config.reference),
+            "reference_pictures": len(job.reference_files)}  # fmt: skip
+    return {**result, "skipped": skipped, "card": card}

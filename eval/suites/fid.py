@@ -1,0 +1,105 @@
+"""FID and what else the features of its network tell. Shapes: N generated and M real pictures, D features."""
+
+from torch import Tensor
+
+from eval.feature_store import FeatureStore, hash_files
+from eval.metrics.frechet import FrechetReference, fid_infinity, inception_score
+from eval.metrics.kernel import kid
+from eval.metrics.neighbours import memorisation, neighbours
+from eval.metrics.statistics import moments_of, read_statistics
+from eval.networks.encoders import SLIM, InceptionEncoder, classifier_weight
+from eval.pictures.prompts import Prompt
+from eval.scoring import Result, ScoreConfig, ScoringJob, attempt, is_statistics, needs_reference
+from eval.weights import find_weights_file
+from trainer.config import require
+
+FEW = 10_000  # pictures below which FID's bias is worth a note
+MANY = 100_000  # pictures beyond which metrics of whole sets use a part: 800 MB of features
+_SHOWN = 8  # closest pairs of the memorisation check
+
+
+def check(config: ScoreConfig, prompts: list[Prompt]) -> None:
+    """Weights and reference must be here, and of the same convention."""
+    del prompts
+    find_weights_file(SLIM)
+    path = needs_reference(config, pictures=False)
+    if is_statistics(path):
+        read_statistics(path, config.convention)
+
+
+def prepare(job: ScoringJob) -> None:
+    """Inception features."""
+    job.add(InceptionEncoder(job.config.convention))
+
+
+def _fid_reference(job: ScoringJob, store: FeatureStore) -> tuple[FrechetReference, Tensor | None, int]:
+    """The reference, its features if it is pictures, and their count (0: a file of statistics does not say)."""
+    if job.reference_files:
+        names = hash_files(job.reference_files)
+        real_MD = store.matrix(_thinned(names))
+        if len(names) > len(real_MD):
+            return FrechetReference.from_moments(moments_of(store.read(names))), real_MD, len(names)
+        return FrechetReference.from_rows(real_MD), real_MD, len(names)
+    path = job.config.reference
+    assert path is not None
+    moments = read_statistics(path, job.config.convention).moments
+    width = len(moments.mean_D)
+    require(width == store.dim, f"--reference {path} has {width} features, the FID network has {store.dim}")
+    return FrechetReference.from_moments(moments), None, moments.count
+
+
+def score(job: ScoringJob) -> Result:
+    """All numbers of the FID network's features; those that need real pictures only with a reference of pictures."""
+    encoder, config = InceptionEncoder(job.config.convention), job.config
+    store, names = job.store(encoder), job.hashes
+    features_ND = store.matrix(_thinned(names))
+    reference, real_MD, reference_count = _fid_reference(job, store)
+    skipped: dict[str, str] = {}
+    result: Result = {}
+    streamed = len(names) >= encoder.dim
+    result["fid"] = (
+        reference.distance(moments_of(store.read(names))) if streamed else reference.distance_to_rows(features_ND)
+    )
+    attempt(result, skipped, "fid_infinity", lambda: fid_infinity(features_ND, reference))
+    if real_MD is None:
+        skipped["kid, neighbours, memorisation"] = "the reference holds statistics, not pictures"
+    else:
+        real = real_MD
+        attempt(result, skipped, "kid", lambda: kid(features_ND, real))
+        attempt(result, skipped, "neighbours", lambda: neighbours(features_ND, real, k=config.num_neighbours))
+        attempt(result, skipped, "memorisation", lambda: _memorisation(job, features_ND, real))
+    weight = classifier_weight()
+    if weight is None:
+        skipped["inception_score"] = (
+            "the classifier is not here: python -m eval.weights fetch inception-2015-12-05-full"
+        )
+    else:
+        logits_NK = features_ND.double() @ weight.double().T
+        attempt(result, skipped, "inception_score", lambda: inception_score(logits_NK))
+    if len(names) < FEW:
+        result["note"] = f"{len(names)} pictures bias FID upwards: compare it only with values of as many pictures"
+    card = {
+        "metric": "fid-2", "convention": config.convention, **encoder.key, "pictures": len(names),
+        "reference": str(config.reference), "reference_pictures": reference_count or "not stated",
+        "pictures_of_set_metrics": len(features_ND),
+    }  # fmt: skip
+    return {**result, "skipped": skipped, "card": card}
+
+
+def _thinned(names: list[str]) -> list[str]:
+    """All names, or MANY evenly spaced ones: FID itself streams, the other numbers need their rows in memory."""
+    if len(names) <= MANY:
+        return names
+    return [names[i * len(names) // MANY] for i in range(MANY)]
+
+
+def _memorisation(job: ScoringJob, features_ND: Tensor, real_MD: Tensor) -> Result:
+    found = memorisation(features_ND, real_MD)
+    if len(features_ND) < len(job.files) or len(real_MD) < len(job.reference_files):
+        return {"share": found.share, "threshold": found.threshold, "quantile": found.quantile, "closest": []}
+    closest = found.distance_N.argsort()[:_SHOWN].tolist()
+    pairs = [
+        [str(job.files[i]), str(job.reference_files[int(found.nearest_N[i])]), round(float(found.distance_N[i]), 4)]
+        for i in closest
+    ]
+    return {"share": found.share, "threshold": found.threshold, "quantile": found.quantile, "closest": pairs}

@@ -1,0 +1,166 @@
+"""GenEval scores from cached detections: detect, judge colours, score, in three steps that each continue after a kill.
+
+Only the last one depends on the judge's thresholds, and takes seconds. Rows and summary are in the official form:
+overall is the unweighted mean of the six tags' accuracies. Nothing is scored unless every prompt has all its pictures.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from eval.demo.controls import judge_all
+from eval.feature_store import hash_files, num_workers, prefetched
+from eval.metrics.geneval import Detection, PictureVerdict, Rules, Summary, result_row, select_objects
+from eval.networks.colors import ColorJudge
+from eval.networks.detectors import ObjectDetector
+from eval.pictures.geneval_names import CLASSES, COLORS
+from eval.pictures.image_files import read_picture
+from eval.pictures.prompts import Prompt
+from eval.suites.detection_cache import FLOOR, Line, LineCache, from_line, to_line
+from trainer.config import require
+
+_AHEAD = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """PictureVerdict and detections of each picture, and the summary."""
+
+    verdicts: list[PictureVerdict]
+    detections: list[list[Detection]]
+    summary: Summary
+
+
+def open_detections(folder: Path, detector_card: Mapping[str, str]) -> LineCache:
+    """The cache of a detector."""
+    return LineCache(folder / "detections", {**detector_card, "floor": FLOOR})
+
+
+def detect_files(
+    cache: LineCache,
+    detector: ObjectDetector,
+    files: Sequence[Path],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = False,
+) -> int:
+    """Detect in this rank's pictures that the cache lacks; returns how many. ConfigError for a damaged picture."""
+    mine = list(files[rank::world_size])
+    known = cache.read()
+    todo = {name: path for name, path in zip(hash_files(mine), mine, strict=True) if name not in known}
+    ready = prefetched(todo.values(), read_picture, num_workers(), _AHEAD)
+    with cache.appending() as out, tqdm(total=len(todo), desc="detections", unit="image", disable=not progress) as bar:
+        for name, picture in zip(todo, ready, strict=True):
+            out.write(to_line(name, picture, detector.detect(picture)))
+            bar.update()
+    return len(todo)
+
+
+def asked_colors(metadata: Mapping[str, Any]) -> list[str]:
+    """Classes whose colour a prompt asks for."""
+    return sorted({clause["class"] for clause in metadata["include"] if "color" in clause})
+
+
+def _color_id(identity: str, name: str) -> str:
+    return f"{identity}/{name}"
+
+
+def open_colors(folder: Path, color_card: Mapping[str, str], detections: LineCache) -> LineCache:
+    """The cache of a colour judge for one detector's objects."""
+    return LineCache(folder / "colors", {**color_card, "detections": detections.name})
+
+
+def judge_colors(
+    cache: LineCache,
+    judge: ColorJudge,
+    detections: LineCache,
+    prompts: Sequence[Prompt],
+    files: Sequence[Path],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = False,
+) -> int:
+    """Judge the colours that prompts ask for, of this rank's pictures; returns how many pictures were judged.
+
+    Every kept object of the class is judged, so that another threshold needs no further run.
+    """
+    samples = len(files) // len(prompts)
+    found, known, judged = detections.read(), cache.read(), 0
+    jobs = [i for i in range(rank, len(files), world_size) if asked_colors(prompts[i // samples].metadata)]
+    names = hash_files([files[i] for i in jobs])
+    with cache.appending() as out, tqdm(total=len(jobs), desc="colours", unit="image", disable=not progress) as bar:
+        for i, identity in zip(jobs, names, strict=True):
+            asked = [name for name in asked_colors(prompts[i // samples].metadata)
+                     if _color_id(identity, name) not in known]  # fmt: skip
+            if asked:
+                picture, objects = read_picture(files[i]), from_line(found[identity], masks=True)
+                for name in asked:
+                    numbers = [n for n, item in enumerate(objects) if item.name == name]
+                    rows = judge.classify(picture, [objects[n] for n in numbers], name)
+                    pairs = [[n, [round(p, 5) for p in row]] for n, row in zip(numbers, rows.tolist(), strict=True)]
+                    out.write({"id": _color_id(identity, name), "colors": pairs})
+                judged += 1
+            bar.update()
+    return judged
+
+
+def _with_colors(line: Line, metadata: Mapping[str, Any], colors: Mapping[str, Line]) -> list[Detection]:
+    """A picture's detections, with the most probable colour where the prompt asks for one."""
+    named: dict[int, str] = {}
+    for name in asked_colors(metadata):
+        key = _color_id(line["id"], name)
+        require(key in colors, f"colours of {name} are missing for a picture: run the command again to judge them")
+        for number, row in colors[key]["colors"]:
+            named[number] = COLORS[int(torch.tensor(row).argmax())]
+    return [
+        Detection(name=CLASSES[item.class_number], score=item.score, box=item.box, color=named.get(n, ""))
+        for n, item in enumerate(from_line(line))
+    ]
+
+
+def score_files(
+    detections: LineCache,
+    colors: LineCache | None,
+    prompts: Sequence[Prompt],
+    files: Sequence[Path],
+    rules: Rules | None = None,
+) -> Scored:
+    """Judge every picture by the official rules; ConfigError when a detection or colour is missing."""
+    samples = len(files) // len(prompts)
+    require(samples * len(prompts) == len(files), f"{len(files)} pictures for {len(prompts)} prompts: draw the rest")
+    found, judged = detections.read(), colors.read() if colors else {}
+    names = hash_files(files)
+    missing = sum(name not in found for name in names)
+    require(missing == 0, f"{missing} of {len(files)} pictures have no detections: run the command again to add them")
+    rows = [_with_colors(found[name], prompts[i // samples].metadata, judged) for i, name in enumerate(names)]
+    verdicts, summary = judge_all(prompts, rows, rules or Rules(), samples)
+    return Scored(verdicts=verdicts, detections=rows, summary=summary)
+
+
+def best_of(scored: Scored, samples: int) -> dict[str, float]:
+    """Share of prompts with a correct picture among the first 1, 2, ... `samples` ones."""
+    flags = torch.tensor([verdict.correct for verdict in scored.verdicts]).view(-1, samples)
+    return {str(n): float(flags[:, :n].any(1).double().mean()) for n in range(1, samples + 1)}
+
+
+def result_lines(scored: Scored, prompts: Sequence[Prompt], files: Sequence[Path], rules: Rules | None = None) -> str:
+    """results.jsonl in the official form; `details` lists what passed the threshold, as the official file does."""
+    rules = rules or Rules()
+    samples = len(files) // len(prompts)
+    rows = []
+    for i, (file, verdict, found) in enumerate(zip(files, scored.verdicts, scored.detections, strict=True)):
+        metadata = prompts[i // samples].metadata
+        kept = [item for group in select_objects(found, metadata["tag"], rules).values() for item in group]
+        rows.append(result_row(str(file), metadata, verdict, kept) + "\n")
+    return "".join(rows)
+
+
+def summary_content(scored: Scored, samples: int) -> dict[str, Any]:
+    """The summary for report.json."""
+    return {**asdict(scored.summary), "best_of": best_of(scored, samples)}

@@ -1,0 +1,1 @@
+"""The MoE layer and its routers as plain loops: what the tests compare with."""

@@ -1,0 +1,141 @@
+"""What each router chooses in one pool, by plain loops over tokens and experts; part of `moe.oracle.layer`.
+
+Nothing here is shared with `moe.routing` and `moe.routers.rivals`. Shapes: T tokens of a pool, E experts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.config import MoeConfig
+
+
+@dataclass
+class Chosen:
+    """`experts[t]` took token t; `gates[t, e]` before normalisation; the router's loss and share of lost choices."""
+
+    experts: list[list[int]]
+    gates: Tensor
+    loss: Tensor = field(default_factory=lambda: torch.zeros(()))
+    dropped: float = 0.0
+
+
+class Scores:
+    """The pool as a router sees it: tokens, logits [T, E] and what the layer learns beside them."""
+
+    def __init__(self, layer: Any, tokens: list[Tensor], logits: Tensor) -> None:
+        self.layer, self.tokens, self.logits = layer, tokens, logits
+
+    def affinity(self, config: MoeConfig) -> Tensor:
+        """[T, E] by the configured gate."""
+        if config.gate == "identity":
+            return self.logits
+        if config.gate == "sigmoid":
+            return 1 / (1 + (-self.logits).exp())
+        return torch.stack([row.exp() / row.exp().sum() for row in self.logits])
+
+    def predicted(self) -> Tensor:
+        """The capacity predictor's logits [T, E]."""
+        up, down = self.layer.predictor["up"], self.layer.predictor["down"]
+        rows = []
+        for token in self.tokens:
+            hidden = up(token.detach())
+            rows.append(down(hidden * torch.sigmoid(hidden)))
+        return torch.stack(rows)
+
+    def threshold(self) -> Tensor:
+        """[E] or [1]: ten times the parameter."""
+        value: Tensor = 10.0 * dict(self.layer.threshold.named_parameters())["value"]
+        return value
+
+
+def _capacity(config: MoeConfig, num_tokens: int) -> int:
+    return int(num_tokens * config.capacity_factor / config.num_experts + 1e-9)
+
+
+def _top_tokens(affinity: Tensor, config: MoeConfig, expert: int) -> list[int]:
+    T = len(affinity)
+    turn = expert * T // config.num_experts if config.tie_break == "rotate" else 0
+    in_turn = [(turn + j) % T for j in range(T)]
+    return sorted(in_turn, key=lambda t: -float(affinity[t, expert].detach()))[: _capacity(config, T)]
+
+
+def _expert_choice(scores: Scores, config: MoeConfig, training: bool) -> Chosen:
+    affinity = scores.affinity(config)
+    experts: list[list[int]] = [[] for _ in scores.tokens]
+    for e in range(config.num_experts):
+        for t in _top_tokens(affinity, config, e):
+            experts[t].append(e)
+    return Chosen(experts, affinity)
+
+
+def _token_choice(scores: Scores, config: MoeConfig, training: bool) -> Chosen:
+    affinity = scores.affinity(config)
+    T, E = affinity.shape
+    wishes = [sorted(range(E), key=lambda e: -float(affinity[t, e].detach()))[: config.top_k] for t in range(T)]
+    experts: list[list[int]] = [[] for _ in range(T)]
+    load = [0] * E
+    for choice in range(config.top_k):
+        for t in range(T):
+            e = wishes[t][choice]
+            if load[e] < _capacity(config, T):
+                experts[t].append(e)
+            load[e] += 1
+    gates = torch.stack([affinity[t] / sum(affinity[t, e] for e in wishes[t]) for t in range(T)])
+    probability = torch.softmax(scores.logits, -1)
+    loss = torch.zeros(())
+    for e in range(E):
+        first = sum(1 for t in range(T) if wishes[t][0] == e) / T
+        loss = loss + E * first * probability[:, e].sum() / T
+    lost = 1 - sum(map(len, experts)) / (T * config.top_k)
+    return Chosen(experts, gates, loss, lost)
+
+
+def _diffmoe(scores: Scores, config: MoeConfig, training: bool) -> Chosen:
+    affinity, predicted, threshold = scores.affinity(config), scores.predicted(), scores.threshold()
+    T, E = affinity.shape
+    if not training:
+        return Chosen([[e for e in range(E) if predicted[t, e] > threshold[e]] for t in range(T)], affinity)
+    chosen = _expert_choice(scores, config, training)
+    loss = torch.zeros(())
+    for t in range(T):
+        for e in range(E):
+            p = torch.sigmoid(predicted[t, e])
+            loss = loss - torch.log(p if e in chosen.experts[t] else 1 - p) / (T * E)
+    for e in range(E):
+        last = sorted(predicted[:, e].tolist(), reverse=True)[_capacity(config, T) - 1]
+        loss = loss + 0.5 * (threshold[e] - last) ** 2 / E
+    chosen.loss = loss
+    return chosen
+
+
+def _expert_race(scores: Scores, config: MoeConfig, training: bool) -> Chosen:
+    affinity, threshold = scores.affinity(config), scores.threshold()
+    T, E = affinity.shape
+    if not training:
+        return Chosen([[e for e in range(E) if affinity[t, e] > threshold[0]] for t in range(T)], affinity)
+    pairs = sorted(((float(affinity[t, e].detach()), t, e) for t in range(T) for e in range(E)), reverse=True)
+    taken = pairs[: int(T * config.capacity_factor + 1e-9)]
+    experts = [sorted(e for _, at, e in taken if at == t) for t in range(T)]
+    probability = torch.softmax(scores.logits, -1)
+    own = sum(1 for row in experts for _ in row)
+    other = sum(1 for row in experts for i in row for j in row if i != j)
+    loss = torch.zeros(())
+    for i in range(E):
+        for j in range(E):
+            both = sum(1 for row in experts if i in row and j in row)
+            weight = E * both / own if i == j else (E * E - E) * both / max(1, other)
+            loss = loss + weight * (probability[:, i] * probability[:, j]).sum() / T
+    loss = loss + 0.5 * ((threshold[0] - taken[-1][0]) ** 2)
+    return Chosen(experts, affinity, loss)
+
+
+CHOOSE: dict[str, Callable[[Scores, MoeConfig, bool], Chosen]] = {
+    "expert_choice": _expert_choice,
+    "token_choice": _token_choice,
+    "diffmoe": _diffmoe,
+    "expert_race": _expert_race,
+}

@@ -1,0 +1,1 @@
+"""The embedded data: scenes drawn at run time from OpenMoji pictures."""

@@ -1,0 +1,1 @@
+"""Picture shards (tar): from a list of URLs to a clean index."""

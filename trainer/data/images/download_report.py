@@ -1,0 +1,131 @@
+"""What became of the URLs of a download: counts that are checked, reasons of failure, a list for a second round."""
+
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from trainer.data.images.tar_scan import damage_of, stats_path
+from trainer.files import replacing
+
+_MAX_REASONS = 20
+_NO_HTTP = "not an http or https URL"
+# Asking again would give the same answer.
+_PERMANENT = "HTTP Error (401|403|404|410|451)|X-Robots-Tag"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartReport:
+    """Counts of one part: URLs in its slice, pictures in its tars, tars that are (not) finished, failures by reason."""
+
+    num_urls: int
+    num_pictures: int
+    num_tars: int
+    num_unfinished: int
+    reasons: dict[str, int]
+    num_retry: int
+
+    def lines(self) -> list[str]:
+        """A table for a terminal."""
+        share = self.num_pictures / max(1, self.num_urls)
+        lines = [f"{self.num_pictures:>12}  pictures from {self.num_urls} URLs ({share:.1%}), {self.num_tars} tars"]
+        ordered = Counter(self.reasons).most_common()
+        lines += [f"{count:>12}  {reason}" for reason, count in ordered[:_MAX_REASONS]]
+        if len(ordered) > _MAX_REASONS:
+            lines.append(f"{sum(count for _, count in ordered[_MAX_REASONS:]):>12}  for other reasons")
+        if self.num_unfinished:
+            lines.append(f"{self.num_unfinished:>12}  tars are not finished")
+        return lines
+
+
+def total(reports: list[PartReport]) -> PartReport:
+    """The sum over parts."""
+    reasons: Counter[str] = Counter()
+    for report in reports:
+        reasons.update(report.reasons)
+    names = ("num_urls", "num_pictures", "num_tars", "num_unfinished", "num_retry")
+    return PartReport(**{name: sum(getattr(r, name) for r in reports) for name in names}, reasons=dict(reasons))
+
+
+def remove_damaged(folder: Path) -> list[str]:
+    """Remove what img2dataset takes for finished and is not, so that it does it again; returns reasons."""
+    found = []
+    for stats in sorted(folder.glob("*_stats.json")):
+        tar = stats.with_name(stats.name.replace("_stats.json", ".tar"))
+        reason = damage_of(tar, needs_stats=True) or _table_damage(tar)
+        if reason:
+            found.append(f"{tar.name}: {reason}")
+            for path in (stats, tar, tar.with_suffix(".parquet")):
+                path.unlink(missing_ok=True)
+    return found
+
+
+def _table_damage(tar: Path) -> str | None:
+    try:
+        rows = pq.read_metadata(tar.with_suffix(".parquet")).num_rows
+        return (
+            None if rows == json.loads(stats_path(tar).read_text())["count"] else "table with other rows than counted"
+        )
+    except (pa.ArrowException, OSError, ValueError, KeyError):
+        return "table that cannot be read"
+
+
+def finished_tars(folder: Path) -> list[Path]:
+    """Tars with their counts, which are written last."""
+    return [path.with_name(path.name.replace("_stats.json", ".tar")) for path in sorted(folder.glob("*_stats.json"))]
+
+
+def summarize(
+    folder: Path, *, num_http: int, num_refused: int, samples_per_tar: int, columns: list[str], failed: Path
+) -> PartReport:
+    """Count what a part's folder holds; write the URLs worth another try to `failed` under their old column names."""
+    reasons: Counter[str] = Counter({_NO_HTTP: num_refused} if num_refused else {})
+    retries, pictures = [], 0
+    tars = [tar for tar in finished_tars(folder) if damage_of(tar, needs_stats=True) is None]
+    counted = 0
+    for tar in tars:
+        table = pq.read_table(tar.with_suffix(".parquet"))
+        success = pc.equal(table.column("status"), "success")
+        pictures += int(pc.sum(success).as_py() or 0)
+        counted += table.num_rows
+        bad = table.filter(pc.invert(success))
+        reasons.update(_reason(message) for message in bad.column("error_message").to_pylist())
+        retries.append(_worth_another_try(bad, columns))
+    expected = math.ceil(num_http / samples_per_tar)
+    table = pa.concat_tables(retries) if retries else None
+    if table is not None and table.num_rows:
+        failed.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(failed) as temporary:
+            pq.write_table(table, temporary)
+    else:
+        failed.unlink(missing_ok=True)
+    missing = expected - len(tars)
+    return PartReport(
+        num_urls=num_http + num_refused,
+        num_pictures=pictures,
+        num_tars=len(tars),
+        num_unfinished=missing if missing else int(counted != num_http),
+        reasons=dict(reasons),
+        num_retry=table.num_rows if table is not None else 0,
+    )
+
+
+def _reason(message: Any) -> str:
+    """One line, without what differs from URL to URL."""
+    text = " ".join(str(message or "unknown").split())
+    text = re.sub(r"0x[0-9a-f]+", "0x...", re.sub(r"'[^']*://[^']*'", "'URL'", text))
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _worth_another_try(bad: pa.Table, columns: list[str]) -> pa.Table:
+    permanent = pc.fill_null(pc.match_substring_regex(bad.column("error_message"), _PERMANENT), False)
+    again = bad.filter(pc.and_(pc.equal(bad.column("status"), "failed_to_download"), pc.invert(permanent)))
+    names = ["url", "caption", *columns[2:]]
+    return again.select([*names, "error_message"]).rename_columns([*columns, "error_message"])

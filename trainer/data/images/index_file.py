@@ -1,0 +1,164 @@
+"""The files of an index (see index.py): one list of samples beside each tar, one list of the tars for the folder."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trainer.config import ConfigError, require
+from trainer.data.images.tar_scan import IndexRow, stats_path, tar_digest
+from trainer.files import remove_leftovers, replacing
+
+INDEX_NAME = "index.parquet"
+FORMAT_VERSION = 2
+_METADATA_KEY = b"ec_dit_index"
+ROW_SCHEMA = pa.schema(
+    [(name, pa.string() if kind is str else pa.int64()) for name, kind in IndexRow.__annotations__.items()]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarEntry:
+    """What the index says of one tar.
+
+    `digest` is its `tar_digest`; `source` a hash of its kept samples, which changes when a shard made of them would.
+    `rejected` counts samples by reason, `examples` names the first few. `repeated` are keys that another tar of the
+    same part, earlier in the order of names, has too: they are not kept.
+    """
+
+    tar: str
+    size: int
+    digest: str
+    num_kept: int
+    source: str
+    first_key: str
+    last_key: str
+    rejected: dict[str, int]
+    examples: dict[str, list[str]]
+    repeated: list[str] = field(default_factory=list)
+
+    @property
+    def part(self) -> str:
+        """The folder of the tar."""
+        return os.path.dirname(self.tar) or "."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Index:
+    """All tars of a folder, in the order of names."""
+
+    folder: Path
+    tars: list[TarEntry]
+
+    @property
+    def num_kept(self) -> int:
+        """Sound samples in all."""
+        return sum(entry.num_kept for entry in self.tars)
+
+    @property
+    def rejected(self) -> Counter[str]:
+        """Number of rejected samples (or whole tars) by reason."""
+        counts: Counter[str] = Counter()
+        for entry in self.tars:
+            counts.update(entry.rejected)
+        return counts
+
+    def rows_of(self, entry: TarEntry) -> list[IndexRow]:
+        """The sound samples of one tar in the order of keys."""
+        path, dropped = tar_index_path(self.folder, entry.tar), set(entry.repeated)
+        try:
+            rows = [IndexRow(**row) for row in pq.read_table(path).to_pylist()]
+        except (pa.ArrowException, OSError, TypeError) as error:
+            raise ConfigError(
+                f"{path} cannot be read: delete it and run python -m trainer.data.index {self.folder}"
+            ) from error
+        return [row for row in rows if row.key not in dropped]
+
+    def rows(self) -> Iterator[IndexRow]:
+        """All sound samples, sorted by (tar, key), one tar's in memory at a time."""
+        for entry in self.tars:
+            yield from self.rows_of(entry) if entry.num_kept else ()
+
+    def summary(self) -> str:
+        """Table of what was kept and, by reason, what was not, each with its first example."""
+        examples: dict[str, str] = {}
+        for entry in self.tars:
+            for reason, where in entry.examples.items():
+                examples.setdefault(reason, where[0])
+        lines = [f"{self.num_kept:>10}  kept, from {sum(entry.num_kept > 0 for entry in self.tars)} tars"]
+        lines += [f"{count:>10}  {reason}, first {examples[reason]}" for reason, count in self.rejected.most_common()]
+        return "\n".join(lines)
+
+
+def tar_index_path(folder: Path, tar: str) -> Path:
+    """Where the samples of a tar are listed. No .json: img2dataset takes any such file in its folder for its own."""
+    return (folder / tar).with_suffix(".index.parquet")
+
+
+def source_of(rows: list[IndexRow]) -> str:
+    """Hash of the samples of a shard."""
+    return hashlib.sha256(json.dumps([asdict(row) for row in rows]).encode()).hexdigest()[:16]
+
+
+def write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema, note: dict[str, Any]) -> None:
+    content = {"format_version": FORMAT_VERSION, **note}
+    schema = schema.with_metadata({_METADATA_KEY: json.dumps(content, sort_keys=True)})
+    remove_leftovers(path)
+    with replacing(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema), temporary)
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """The note of an index file; {} if it is none or of another version."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+        note: dict[str, Any] = json.loads(metadata[_METADATA_KEY])
+    except (pa.ArrowException, OSError, KeyError, ValueError):
+        return {}
+    return note if note.get("format_version") == FORMAT_VERSION else {}
+
+
+def tar_sizes(folder: Path) -> dict[str, int]:
+    """Relative path -> bytes of every tar under the folder, by name; ConfigError if there is none."""
+    require(folder.is_dir(), f"data.images={folder} is not a folder: name the one that holds the image shards")
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*.tar")}
+    require(bool(sizes), f"data.images={folder} holds no .tar: download or draw pictures into it first")
+    return dict(sorted(sizes.items()))
+
+
+def index_is_current(folder: Path) -> bool:
+    """Whether the folder has an index of this version (of whatever tars)."""
+    return bool(read_note(folder / INDEX_NAME))
+
+
+def open_index(folder: Path) -> Index:
+    """The index of a folder; ConfigError if it is missing or does not describe the tars that are there."""
+    path = folder / INDEX_NAME
+    remedy = f"run python -m trainer.data.index {folder}"
+    sizes = tar_sizes(folder)
+    require(path.is_file(), f"data.images={folder} has no {INDEX_NAME}: {remedy}")
+    require(bool(read_note(path)), f"{path} is not an index of image shards, or of another version: {remedy}")
+    try:
+        entries = [TarEntry(**json.loads(text)) for text in pq.read_table(path).column("entry").to_pylist()]
+    except pa.ArrowException as error:
+        raise ConfigError(f"{path} is damaged: {remedy}") from error
+    same = {entry.tar: entry.size for entry in entries} == sizes
+    require(same, f"{path} was made from other tars than are there now: {remedy}")
+    return Index(folder=folder, tars=entries)
+
+
+def check_unchanged(index: Index, entry: TarEntry) -> None:
+    """ConfigError if a tar is not the one that was indexed."""
+    same = (index.folder / entry.tar).is_file() and tar_digest(index.folder / entry.tar) == entry.digest
+    require(
+        same,
+        f"{index.folder / entry.tar} (or {stats_path(Path(entry.tar)).name}) changed since it was indexed: "
+        f"run python -m trainer.data.index {index.folder}",
+    )

@@ -1,0 +1,194 @@
+"""One tar of image shards, read to its end: which samples are sound, where each lies, and why the others are not."""
+
+import hashlib
+import json
+import os
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from trainer.data.images.decode import UNREADABLE, UnsupportedModeError, is_constant, orientation_of, read_rgb
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_END_OF_TAR = bytes(1024)
+_DIGEST_BYTES = 1 << 16  # at either end of the tar
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexRow:
+    """One sound sample: the bytes [offset, offset + size) of `tar` (relative to the folder) are its picture.
+
+    (part, key) is its identity: keys start anew in every part, the folder of one download task. `orientation`
+    is the EXIF value of the original. `scene` is the label of a drawn picture, else "".
+    """
+
+    part: str
+    key: str
+    tar: str
+    offset: int
+    size: int
+    caption: str
+    orientation: int
+    width: int
+    height: int
+    scene: str
+
+
+@dataclass(kw_only=True)
+class ScanResult:
+    """Sound rows of a tar in the order of keys; what was rejected as (reason, where)."""
+
+    rows: list[IndexRow] = field(default_factory=list)
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+
+
+class _DamagedTarError(Exception):
+    """A tar that cannot be used at all; the message is the reason."""
+
+
+def stats_path(tar: Path) -> Path:
+    """Where img2dataset writes the counts of a tar, as the last thing it does."""
+    return tar.with_name(f"{tar.stem}_stats.json")
+
+
+def tar_digest(tar: Path) -> str:
+    """Changes when a tar is downloaded again: its size, both ends (headers hold times), and its counts."""
+    size = tar.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with tar.open("rb") as file:
+        digest.update(file.read(_DIGEST_BYTES))
+        file.seek(max(0, size - _DIGEST_BYTES))
+        digest.update(file.read(_DIGEST_BYTES))
+    stats = stats_path(tar)
+    digest.update(stats.read_bytes() if stats.is_file() else b"no counts")
+    return digest.hexdigest()[:16]
+
+
+@dataclass(kw_only=True)
+class _Members:
+    """Key -> suffix -> (offset, size) of the first file of that name; the names that came again."""
+
+    files: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    repeated: list[str] = field(default_factory=list)
+    num_pictures: int = 0
+
+    def add(self, member: tarfile.TarInfo) -> None:
+        folder, slash, name = member.name.removeprefix("./").rpartition("/")
+        key, _, suffix = name.partition(".")
+        files = self.files.setdefault(folder + slash + key, {})
+        picture = suffix in IMAGE_SUFFIXES
+        self.num_pictures += picture
+        if suffix not in files:
+            files[suffix] = (member.offset_data, member.size)
+        elif picture:
+            self.repeated.append(folder + slash + key)
+
+
+def _read_members(path: Path) -> _Members:
+    """All files of a whole tar; raises _DamagedTarError if it was cut off or overwritten."""
+    found = _Members()
+    try:
+        with tarfile.open(path, "r:") as tar, path.open("rb") as file:
+            for member in tar:
+                if member.isfile():
+                    found.add(member)
+            file.seek(tar.offset)  # tarfile also stops without a word at the first header that is cut off
+            if file.read(len(_END_OF_TAR)) != _END_OF_TAR:
+                raise _DamagedTarError("tar without its end (download was killed)")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise _DamagedTarError("tar that cannot be read") from error
+    return found
+
+
+def damage_of(tar: Path, *, needs_stats: bool) -> str | None:
+    """Why a tar cannot be used, or None: no counts beside it, cut off, overwritten, or at odds with its counts."""
+    try:
+        _whole_members(tar, needs_stats)
+    except _DamagedTarError as damage:
+        return str(damage)
+    return None
+
+
+def _whole_members(tar: Path, needs_stats: bool) -> _Members:
+    stats = stats_path(tar)
+    if needs_stats and not stats.is_file():
+        raise _DamagedTarError("tar without its _stats.json (download was killed)")
+    found = _read_members(tar)
+    if stats.is_file():
+        if _json_object(stats.read_bytes()).get("successes") != found.num_pictures:
+            raise _DamagedTarError("tar with other samples than its _stats.json says (two downloads in one folder)")
+    return found
+
+
+def _json_object(content: bytes) -> dict[str, Any]:
+    """A JSON object; an empty one for anything else."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _read(file: BinaryIO, place: tuple[int, int]) -> bytes:
+    file.seek(place[0])
+    return file.read(place[1])
+
+
+def _check_sample(file: BinaryIO, key: str, files: dict[str, tuple[int, int]], tar: str) -> IndexRow | str:
+    """The row of a sample, or the reason why it is rejected."""
+    suffix = next((s for s in IMAGE_SUFFIXES if s in files), None)
+    if suffix is None:
+        return "no picture"
+    metadata: dict[str, Any] = {}
+    if "json" in files:
+        metadata = _json_object(_read(file, files["json"]))
+        if not metadata:
+            return "metadata that is no JSON object"
+    text = _read(file, files["txt"]).decode(errors="replace") if "txt" in files else metadata.get("caption")
+    caption = str(text or "").strip()
+    if not caption:
+        return "empty caption"
+    orientation = orientation_of(metadata)
+    try:
+        image = read_rgb(_read(file, files[suffix]), orientation)
+    except UnsupportedModeError:
+        return "picture of a mode that is neither grey nor colour"
+    except UNREADABLE:
+        return "picture that cannot be decoded"
+    if is_constant(image):
+        return "picture of one colour"
+    return IndexRow(
+        part=os.path.dirname(tar) or ".",
+        key=key,
+        tar=tar,
+        offset=files[suffix][0],
+        size=files[suffix][1],
+        caption=caption,
+        orientation=orientation,
+        width=image.width,
+        height=image.height,
+        scene=str(metadata.get("scene") or ""),
+    )
+
+
+def scan_tar(folder: Path, tar: str, needs_stats: bool = True) -> ScanResult:
+    """Read one tar (a path relative to `folder`) to its end and decode its pictures."""
+    result = ScanResult()
+    try:
+        members = _whole_members(folder / tar, needs_stats)
+    except _DamagedTarError as damage:
+        return ScanResult(rejected=[(str(damage), tar)])
+    with (folder / tar).open("rb") as file:
+        result.rejected += [("key seen before in the same folder", f"{tar}: {key}") for key in members.repeated]
+        for key, files in sorted(members.files.items()):
+            foreign = [suffix for suffix in files if suffix not in (*IMAGE_SUFFIXES, "txt", "json")]
+            result.rejected += [("file that is no picture, txt or json", f"{tar}: {key}.{s}") for s in foreign]
+            if len(foreign) == len(files):
+                continue
+            row = _check_sample(file, key, files, tar)
+            if isinstance(row, str):
+                result.rejected.append((row, f"{tar}: {key}"))
+            else:
+                result.rows.append(row)
+    return result

@@ -1,0 +1,1 @@
+"""Latent shards (safetensors): what encoding writes and training reads."""

@@ -1,0 +1,79 @@
+"""The samples of latent shards by number; a few files are open at a time."""
+
+import hashlib
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from trainer.data.latents.interface import LatentInfo
+from trainer.data.latents.shard_file import DamagedShardError, Sample, ShardEntry, ShardFile
+from trainer.data.latents.staging import Stage
+from trainer.data.order import SampleLayout
+from trainer.encoders.build import TextEncoder
+
+_MAX_OPEN_FILES = 64
+
+
+class ShardDataset:
+    """The safetensors shards that `trainer.data.encode` wrote; each is verified when it is opened and read."""
+
+    def __init__(
+        self,
+        info: LatentInfo,
+        shards: list[tuple[Path, ShardEntry]],
+        fingerprint: str,
+        layout: SampleLayout,
+        *,
+        empty_text: Tensor | str,
+        online_encoder: TextEncoder | None = None,
+        stage: Stage | None = None,
+    ) -> None:
+        self.info, self.shards, self.fingerprint, self.layout = info, shards, fingerprint, layout
+        self.shard_sizes = [entry.num_samples for _, entry in shards]
+        self.first = [0, *accumulate(self.shard_sizes)]
+        self.empty_text, self.online_encoder, self.stage = empty_text, online_encoder, stage
+        self.open_files: dict[int, ShardFile] = {}
+
+    def __len__(self) -> int:
+        return self.layout.size
+
+    def __getstate__(self) -> dict[str, Any]:
+        # File handles stay with their process, and captions are encoded by the main one.
+        return {**vars(self), "open_files": {}, "online_encoder": None}
+
+    def _shard(self, number: int) -> ShardFile:
+        """An open shard; the one that was used longest ago is closed for it."""
+        file = self.open_files.pop(number, None)
+        if file is None:
+            if len(self.open_files) >= _MAX_OPEN_FILES:
+                self.open_files.pop(next(iter(self.open_files))).close()
+            path, entry = self.shards[number]
+            if self.stage is None:
+                file = ShardFile(path, entry, self.fingerprint)
+            else:
+                file = ShardFile(self.stage.fetch(path, entry), entry, self.fingerprint, copy_of=path)
+        self.open_files[number] = file
+        return file
+
+    def read(self, sample: int) -> Sample:
+        """One sample; DamagedShardError names file and key."""
+        number = bisect_right(self.first, sample) - 1
+        return self._shard(number).read(sample - self.first[number])
+
+
+def read_empty_text(path: Path, dim: int, sha256: str | None) -> Tensor:
+    """Stored tokens [n, dim] of the empty caption; DamagedShardError if the file is not as it was written."""
+    try:
+        content = path.read_bytes()
+        tokens = load(content)["text"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise DamagedShardError(path, "cannot be read") from error
+    same = sha256 is None or hashlib.sha256(content).hexdigest() == sha256
+    if not same or tokens.dim() != 2 or tokens.shape[1] != dim:
+        raise DamagedShardError(path, "is not the empty caption of this data set")
+    return tokens

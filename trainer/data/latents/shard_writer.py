@@ -1,0 +1,216 @@
+"""The samples of one tar -> latent shards. Format: format.py.
+
+Pictures are decoded by threads while the codec works on the batch before; nothing is held but one shard.
+
+Shapes: B pictures, C x h x w latent, D text width.
+"""
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainer.config import DataConfig
+from trainer.data.images.decode import UNREADABLE, cover_crop, read_rgb
+from trainer.data.images.tar_scan import IndexRow
+from trainer.data.latents.format import INDEX_TENSORS, check_of, index_digest
+from trainer.encoders.build import ImageCodec, TextEncoder
+from trainer.files import remove_leftovers, replacing
+
+BATCH_SIZE = 64  # pictures through the codec at a time
+MAX_SHARD_BYTES = 1 << 29  # about; the samples of a tar that need more go to several shards
+_CAPTION_BATCH = 256
+_TYPICAL_TOKENS = 20
+_BATCHES_AHEAD = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """All that turns samples into shards, and the folders they come from and go to.
+
+    `text_encoder` is None when captions are stored as they are (data.text=online).
+    """
+
+    data: DataConfig
+    codec: ImageCodec
+    text_encoder: TextEncoder | None
+    fingerprint: str
+    num_threads: int = 1
+
+    @property
+    def latents(self) -> Path:
+        """The folder of latent shards."""
+        return Path(self.data.latents)
+
+    @property
+    def images(self) -> Path:
+        """The folder of image shards."""
+        return Path(self.data.images)
+
+    def samples_per_shard(self, height: int, width: int) -> int:
+        """How many samples of a picture size fill a shard of MAX_SHARD_BYTES."""
+        area = (height // self.codec.factor) * (width // self.codec.factor)
+        latent = 2 * self.codec.channels * area * (2 if self.data.latent_std else 1)
+        text = 2 * self.text_encoder.dim * _TYPICAL_TOKENS if self.text_encoder else 0
+        return max(1, MAX_SHARD_BYTES // (latent + text))
+
+
+def read_picture(content: bytes, row: IndexRow, height: int, width: int) -> Tensor:
+    """One picture, resized and cropped: uint8 [height, width, 3]."""
+    try:
+        image = read_rgb(content, row.orientation)
+    except UNREADABLE as error:
+        raise RuntimeError(
+            f"{row.tar}: {row.key} changed since it was indexed and cannot be decoded any more"
+        ) from error
+    return torch.from_numpy(np.array(cover_crop(image, height, width)))
+
+
+def picture_batches(
+    folder: Path, rows: Sequence[IndexRow], height: int, width: int, num_threads: int, batch_size: int = BATCH_SIZE
+) -> Iterator[Tensor]:
+    """The pictures of samples of one tar, in order: uint8 [B, height, width, 3], decoded ahead by threads."""
+    if not rows:
+        return
+    with (folder / rows[0].tar).open("rb") as tar, ThreadPoolExecutor(num_threads) as pool:
+
+        def picture(row: IndexRow) -> Tensor:
+            return read_picture(os.pread(tar.fileno(), row.size, row.offset), row, height, width)
+
+        ahead: deque[list[Future[Tensor]]] = deque()
+        for start in range(0, len(rows), batch_size):
+            ahead.append([pool.submit(picture, row) for row in rows[start : start + batch_size]])
+            if len(ahead) > _BATCHES_AHEAD:
+                yield torch.stack([future.result() for future in ahead.popleft()])
+        for batch in ahead:
+            yield torch.stack([future.result() for future in batch])
+
+
+@dataclass(kw_only=True)
+class _Latents:
+    """Latents of a shard, fp16 as they are stored, and their sums per channel in fp64."""
+
+    mean: list[Tensor]
+    std: list[Tensor]
+    sums: Tensor
+    square_sums: Tensor
+
+    def add(self, mean: Tensor, std: Tensor | None) -> None:
+        self.mean.append(mean.cpu().half().contiguous())
+        self.sums += _channel_sums(self.mean[-1].double())
+        self.square_sums += _channel_sums(self.mean[-1].double().square())
+        if std is not None:
+            self.std.append(std.cpu().half().contiguous())
+            self.square_sums += _channel_sums(self.std[-1].double().square())
+
+
+def _channel_sums(x_BCHW: Tensor) -> Tensor:
+    """Sums per channel, added by numpy: torch would add in an order that depends on the number of threads."""
+    return torch.from_numpy(x_BCHW.numpy().sum((0, 2, 3)))
+
+
+@torch.no_grad()
+def _latents(encoder: Encoder, rows: Sequence[IndexRow], height: int, width: int) -> _Latents:
+    zeros = torch.zeros(encoder.codec.channels, dtype=torch.float64)
+    found = _Latents(mean=[], std=[], sums=zeros, square_sums=zeros.clone())
+    for pictures in picture_batches(encoder.images, rows, height, width, encoder.num_threads):
+        rgb_BCHW = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+        mean, std = encoder.codec.posterior(rgb_BCHW)
+        found.add(mean, std if encoder.data.latent_std else None)
+    if not bool(found.square_sums.isfinite().all()):
+        raise RuntimeError(f"data.codec={encoder.data.codec} gave latents that do not fit into fp16")
+    return found
+
+
+def _texts(encoder: Encoder, captions: list[str]) -> list[Tensor]:
+    """Per caption fp16 tokens [n, D], or its bytes as uint8 [n]."""
+    if encoder.text_encoder is None:
+        return [torch.frombuffer(bytearray(caption.encode()), dtype=torch.uint8) for caption in captions]
+    found: list[Tensor] = []
+    for start in range(0, len(captions), _CAPTION_BATCH):
+        found += [text.half() for text in encoder.text_encoder.encode(captions[start : start + _CAPTION_BATCH])]
+    if not all(bool(text.isfinite().all()) for text in found):
+        raise RuntimeError(f"data.text_encoder={encoder.data.text_encoder} gave features that do not fit into fp16")
+    return found
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.contiguous().numpy().reshape(-1).view(np.uint8).data
+
+
+def pack_shard(
+    latents: Sequence[Tensor], stds: Sequence[Tensor], texts: Sequence[Tensor], caption_id: Sequence[int]
+) -> dict[str, Tensor]:
+    """The tensors of a shard with their checks: batches of fp16 latents, fp16 tokens or uint8 bytes per caption."""
+    tensors = {
+        "latent": torch.cat(list(latents)),
+        "caption_id": torch.tensor(caption_id, dtype=torch.int32),
+        "caption" if texts[0].dtype == torch.uint8 else "text": torch.cat(list(texts)),
+        "text_offset": torch.tensor([0, *(len(text) for text in texts)]).cumsum(0),
+        "text_check": torch.tensor([check_of(_bytes(text)) for text in texts]),
+    }
+    parts = [tensors["latent"]]
+    if stds:
+        tensors["latent_std"] = torch.cat(list(stds))
+        parts.append(tensors["latent_std"])
+    tensors["latent_check"] = torch.tensor([check_of(*map(_bytes, row)) for row in zip(*parts, strict=True)])
+    return tensors
+
+
+def save_shard(path: Path, tensors: dict[str, Tensor], fingerprint: str) -> dict[str, Any]:
+    """Write the tensors of a shard; returns its size and hashes."""
+    remove_leftovers(path)
+    with replacing(path) as temporary:
+        # One note only: safetensors writes several in random order, and a rerun must give the same bytes.
+        save_file(tensors, temporary, metadata={"fingerprint": fingerprint})
+        temporary.chmod(0o644)
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        file.seek(0)
+        whole = hashlib.file_digest(file, "sha256").hexdigest()
+    index = {name: bytes(_bytes(tensors[name])) for name in INDEX_TENSORS}
+    return {"size": path.stat().st_size, "sha256": whole, "index_sha256": index_digest(header, index)}
+
+
+def write_shard(encoder: Encoder, name: str, rows: Sequence[IndexRow], height: int, width: int) -> dict[str, Any]:
+    """Write NAME.safetensors and NAME.samples.json; returns what the sidecar says of the shard."""
+    captions = sorted({row.caption for row in rows})
+    number = {caption: i for i, caption in enumerate(captions)}
+    texts, latents = _texts(encoder, captions), _latents(encoder, rows, height, width)
+    tensors = pack_shard(latents.mean, latents.std, texts, [number[row.caption] for row in rows])
+    path = encoder.latents / f"{name}.safetensors"
+    hashes = save_shard(path, tensors, encoder.fingerprint)
+    samples = {
+        "keys": [row.key for row in rows],
+        "captions": captions,
+        "sizes": [[row.height, row.width] for row in rows],
+        "scenes": [row.scene for row in rows] if any(row.scene for row in rows) else [],
+    }
+    write_json(path.with_suffix(".samples.json"), samples)
+    return {
+        "file": path.name,
+        "num_samples": len(rows),
+        "num_captions": len(captions),
+        "max_tokens": max(len(text) for text in texts) if encoder.text_encoder else 0,
+        "latent_shape": list(tensors["latent"].shape[1:]),
+        "latent_sum": latents.sums.tolist(),
+        "latent_square_sum": latents.square_sums.tolist(),
+        **hashes,
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON in one step."""
+    remove_leftovers(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,1 @@
+"""The model, its objective and how pictures are drawn from it."""

@@ -1,0 +1,243 @@
+"""EcDit: a text-to-image diffusion transformer whose every second block has an expert-choice MoE.
+
+Block (PixArt-alpha, arXiv 2310.00426, as EC-DIT uses it): self-attention -> cross-attention to the text
+-> MLP or MoE, with adaLN-single: one shared map from the timestep to six vectors, plus a learned offset
+per block. Added to the paper's description: RMS QK-norm and 2-D RoPE (beside PixArt's
+absolute sinusoids).
+
+Shapes: B images, C channels, H x W latent, P patch, S image tokens (S = H W / P^2, fewer when masked),
+L text tokens, D width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from moe.config import MoeConfig
+from moe.experts import Mlp
+from moe.layer import ChoiceMemory, MoeLayer
+from moe.routing import RoutingStats
+from trainer.config import ModelConfig
+from trainer.diffusion.layers import (
+    Attention,
+    TimestepEmbedder,
+    layer_norm,
+    modulate,
+    patchify,
+    rope_2d,
+    sincos_2d,
+    unpatchify,
+)
+from trainer.randomness import keyed_generator
+
+# x_t = (1 - t) x_0 + t x_1, so the velocity x_1 - x_0 is (x_t - x_0) / t; below this time t is held, since
+# the division would blow up what the network gets wrong.
+MIN_TIME = 0.05
+MoeBuilder = Callable[..., nn.Module]
+TextCache = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What the data decides about the model: latent channels and size, width of the text tokens."""
+
+    channels: int
+    height: int
+    width: int
+    text_dim: int
+
+
+class DitBlock(nn.Module):
+    """One transformer block; `moe` replaces the dense MLP where given."""
+
+    def __init__(self, config: ModelConfig, moe: Callable[[], nn.Module] | None) -> None:
+        super().__init__()
+        self.self_attention = Attention(config.dim, config.num_heads, config.num_kv_heads)
+        self.cross_attention = Attention(config.dim, config.num_heads, config.num_kv_heads)
+        self.has_moe = moe is not None
+        self.mlp = moe() if moe else Mlp(config.dim, config.mlp_ratio * config.dim, config.dim)
+        self.modulation = nn.Parameter(torch.empty(6, config.dim))
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        condition_B6D: Tensor,
+        text_BLD: Tensor,
+        mask_B11L: Tensor,
+        turn_BSa: Tensor,
+        time_BD: Tensor,
+        memory: ChoiceMemory | None = None,
+        cached: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """[B, S, D] -> [B, S, D] and, in an MoE block, the routing statistics."""
+        vectors = (condition_B6D + self.modulation).unbind(1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = vectors
+        h_BSD = modulate(layer_norm(x_BSD), shift1, scale1)
+        x_BSD = x_BSD + gate1.unsqueeze(1) * self.self_attention(h_BSD, h_BSD, turn_BSa=turn_BSa)
+        x_BSD = x_BSD + self.cross_attention(layer_norm(x_BSD), text_BLD, mask_B11L=mask_B11L, cached=cached)
+        plain_BSD = layer_norm(x_BSD)
+        h_BSD = modulate(plain_BSD, shift2, scale2)
+        y_BSD, stats = self.mlp(h_BSD, memory, plain_BSD, time_BD) if self.has_moe else (self.mlp(h_BSD), None)
+        return x_BSD + gate2.unsqueeze(1) * y_BSD, stats
+
+
+class EcDit(nn.Module):
+    """Predicts the velocity of rectified flow from a noised latent, a timestep and text tokens.
+
+    `build_moe(config, dim=..., hidden_dim=...)` makes the MoE layers: local experts by default, the
+    expert-parallel layer under DeepSpeed, the plain-loop oracle in tests.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        moe: MoeConfig,
+        shape: ModelShape,
+        build_moe: MoeBuilder = MoeLayer,
+    ) -> None:
+        super().__init__()
+        D, P = config.dim, config.patch_size
+        self.config, self.shape = config, shape
+        self.activation_checkpointing = False
+        self.patch_embedder = nn.Linear(shape.channels * P * P, D)
+        self.timestep_embedder = TimestepEmbedder(D)
+        self.text_projection = Mlp(shape.text_dim, D, D)
+        self.pooled_projection = nn.Linear(D, D) if config.pooled_text else None
+        self.condition = nn.Linear(D, 6 * D)
+
+        def make_moe() -> nn.Module:
+            return build_moe(moe, dim=D, hidden_dim=config.mlp_ratio * D)
+
+        self.blocks = nn.ModuleList(
+            DitBlock(config, make_moe if moe.has_moe(i) else None) for i in range(config.num_layers)
+        )
+        self.final_modulation = nn.Linear(D, 2 * D)
+        self.final = nn.Linear(D, shape.channels * P * P)
+
+    def positions(
+        self, keep_BS: Tensor | None, device: torch.device, size: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Absolute embedding [1, S, D] and RoPE turns [1, S, a] of all tokens; [B, S, .] of the kept ones.
+
+        `size` is the height and width of the latent where it is not the shape's: buckets differ in it.
+        """
+        P, config = self.config.patch_size, self.config
+        height, width = size or (self.shape.height, self.shape.width)
+        grid = height // P, width // P
+        tables = sincos_2d(*grid, config.dim, device), rope_2d(*grid, config.dim // config.num_heads, device)
+        absolute, turn = (table.unsqueeze(0) if keep_BS is None else table[keep_BS] for table in tables)
+        return absolute, turn
+
+    def embed_text(self, text_BLD: Tensor) -> Tensor:
+        """Text tokens [B, L, text_dim] -> [B, L, D] in the weights' dtype; normed, as encoders differ in scale."""
+        out: Tensor = self.text_projection(layer_norm(text_BLD.float()).to(self.patch_embedder.weight.dtype))
+        return out
+
+    def cache_text(self, text_BLD: Tensor) -> TextCache:
+        """Cross-attention keys and values of each block: computed once per caption when sampling.
+
+        Only for a model whose parameters are whole on this process (not partitioned by ZeRO-3).
+        """
+        text = self.embed_text(text_BLD)
+        attentions = [module for name, module in self.named_modules() if name.endswith("cross_attention")]
+        return [a.keys_values(text) for a in attentions if isinstance(a, Attention)]
+
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        text_BLD: Tensor,
+        text_mask_BL: Tensor,
+        keep_BS: Tensor | None = None,
+        text_cache: TextCache | None = None,
+    ) -> tuple[Tensor, list[RoutingStats]]:
+        """Velocity [B, C, H, W] fp32 (with `keep_BS`: of the kept tokens, [B, S, C P P]) and statistics.
+
+        `t_B` is 1 at pure noise. `keep_BS` are the positions of the tokens that masked training keeps.
+        """
+        dtype = self.patch_embedder.weight.dtype
+        patches = patchify(x_BCHW, self.config.patch_size).float()
+        if keep_BS is not None:
+            patches = patches.gather(1, keep_BS.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+        H, W = x_BCHW.shape[-2:]
+        position_BSD, turn_BSa = self.positions(keep_BS, patches.device, (H, W))
+        x_BSD = self.patch_embedder(patches.to(dtype)) + position_BSD.to(dtype)
+        text = self.embed_text(text_BLD)
+        time_BD = self._condition(t_B, text, text_mask_BL)
+        condition_B6D = self.condition(time_BD).unflatten(1, (6, -1))
+        mask_B11L = text_mask_BL[:, None, None, :]
+        all_stats = []
+        for i, block in enumerate(self.blocks):
+            arguments = (x_BSD, condition_B6D, text, mask_B11L, turn_BSa, time_BD)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                memory = ChoiceMemory() if block.has_moe else None
+                x_BSD, stats = checkpoint(block, *arguments, memory, use_reentrant=False)
+            else:
+                x_BSD, stats = block(*arguments, cached=text_cache[i] if text_cache else None)
+            if stats is not None:
+                all_stats.append(stats)
+        shift_BD, scale_BD = self.final_modulation(time_BD).chunk(2, dim=-1)
+        out = self.final(modulate(layer_norm(x_BSD), shift_BD, scale_BD)).float()
+        if self.config.prediction == "data":
+            out = (patches - out) / t_B.float().clamp_min(MIN_TIME)[:, None, None]
+        if keep_BS is None:
+            out = unpatchify(out, self.config.patch_size, H, W)
+        return out, all_stats
+
+    def _condition(self, t_B: Tensor, text_BLD: Tensor, text_mask_BL: Tensor) -> Tensor:
+        """Timestep embedding (plus the mean text token), through SiLU, [B, D]."""
+        time_BD: Tensor = self.timestep_embedder(t_B)
+        if self.pooled_projection is not None:
+            weight_BL1 = (text_mask_BL / text_mask_BL.sum(1, keepdim=True)).unsqueeze(-1).to(text_BLD.dtype)
+            time_BD = time_BD + self.pooled_projection((text_BLD * weight_BL1).sum(1))
+        return functional.silu(time_BD)
+
+
+def initial_value(name: str, shape: tuple[int, ...], seed: int, first_expert: int = 0) -> Tensor:
+    """The initial fp32 value of a parameter: a function of seed, name and expert number only.
+
+    | parameter                                   | value                                                |
+    |---------------------------------------------|------------------------------------------------------|
+    | norm scales                                 | 1                                                    |
+    | biases, `w3` (expert biases), thresholds    | 0                                                    |
+    | `final`, `final_modulation`                 | 0: the first prediction is 0                         |
+    | gates of `condition` and block `modulation` | 0: attention and MLP branches start closed (adaLN-0) |
+    | cross-attention `out`                       | 0, as PixArt-alpha                                   |
+    | `router.weight`                             | normal, std 0.02: near-uniform affinities            |
+    | expert `w1`, `w2` (drawn expert by expert)  | normal, std 1 / sqrt(fan in)                         |
+    | other matrices                              | normal, std 1 / sqrt(fan in)                         |
+
+    `first_expert` is the global number of the first expert in `shape` for expert parameters.
+    """
+    if name.endswith(("query_norm", "key_norm")):
+        return torch.ones(shape)
+    zero = (
+        "bias",
+        "w3",
+        "threshold.value",
+        "modulation",
+        "condition.weight",
+        "final.weight",
+        "cross_attention.out.weight",
+    )
+    if name.endswith(zero) or name.startswith("final_modulation"):
+        return torch.zeros(shape)
+    if ".experts." in name:
+        experts = torch.empty(shape)  # filled in place: at scale this is most of what a rank holds while building
+        for i in range(shape[0]):
+            experts[i].normal_(generator=keyed_generator(seed, "init", name, first_expert + i))
+        return experts.mul_(float(shape[-1]) ** -0.5)
+    std = 0.02 if name.endswith("router.weight") else float(shape[-1]) ** -0.5
+    value: Tensor = std * torch.randn(shape, generator=keyed_generator(seed, "init", name))
+    return value
+
+
+def init_weights(model: nn.Module, seed: int) -> None:
+    """Initialise a model whose parameters are whole on this process, all experts included."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_value(name, tuple(parameter.shape), seed))

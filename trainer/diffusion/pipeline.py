@@ -1,0 +1,77 @@
+"""A trained model ready to draw: the sharded EMA put together in one process, with codec and text encoder."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moe.layer import MoeLayer
+from moe.routing import RoutingStats
+from trainer.checkpoint import find_checkpoint, is_export, read_ema, read_export, read_export_config, read_state
+from trainer.config import TrainConfig, config_from_dict
+from trainer.data.dataset import LatentInfo
+from trainer.diffusion.model import EcDit, ModelShape, init_weights
+from trainer.diffusion.sampling import Observer, draw, text_batch, to_pictures
+from trainer.encoders.build import build_codec, build_text_encoder
+
+
+class Pipeline:
+    """Captions in, pictures out. All experts are local; the training topology does not matter.
+
+    `origin` says which weights these are, for the protocol of numbers that are measured on the pictures.
+    """
+
+    def __init__(
+        self, config: TrainConfig, info: LatentInfo, step: int, weights: dict[str, Tensor] | None, origin: str = "ema"
+    ) -> None:
+        self.config, self.info, self.step = config, info, step
+        self.origin = "untrained" if weights is None else origin
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.shape = ModelShape(channels=info.channels, height=info.height, width=info.width, text_dim=info.text_dim)
+        self.model = EcDit(config.model, config.moe, self.shape, MoeLayer)
+        if weights is None:
+            init_weights(self.model, config.seed)
+        else:
+            self.model.load_state_dict(weights)
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        self.model = self.model.to(self.device, dtype).eval().requires_grad_(False)
+        self.codec = build_codec(info.codec)
+        self.text_encoder = build_text_encoder(info.text_encoder)
+
+    @classmethod
+    def load(cls, checkpoint: Path, *, weights: Literal["ema", "untrained"] = "ema") -> "Pipeline":
+        """From a run folder (newest whole checkpoint), a step folder or an export; ConfigError if there is none.
+
+        An export has the weights that were chosen when it was made; `ema` stands for those.
+        """
+        folder = Path(checkpoint)
+        if is_export(folder):
+            state: dict[str, Any] = read_export_config(folder, checksums=True)
+            rounded = "" if state["dtype"] == "fp32" else f" {state['dtype']}"
+            read, origin = read_export, state["weights"] + rounded
+        else:
+            folder = find_checkpoint(folder)
+            state, read, origin = read_state(folder), read_ema, "ema"
+        config = config_from_dict(state["config"])
+        info = LatentInfo(**state["data_info"])
+        return cls(config, info, state["step"], read(folder) if weights == "ema" else None, origin)
+
+    @torch.inference_mode()
+    def generate(self, captions: list[str], seeds: list[int], *, observe: Observer | None = None) -> Tensor:
+        """Draw one picture per caption and seed: uint8 [N, H, W, 3].
+
+        Picture n depends on caption n and seed n only, up to the rounding of batched matmuls.
+        """
+        empty = self.text_encoder.encode([""])[0]
+        batch = text_batch(self.text_encoder.encode(captions), empty, self.info.max_tokens)
+        text, mask = batch.text_BLD.to(self.device), batch.mask_BL.to(self.device)
+        cache = self.model.cache_text(text)
+
+        def forward(x: Tensor, t_B: Tensor, rows: slice) -> tuple[Tensor, list[RoutingStats]]:
+            part = [(key[rows], value[rows]) for key, value in cache]
+            velocity, stats = self.model(x, t_B, text[rows], mask[rows], text_cache=part)
+            return velocity, stats
+
+        latent = draw(forward, seeds, self.shape, self.config.diffusion, self.device, observe)
+        return to_pictures(latent, self.codec, self.info.mean_C, self.info.std_C)

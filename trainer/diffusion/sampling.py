@@ -1,0 +1,82 @@
+"""Drawing pictures from captions: the text batch, guidance and decoding shared by training and pipeline.
+
+Shapes: N images, L text tokens, D text width, C x H x W latent.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe.routing import RoutingStats
+from trainer.config import DiffusionConfig
+from trainer.diffusion.model import ModelShape
+from trainer.diffusion.solver import guided, initial_noise, sample
+from trainer.encoders.build import ImageCodec
+
+Observer = Callable[[float, list[RoutingStats]], None]
+Forward = Callable[[Tensor, Tensor, slice], tuple[Tensor, list[RoutingStats]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextBatch:
+    """Captions in the first half of the rows, the empty caption in the second: [2N, L, D] and [2N, L]."""
+
+    text_BLD: Tensor
+    mask_BL: Tensor
+
+
+def pad_text(tokens: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
+    """Unpadded token rows [n_i, D] -> [N, L, D] fp32 and their mask [N, L]; L is at least `length`."""
+    length = max([length, *(len(t) for t in tokens)])
+    text = torch.zeros(len(tokens), length, tokens[0].shape[-1])
+    mask = torch.zeros(len(tokens), length, dtype=torch.bool)
+    for row, token in enumerate(tokens):
+        text[row, : len(token)] = token
+        mask[row, : len(token)] = True
+    return text, mask
+
+
+def text_batch(captions: Sequence[Tensor], empty: Tensor, length: int) -> TextBatch:
+    """Stack captions over as many empty captions, for guidance in one batch."""
+    text, mask = pad_text([*captions, *[empty] * len(captions)], length)
+    return TextBatch(text_BLD=text, mask_BL=mask)
+
+
+def draw(
+    forward: Forward,
+    seeds: list[int],
+    shape: ModelShape,
+    config: DiffusionConfig,
+    device: torch.device,
+    observe: Observer | None = None,
+) -> Tensor:
+    """Sample latents [N, C, H, W] fp32 (normalised), picture n from noise of seed n."""
+
+    def velocity(x: Tensor, t_B: Tensor, rows: slice) -> Tensor:
+        out, stats = forward(x, t_B, rows)
+        if observe is not None:
+            observe(float(t_B[0]), stats)
+        return out
+
+    noise = initial_noise(seeds, (shape.channels, shape.height, shape.width)).to(device)
+    return sample(noise, guided(velocity, config, len(seeds)), config)
+
+
+def to_pictures(latent_NCHW: Tensor, codec: ImageCodec, mean_C: Tensor, std_C: Tensor) -> Tensor:
+    """Normalised latents -> uint8 pictures [N, H, W, 3] on the CPU."""
+    latent = latent_NCHW.cpu().float() * std_C.view(1, -1, 1, 1) + mean_C.view(1, -1, 1, 1)
+    rgb = codec.decode(latent).clamp(-1, 1)
+    return ((rgb + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def picture_grid(pictures_NHWC: Tensor, columns: int, scale: int = 4) -> Tensor:
+    """Pictures side by side, enlarged by whole pixels: uint8 [H, W, 3]."""
+    N, H, W, _ = pictures_NHWC.shape
+    rows = -(-N // columns)
+    canvas = torch.full((rows * H, columns * W, 3), 255, dtype=torch.uint8)
+    for n, picture in enumerate(pictures_NHWC):
+        r, c = divmod(n, columns)
+        canvas[r * H : (r + 1) * H, c * W : (c + 1) * W] = picture
+    return canvas.repeat_interleave(scale, 0).repeat_interleave(scale, 1)

@@ -1,0 +1,1 @@
+"""Frozen networks between people and the model: pictures to latents, captions to text tokens."""

@@ -1,0 +1,143 @@
+"""Text towers of open_clip: encoder `open_clip:ARCH:FILE` or `open_clip:DIR`, per-token features.
+
+FILE is a checkpoint of the architecture ARCH (`open_clip.list_models()`), DIR a folder with open_clip_config.json and
+its weights, as on the model hub. The features are the penultimate layer's, before the final norm, as SDXL and SD3
+use them. Only the text tower is built and only its weights are read.
+
+Shapes: B captions of the same length, L tokens, D text width.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trainer.config import ConfigError, require
+from trainer.encoders.pretrained import (
+    config_digest,
+    encode_by_length,
+    encoder_device,
+    files_digest,
+    read_json,
+    require_file,
+    text_dtype,
+    weight_files,
+)
+
+_LAYER = -2
+_TEXT_KEYS = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
+# Towers with these have another tokenizer, or tokens that look at padding.
+_UNSUPPORTED = ("hf_model_name", "hf_tokenizer_name", "no_causal_mask", "embed_cls")
+
+
+class OpenClipText:
+    """A frozen CLIP text tower; start and end tokens included, padding left out (attention is causal)."""
+
+    def __init__(self, spec: str) -> None:
+        self.setting = f"data.text_encoder=open_clip:{spec}"
+        arch, colon, file = spec.partition(":")
+        if colon:
+            self.config = _architecture(self.setting, arch)
+            self.weights = require_file(self.setting, Path(file), f"weights of {arch}")
+        else:
+            content = read_json(self.setting, Path(spec) / "open_clip_config.json", "model's open_clip_config.json")
+            self.config = content.get("model_cfg", {})
+            (self.weights, *_) = weight_files(self.setting, Path(spec))
+        self.text_config: dict[str, Any] = self.config.get("text_cfg", {})
+        strange = [name for name in _UNSUPPORTED if self.text_config.get(name)]
+        require(
+            not strange,
+            f"{self.setting} has {', '.join(strange)}: use an architecture with CLIP's own causal text tower, "
+            "such as ViT-L-14, ViT-H-14 or ViT-bigG-14",
+        )
+        self.dim = int(self.text_config.get("width", 512))
+        self.max_tokens = int(self.text_config.get("context_length", 77))
+        self._tower: Any = None
+        self._tokenizer: Any = None
+
+    def fingerprint(self) -> str:
+        """Settings, weights, layer and cut-off length."""
+        digest = config_digest({"text": self.text_config, "quick_gelu": self.config.get("quick_gelu", False)})
+        return f"open_clip-{digest}-{files_digest([self.weights])}{_LAYER}-{self.max_tokens}"
+
+    def token_ids(self, captions: list[str]) -> list[list[int]]:
+        """Start token, at most max_tokens - 2 of the caption's, end token."""
+        from open_clip import SimpleTokenizer
+
+        if self._tokenizer is None:
+            self._tokenizer = SimpleTokenizer(
+                context_length=self.max_tokens, **self.text_config.get("tokenizer_kwargs", {})
+            )
+        end = self._tokenizer.eot_token_id
+        rows = self._tokenizer(captions).tolist() if captions else []
+        return [row[: row.index(end) + 1] for row in rows]
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> list[Tensor]:
+        """One fp32 [n, dim] per caption."""
+        return encode_by_length(self.token_ids(captions), self._forward)
+
+    def _forward(self, ids_BL: Tensor) -> Tensor:
+        if self._tower is None:
+            self._tower = self._load()
+        tower, L = self._tower, ids_BL.shape[1]
+        x_BLD = tower.token_embedding(ids_BL) + tower.positional_embedding[:L]
+        _, (features_BLD,) = tower.transformer.forward_intermediates(
+            x_BLD,
+            attn_mask=tower.attn_mask[:L, :L],
+            indices=[len(tower.transformer.resblocks) + _LAYER],
+            stop_early=True,
+        )
+        found: Tensor = features_BLD
+        return found
+
+    def _load(self) -> Any:
+        from open_clip.model import _build_text_tower  # the only way to have a text tower without its image tower
+
+        dtype = text_dtype()
+        try:
+            state = dict(_text_weights(self.weights))
+            with torch.device("meta"):
+                tower = _build_text_tower(
+                    self.config["embed_dim"], self.text_config, self.config.get("quick_gelu", False), dtype
+                )
+            tower.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True)
+        except (RuntimeError, SafetensorError, OSError, KeyError, TypeError, UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"{self.setting}: {self.weights} holds other weights than needed: {reason}") from error
+        tower.attn_mask = tower.build_causal_mask().to(dtype)
+        return tower.eval().requires_grad_(False).to(encoder_device())
+
+
+def _architecture(setting: str, arch: str) -> dict[str, Any]:
+    import open_clip
+
+    config: dict[str, Any] | None = open_clip.get_model_config(arch)
+    require(config is not None, f"{setting}: open_clip knows no {arch}, see open_clip.list_models()")
+    assert config is not None
+    return config
+
+
+def _text_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Weights of the text tower of a checkpoint, whatever wrapper's prefix they have."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                if _text_name(key):
+                    yield _text_name(key), file.get_tensor(key)
+        return
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    for key, value in content.get("state_dict", content).items():
+        if _text_name(key):
+            yield _text_name(key), value
+
+
+def _text_name(key: str) -> str:
+    """Name within the text tower, "" if the weight belongs elsewhere."""
+    name = key.removeprefix("module.").removeprefix("text.")
+    return name if name.startswith(_TEXT_KEYS) else ""

@@ -1,0 +1,46 @@
+"""Exponential moving average of the weights, sharded like the optimizer: no communication to keep it.
+
+Each rank averages the pieces of fp32 master weights that ZeRO left it. Checkpoints keep the pieces with their
+places, so that any topology can go on with them, and any process can put the whole average together.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from trainer.config import EmaConfig
+from trainer.engine.zero_state import master_shards, publish_master
+
+
+class Ema:
+    """The average over this rank's pieces: `average[name]` is fp32 and flat."""
+
+    def __init__(self, engine: Any, config: EmaConfig) -> None:
+        self.config = config
+        self.average = {name: shard.values.clone() for name, shard in master_shards(engine)}
+
+    @torch.no_grad()
+    def update(self, engine: Any, step: int) -> None:
+        """Move the average towards the weights after optimizer step number `step` (from 1)."""
+        decay = min(self.config.decay, (1 + step) / (10 + step))
+        live = dict(master_shards(engine))
+        torch._foreach_lerp_(list(self.average.values()), [live[n].values for n in self.average], 1 - decay)
+
+    @contextmanager
+    def swapped(self, engine: Any) -> Iterator[None]:
+        """Inside, the engine computes with the average; afterwards with exactly its own weights again."""
+        self._exchange(engine)
+        try:
+            yield
+        finally:
+            self._exchange(engine)
+
+    @torch.no_grad()
+    def _exchange(self, engine: Any) -> None:
+        for name, shard in master_shards(engine):
+            weights = shard.values.clone()
+            shard.values.copy_(self.average[name])
+            self.average[name].copy_(weights)
+        publish_master(engine)

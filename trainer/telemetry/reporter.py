@@ -1,0 +1,119 @@
+"""What a run says of itself while it trains: speed, utilisation, loss and router statistics at each interval."""
+
+import math
+import resource
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe.routing import RoutingStats
+from trainer.diffusion.model import ModelShape
+from trainer.loop.start_checks import Plan
+from trainer.telemetry.flops import peak_tflops, training_flops
+from trainer.telemetry.metrics import MetricsLog
+from trainer.telemetry.routing_metrics import router_histograms, router_metrics, vector_size
+
+
+class Reporter:
+    """Writes on the main process, does nothing on the others.
+
+    | metric               | meaning                                                                       |
+    |----------------------|-------------------------------------------------------------------------------|
+    | `loss`               | mean over the steps since the last report and over all samples                |
+    | `grad_norm`          | global norm before clipping, of the last step                                 |
+    | `images_per_second`  | over all processes; sample grids and checkpoints are not part of the time     |
+    | `tflops_per_second`  | model TFLOP/s per device (trainer/telemetry/flops.py), from the same time               |
+    | `mfu`                | its share of the device's dense bf16 peak; only in bf16 on a device we know   |
+    | `bad_steps`          | steps skipped since the run's start                                           |
+    | `memory_gb`          | largest memory so far: allocated on the device, or of the process on a CPU     |
+    | `save_seconds`       | spent in checkpoints since the last report                                    |
+    """
+
+    def __init__(self, plan: Plan, shape: ModelShape, device: torch.device, step: int) -> None:
+        config = plan.config
+        self.every, self.batch_size, self.world_size = config.train.log_every, plan.global_batch_size, plan.world.size
+        self.flops_per_image = partial(self._flops, plan, shape)
+        self.peak = peak_tflops(device) if config.train.precision == "bf16" else None
+        self.layers = [i for i in range(config.model.num_layers) if config.moe.has_moe(i)]
+        self.run_dir = Path(config.run_dir)
+        self.device, self.save_seconds = device, 0.0
+        self.start, self.step = time.perf_counter(), step
+        self.log: MetricsLog | None = None
+        if plan.world.is_main:
+            self.log = MetricsLog(self.run_dir, start_step=step, max_steps=config.train.max_steps)
+
+    def report(
+        self, step: int, *, loss: float, norm: float | Tensor | None, rate: float, epoch: int, bad_steps: int,
+        router: list[float], stats: list[RoutingStats], times: dict[str, float],
+    ) -> None:  # fmt: skip
+        """Write the interval that ends after `step`; `loss` is its mean, `stats` this rank's of its last batch.
+
+        `times` are the sections of a measured step (trainer/telemetry/step_timer.py), if there was one.
+        """
+        now = time.perf_counter()
+        speed = (step - self.step) * self.batch_size / (now - self.start)
+        self.start, self.step = now, step
+        if self.log is None:
+            return
+        tflops = speed * self.flops_per_image(step - 1) / self.world_size / 1e12
+        values = {
+            "loss": loss,
+            "grad_norm": float(norm if norm is not None else math.nan),
+            "learning_rate": rate,
+            "images_per_second": speed,
+            "tflops_per_second": tflops,
+            "epoch": float(epoch),
+            "bad_steps": float(bad_steps),
+            "memory_gb": self._memory() / 1e9,
+            "save_seconds": self.save_seconds,
+        }
+        self.save_seconds = 0.0
+        if self.peak is not None:
+            values["mfu"] = tflops / self.peak
+        self.log.write(step, values | times | router_metrics(router, self.layers))
+        self.log.write_histograms(step, router_histograms(stats, self.layers))
+
+    @staticmethod
+    def _flops(plan: Plan, shape: ModelShape, step: int) -> int:
+        """Of one image in optimizer step number `step`."""
+        config = plan.config
+        return training_flops(config.model, config.moe, shape, plan.num_tokens(step), plan.dataset.info.max_tokens)
+
+    def _memory(self) -> float:
+        if self.device.type == "cuda":
+            return float(torch.cuda.max_memory_allocated(self.device))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+    @property
+    def router_size(self) -> int:
+        """Length of the vector of router statistics."""
+        return vector_size(len(self.layers))
+
+    def advance(self) -> None:
+        """One step is done."""
+        if self.log is not None:
+            self.log.advance()
+
+    def pause(self, seconds: float, *, save: bool = False) -> None:
+        """Take time that was no training out of the interval."""
+        self.start += seconds
+        self.save_seconds += seconds if save else 0.0
+
+    def rewind(self, step: int) -> None:
+        """Go on as if nothing had been reported after `step`."""
+        self.start, self.step = time.perf_counter(), step
+        if self.log is not None:
+            self.log.rewind(step)
+
+    def add_image(self, step: int, picture_HWC: Tensor) -> None:
+        """Show a sample grid in TensorBoard."""
+        if self.log is not None:
+            self.log.add_image(step, picture_HWC)
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        if self.log is not None:
+            self.log.close()
