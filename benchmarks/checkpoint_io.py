@@ -25,8 +25,12 @@ from typing import Any
 import torch
 
 from benchmarks.interleaved import markdown_table, ratio, time_interleaved
-from trainer.checkpoint import Saver, Topology, TrainState, fault, load_checkpoint, save_checkpoint
+from trainer.checkpoint.folder import fault
+from trainer.checkpoint.load import load_checkpoint
 from trainer.checkpoint.reader import rank_file
+from trainer.checkpoint.save import save_checkpoint
+from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.state import Topology, TrainState
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig, TrainLoopConfig
 from trainer.data.batches import DataState
 from trainer.data.dataset import build_loader, open_dataset

@@ -31,7 +31,7 @@ from eval.scoring import SUITES as SCORE_SUITES
 from eval.scoring import ScoreConfig
 from eval.standard import add_score_arguments, score_config
 from eval.standard_run import draw_and_score
-from trainer.checkpoint import is_export
+from trainer.checkpoint.export_reader import is_export
 from trainer.config import ConfigError, require, run_cli
 from trainer.data.demo.emoji import ATTRIBUTION
 from trainer.diffusion.pipeline import Pipeline

@@ -23,7 +23,8 @@ from eval.scoring import SUITES, ScoreConfig, check_all
 from eval.standard import add_score_arguments, score_config
 from eval.standard_run import draw_and_score
 from eval.validation_loss import fixed_samples, validation_loss
-from trainer.checkpoint import fault, list_checkpoints, read_state
+from trainer.checkpoint.folder import fault, list_checkpoints
+from trainer.checkpoint.state import read_state
 from trainer.config import ConfigError, config_from_dict, require, run_cli
 from trainer.data.dataset import open_dataset
 from trainer.diffusion.pipeline import Pipeline

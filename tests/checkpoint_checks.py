@@ -17,10 +17,11 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from trainer.checkpoint import Topology, choose_checkpoint, read_state, save_checkpoint, tensor_hashes
 from trainer.checkpoint.layout import layout_places
-from trainer.checkpoint.reader import CheckpointReader
-from trainer.checkpoint.state import group_settings
+from trainer.checkpoint.reader import CheckpointReader, tensor_hashes
+from trainer.checkpoint.resume import choose_checkpoint
+from trainer.checkpoint.save import save_checkpoint
+from trainer.checkpoint.state import Topology, group_settings, read_state
 from trainer.config import load_config
 from trainer.distributed import World, barrier, detect_world, init_distributed
 from trainer.engine.zero_state import flat_masters

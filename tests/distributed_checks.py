@@ -23,18 +23,12 @@ import torch
 from benchmarks.parity import ROUTERS, SHAPE, parity_config, random_value
 from moe.deepspeed_expert import build_expert_group
 from moe.layer import MoeLayer
-from trainer.checkpoint import (
-    CheckpointError,
-    Topology,
-    TrainState,
-    checkpoint_dir,
-    fault,
-    list_checkpoints,
-    save_checkpoint,
-    tensor_hashes,
-)
 from trainer.checkpoint import saver as saver_module
-from trainer.checkpoint.agree import agree
+from trainer.checkpoint.agree import CheckpointError, agree
+from trainer.checkpoint.folder import checkpoint_dir, fault, list_checkpoints
+from trainer.checkpoint.reader import tensor_hashes
+from trainer.checkpoint.save import save_checkpoint
+from trainer.checkpoint.state import Topology, TrainState
 from trainer.config import EmaConfig, TrainConfig
 from trainer.data.batches import DataState
 from trainer.data.dataset import open_dataset

@@ -19,7 +19,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from trainer.checkpoint import list_checkpoints
+from trainer.checkpoint.folder import list_checkpoints
 from trainer.config import load_config
 from trainer.data.batches import DataState, micro_batches
 from trainer.data.dataset import LatentDataset

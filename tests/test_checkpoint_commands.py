@@ -10,9 +10,10 @@ import pytest
 from checkpoint_samples import PARAMETERS, TOPOLOGY, sample_config, sample_tensor, write_sample
 
 from moe.config import MoeConfig
-from trainer.checkpoint import CheckpointReader, fault, tensor_hashes
 from trainer.checkpoint.__main__ import main
+from trainer.checkpoint.folder import fault
 from trainer.checkpoint.layout import layout_places
+from trainer.checkpoint.reader import CheckpointReader, tensor_hashes
 from trainer.checkpoint.resume import RULES, check_resumable, compare_configs, rule_of
 from trainer.checkpoint.state import Topology, read_state
 from trainer.config import ConfigError, OptimConfig, TrainConfig, config_to_dict

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from tests_launcher import ROOT, Launcher
 
 from eval.run import main as eval_main
-from trainer.checkpoint import CheckpointReader, read_export, read_export_config
 from trainer.checkpoint import export as export_module
 from trainer.checkpoint.__main__ import main
 from trainer.checkpoint.export import split_shards
+from trainer.checkpoint.export_reader import read_export, read_export_config
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import ConfigError, TrainConfig, load_config
 from trainer.data.dataset import LatentInfo
 from trainer.diffusion.pipeline import Pipeline

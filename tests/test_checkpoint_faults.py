@@ -12,17 +12,11 @@ import pytest
 import torch
 from checkpoint_samples import TOPOLOGY, sample_config, sample_pieces, sample_state, write_sample
 
-from trainer.checkpoint import (
-    CheckpointError,
-    choose_checkpoint,
-    fault,
-    find_candidate,
-    list_checkpoints,
-    newest_whole,
-    tensor_hashes,
-)
-from trainer.checkpoint.folder import clean, prune
+from trainer.checkpoint.agree import CheckpointError
+from trainer.checkpoint.folder import clean, fault, list_checkpoints, newest_whole, prune
+from trainer.checkpoint.reader import tensor_hashes
 from trainer.checkpoint.reshape import reshape
+from trainer.checkpoint.resume import choose_checkpoint, find_candidate
 from trainer.checkpoint.save import Snapshot, write_checkpoint
 from trainer.checkpoint.state import Topology
 from trainer.config import ConfigError

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.checkpoint import checkpoint_dir, list_checkpoints
-from trainer.checkpoint.folder import step_of
+from trainer.checkpoint.folder import checkpoint_dir, list_checkpoints, step_of
 from trainer.cluster import bad_nodes
 from trainer.cluster.outcome import VARIABLE, Outcome, Recorder
 from trainer.cluster.verdict import last_words, newest_step, settle, silent_nodes

@@ -13,9 +13,9 @@ from tests_launcher import Launcher
 
 from benchmarks.parity import ROUTERS
 from moe.config import MoeConfig
-from trainer.checkpoint import check_init, init_notes, read_export
 from trainer.checkpoint.export import ExportOptions, export
-from trainer.checkpoint.export_reader import ExportReader
+from trainer.checkpoint.export_reader import ExportReader, read_export
+from trainer.checkpoint.init_from import check_init, init_notes
 from trainer.checkpoint.upcycle import Upcycled
 from trainer.config import ConfigError, TrainConfig, load_config
 from trainer.data.dataset import LatentInfo

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tests_launcher import metrics
 
-from trainer.checkpoint import fault, find_checkpoint, list_checkpoints, newest_whole
+from trainer.checkpoint.folder import fault, find_checkpoint, list_checkpoints, newest_whole
 from trainer.config import ConfigError
 from trainer.distributed import World, check_devices
 from trainer.engine.zero_state import prepare_moments

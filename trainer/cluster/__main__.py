@@ -67,7 +67,8 @@ def state(args: argparse.Namespace) -> None:
     if newest_step(args.run) < 0:
         print(-1, -1)
         return
-    from trainer.checkpoint import checkpoint_dir, read_state
+    from trainer.checkpoint.folder import checkpoint_dir
+    from trainer.checkpoint.state import read_state
 
     saved = read_state(checkpoint_dir(args.run, newest_step(args.run)))
     print(saved["step"], saved["config"]["train"]["stop_at_step"] or saved["config"]["train"]["max_steps"])

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from trainer.checkpoint import git_commit
+from trainer.checkpoint.state import git_commit
 from trainer.cluster.fit import job_of, memory_need
 from trainer.config import ConfigError, TrainConfig, require
 from trainer.distributed import World

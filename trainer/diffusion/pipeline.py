@@ -8,7 +8,10 @@ from torch import Tensor
 
 from moe.layer import MoeLayer
 from moe.routing import RoutingStats
-from trainer.checkpoint import find_checkpoint, is_export, read_ema, read_export, read_export_config, read_state
+from trainer.checkpoint.export_reader import is_export, read_export, read_export_config
+from trainer.checkpoint.folder import find_checkpoint
+from trainer.checkpoint.reader import read_ema
+from trainer.checkpoint.state import read_state
 from trainer.config import TrainConfig, config_from_dict
 from trainer.data.dataset import LatentInfo
 from trainer.diffusion.model import EcDit, ModelShape, init_weights

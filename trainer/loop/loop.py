@@ -14,7 +14,11 @@ import torch
 from torch import Tensor
 
 from moe.layer import set_capacity_factor
-from trainer.checkpoint import Saver, TrainState, list_checkpoints, load_checkpoint, load_init, newest_whole
+from trainer.checkpoint.folder import list_checkpoints, newest_whole
+from trainer.checkpoint.init_from import load_init
+from trainer.checkpoint.load import load_checkpoint
+from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.state import TrainState
 from trainer.data.dataset import DataState
 from trainer.distributed import all_reduce_mean, from_main
 from trainer.engine.ema import Ema

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from trainer.checkpoint import check_init_whole, choose_checkpoint, init_notes
+from trainer.checkpoint.init_from import check_init_whole, init_notes
+from trainer.checkpoint.resume import choose_checkpoint
 from trainer.cluster.heartbeat import watch_peers
 from trainer.cluster.outcome import Outcome
 from trainer.config import ConfigError, TrainConfig, save_config

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import Topology, check_init, check_resumable, find_candidate, read_state
+from trainer.checkpoint.init_from import check_init
+from trainer.checkpoint.resume import check_resumable, find_candidate
+from trainer.checkpoint.state import Topology, read_state
 from trainer.config import ConfigError, TrainConfig, require
 from trainer.data.dataset import LatentDataset, LatentInfo, open_dataset
 from trainer.diffusion.flow import num_kept_tokens
