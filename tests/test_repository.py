@@ -15,7 +15,8 @@ PACKAGES = ("moe", "trainer", "eval", "benchmarks", "tests")
 PYTHON_FILES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 RECIPES = sorted((ROOT / "trainer" / "configs").glob("*.yaml"))
 DS_CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
-DOCUMENTS = [path for folder in (ROOT, ROOT / "ds_configs", ROOT / "slurm") for path in sorted(folder.glob("*.md"))]
+DOCUMENT_FOLDERS = (ROOT, ROOT / "docs", ROOT / "ds_configs", ROOT / "slurm")
+DOCUMENTS = [path for folder in DOCUMENT_FOLDERS for path in sorted(folder.glob("*.md"))]
 TEXT_SUFFIXES = {".py", ".yaml", ".yml", ".json", ".toml", ".sh", ".sbatch", ".txt", ".cfg", ".ini"}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 80
@@ -79,6 +80,45 @@ def test_inheritance_is_one_deep() -> None:
     bases = own_bases()
     deeper = {name: base for name, found in bases.items() for base in found if bases[base]}
     assert not deeper, f"derived from a class of ours that is derived itself: {deeper}"
+
+
+def test_no_two_classes_share_a_name() -> None:
+    places: dict[str, list[str]] = {}
+    for path in PYTHON_FILES:
+        if path.relative_to(ROOT).parts[0] in ("moe", "trainer", "eval"):
+            for node in parsed(path).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    places.setdefault(node.name, []).append(name_of(path))
+    assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
+def test_the_top_of_trainer_is_short() -> None:
+    modules = [path.name for path in (ROOT / "trainer").glob("*.py") if path.name != "__init__.py"]
+    assert len(modules) <= 9, modules
+
+
+def code_folders() -> set[str]:
+    """Every folder of ours with code, and those whose files a user edits or reads."""
+    folders = (
+        {path.parent for path in PYTHON_FILES} | {path.parent for path in DOCUMENTS} | {path.parent for path in RECIPES}
+    )
+    return {f"{name_of(folder)}/" for folder in folders if folder != ROOT}
+
+
+def test_the_readme_shows_every_folder_and_no_path_that_is_gone() -> None:
+    section = (ROOT / "README.md").read_text().split("## Reading the code", 1)[1].split("\n## ", 1)[0]
+    tree = re.findall(r"^((?:moe|trainer|eval|ds_configs|slurm|benchmarks|docs|tests)/[\w/.]*)", section, re.MULTILINE)
+    assert not [path for path in tree if not (ROOT / path).exists()]
+    assert not code_folders() - set(tree)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_paths_in_documents_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    named = set(re.findall(r"(?<![\w/])((?:moe|trainer|eval|docs)/[\w/]+\.(?:py|md|yaml|png))\b", text))
+    links = {target for target in re.findall(r"\]\(([^)#:]+)\)", text) if "/" in target or "." in target}
+    assert not [name for name in named if not (ROOT / name).is_file()]
+    assert not [target for target in links if not (path.parent / target).is_file()]
 
 
 def source_files() -> Iterator[Path]:
