@@ -10,9 +10,11 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -118,30 +120,38 @@ def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ())
     path = _find_recipe(recipe)
     for item in overrides:
         require(bool(re.match(r"[A-Za-z_][\w.]*=", item)), f"override {item!r} is not of the form key=value")
+        _read(f"override {item!r}", partial(OmegaConf.from_dotlist, [item]))
+    from_file = _read(path.name, partial(OmegaConf.load, path))
+    from_cli = _read("command line", partial(OmegaConf.from_dotlist, list(overrides)))
     known = _known_keys(TrainConfig)
+    for origin, layer in ((path.name, from_file), ("command line", from_cli)):
+        content = OmegaConf.to_container(layer)
+        require(isinstance(content, dict), f"{origin}: expected a mapping of keys to values")
+        _check_keys(content, known, "", origin)
+    return _build(from_file, from_cli)
+
+
+def _read(origin: str, read: Callable[[], Any]) -> Any:
+    """What `read` returns; ConfigError in one sentence where a file cannot be read or is not YAML."""
     try:
-        from_file = OmegaConf.load(path)
-        from_cli = OmegaConf.from_dotlist(list(overrides))
-        for origin, layer in ((path.name, from_file), ("command line", from_cli)):
-            content = OmegaConf.to_container(layer)
-            require(isinstance(content, dict), f"{origin}: expected a mapping of keys to values")
-            _check_keys(content, known, "", origin)
-        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), from_file, from_cli)
-        config = OmegaConf.to_object(merged)
+        return read()
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+        raise ConfigError(f"{origin}: {' '.join(str(error).split())}") from error
+
+
+def _build(*layers: Any) -> TrainConfig:
+    """The defaults with the values of each layer in place of those before it, checked."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), *layers))
     except OmegaConfBaseException as error:
-        raise ConfigError(_one_sentence(error)) from error
+        key, reason = getattr(error, "full_key", None), str(error).splitlines()[0]
+        raise ConfigError(f"{key}: {reason}" if key else reason) from error
     except ConfigError:
         raise
-    except (ValueError, OSError) as error:  # also YAML syntax errors, and checks of moe.config
+    except ValueError as error:  # a check of moe.config, which knows no ConfigError
         raise ConfigError(str(error)) from error
     assert isinstance(config, TrainConfig)
     return config
-
-
-def _one_sentence(error: OmegaConfBaseException) -> str:
-    reason = str(error).splitlines()[0]
-    key = getattr(error, "full_key", None)
-    return f"{key}: {reason}" if key else reason
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -152,12 +162,7 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
 def config_from_dict(content: dict[str, Any]) -> TrainConfig:
     """Inverse of `config_to_dict`; raises ConfigError like `load_config`."""
     _check_keys(content, _known_keys(TrainConfig), "", "saved config")
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), content))
-    except OmegaConfBaseException as error:
-        raise ConfigError(_one_sentence(error)) from error
-    assert isinstance(config, TrainConfig)
-    return config
+    return _build(content)
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
