@@ -3,8 +3,9 @@
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,12 +32,18 @@ class Sizes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Silent:
+    depth: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tree:
     """All there is."""
 
     name: str = ""
     """What it is called."""
     sizes: Sizes = Sizes()
+    silent: Silent = Silent()
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
@@ -52,6 +59,17 @@ def test_every_section_and_its_settings_are_listed() -> None:
     assert {"run_dir", "optim", "optim.beta1", "moe.num_experts", "data.mix"} <= set(names)
 
 
+def classes_of(defaults: Any) -> set[str]:
+    nested = [getattr(defaults, field.name) for field in fields(defaults)]
+    return {type(defaults).__name__}.union(*(classes_of(value) for value in nested if is_dataclass(value)))
+
+
+def test_no_settings_class_stands_apart() -> None:
+    files = [path for name in ("moe", "trainer") for path in (ROOT / name).rglob("*.py")]
+    found = [name for path in files for name in re.findall(r"^class (\w+Config)\b", path.read_text(), re.MULTILINE)]
+    assert sorted(found) == sorted(classes_of(TrainConfig()))
+
+
 def test_descriptions_come_from_the_string_below_the_field() -> None:
     assert field_docstrings(Sizes) == {"width": "Of a thing, in metres; 1 or more."}
     assert list(list_settings(Tree())) == [
@@ -59,6 +77,8 @@ def test_descriptions_come_from_the_string_below_the_field() -> None:
         Setting(name="sizes", type="", default="", description="Two sizes.\n\nThey are small."),
         Setting(name="sizes.width", type="int", default="3", description="Of a thing, in metres; 1 or more."),
         Setting(name="sizes.height", type="int | null", default="null", description=""),
+        Setting(name="silent", type="", default="", description=""),
+        Setting(name="silent.depth", type="int", default="1", description=""),
     ]
 
 

@@ -46,11 +46,17 @@ def list_settings(defaults: Any, path: str = "") -> Iterator[Setting]:
     for field in fields(defaults):
         name, value = f"{path}{field.name}", getattr(defaults, field.name)
         if is_dataclass(value):
-            yield Setting(name=name, type="", default="", description=inspect.getdoc(value) or "")
+            yield Setting(name=name, type="", default="", description=_class_docstring(type(value)))
             yield from list_settings(value, f"{name}.")
         else:
             description = described.get(field.name, "")
             yield Setting(name=name, type=_type(field.type), default=_value(value), description=description)
+
+
+def _class_docstring(cls: type) -> str:
+    """What a class says of itself; nothing where it only has the signature that a dataclass makes up."""
+    text = inspect.getdoc(cls) or ""
+    return "" if text.startswith(f"{cls.__name__}(") else text
 
 
 def _type(annotation: Any) -> str:
