@@ -26,7 +26,7 @@ class ShowSettings(argparse.Action):
         from trainer.settings.describe import describe_settings
 
         width = min(120, shutil.get_terminal_size().columns)
-        run_cli(lambda: print(describe_settings(TrainConfig(), values, width)))
+        run_cli(lambda: print(describe_settings(TrainConfig, values, width)))
         parser.exit()
 
 

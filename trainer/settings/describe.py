@@ -7,7 +7,7 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, get_args
 
 from trainer.errors import ConfigError
@@ -37,20 +37,21 @@ def field_docstrings(cls: type) -> dict[str, str]:
     return found
 
 
-def list_settings(defaults: Any, path: str = "") -> Iterator[Setting]:
+def list_settings(cls: type, path: str = "") -> Iterator[Setting]:
     """All settings of a tree of dataclasses with their defaults, each section before its own; its class describes it.
 
-    What is described nowhere has an empty description.
+    What is described nowhere has an empty description. No class is instantiated: its checks may import PyTorch.
     """
-    described = field_docstrings(type(defaults))
-    for field in fields(defaults):
-        name, value = f"{path}{field.name}", getattr(defaults, field.name)
-        if is_dataclass(value):
-            yield Setting(name=name, type="", default="", description=_class_docstring(type(value)))
-            yield from list_settings(value, f"{name}.")
+    described = field_docstrings(cls)
+    for field in fields(cls):
+        name = f"{path}{field.name}"
+        if isinstance(field.type, type) and is_dataclass(field.type):
+            yield Setting(name=name, type="", default="", description=_class_docstring(field.type))
+            yield from list_settings(field.type, f"{name}.")
         else:
+            default = field.default if field.default_factory is MISSING else field.default_factory()
             description = described.get(field.name, "")
-            yield Setting(name=name, type=_type(field.type), default=_value(value), description=description)
+            yield Setting(name=name, type=_type(field.type), default=_value(default), description=description)
 
 
 def _class_docstring(cls: type) -> str:
@@ -72,9 +73,9 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value)
 
 
-def describe_settings(defaults: Any, prefix: str = "", width: int = 80) -> str:
+def describe_settings(cls: type, prefix: str = "", width: int = 80) -> str:
     """Text for a terminal on all settings whose name begins with `prefix`, or ConfigError that names close ones."""
-    settings = list(list_settings(defaults))
+    settings = list(list_settings(cls))
     chosen = [setting for setting in settings if setting.name.startswith(prefix)]
     if not chosen:
         raise ConfigError(f"no setting begins with {prefix}; {_hint(prefix, [setting.name for setting in settings])}")
