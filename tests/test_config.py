@@ -78,6 +78,25 @@ def test_unknown_key_in_a_recipe_is_refused(tmp_path: Path) -> None:
         load_config(recipe)
 
 
+def test_what_is_no_yaml_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    for content, words in (("train: [1,\nseed: }\n", "line 2"), ("seed: 1\nseed: 2\n", "found duplicate key seed")):
+        recipe.write_text(content)
+        with pytest.raises(ConfigError, match=f"^mine.yaml: .*{words}") as error:
+            load_config(recipe)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match=r"^override 'train.max_steps=\[}': "):
+        load_config("debug", ["train.max_steps=[}"])
+
+
+def test_a_saved_config_that_is_wrong_is_refused() -> None:
+    content = config_to_dict(load_config("debug"))
+    with pytest.raises(ConfigError, match=r"moe.num_experts is 0: use 1 or more"):
+        config_from_dict(content | {"moe": {"num_experts": 0}})
+    with pytest.raises(ConfigError, match=r"saved config: unknown key moe.num_expert; did you mean moe.num_experts"):
+        config_from_dict(content | {"moe": {"num_expert": 4}})
+
+
 def test_saved_config_loads_equal(tmp_path: Path) -> None:
     config = load_config("debug", ["optim.learning_rate=3e-4", "sample.prompts=[a cat, a dog]"])
     save_config(config, tmp_path / "config.yaml")

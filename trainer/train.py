@@ -11,8 +11,23 @@ TRAIN_OUTCOME is told which of these it was; TRAIN_DEADLINE (Unix time) ends the
 
 import argparse
 import os
+import shutil
+from typing import Any
 
 from trainer.loop.signals import StopSignal
+
+
+class ShowSettings(argparse.Action):
+    """Prints settings and ends the program, as `--help` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
+        """Exit code 2 with one sentence where no setting's name begins with the prefix `values`."""
+        from trainer.config import TrainConfig, run_cli
+        from trainer.settings.describe import describe_settings
+
+        width = min(120, shutil.get_terminal_size().columns)
+        run_cli(lambda: print(describe_settings(TrainConfig, values, width)))
+        parser.exit()
 
 
 def parse(argv: list[str] | None) -> tuple[str, list[str]]:
@@ -20,6 +35,10 @@ def parse(argv: list[str] | None) -> tuple[str, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default="debug", help="YAML recipe, or its name in trainer/configs")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument(
+        "--settings", nargs="?", const="", action=ShowSettings, metavar="PREFIX",
+        help="describe all settings, or those whose name begins with PREFIX (optim, data.mix), and exit",
+    )  # fmt: skip
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # from the deepspeed launcher
     arguments = parser.parse_intermixed_args(argv)
     if "=" in arguments.config:

@@ -1,1 +1,1 @@
-"""The settings of a run, each field with its meaning."""
+"""The settings of a run by concern, each described by the string below it; `describe` prints them."""

@@ -11,45 +11,57 @@ _BUCKET = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where latent shards come from and how they are read.
+    """Where latents come from, what encodes pictures and captions, and in which order samples are used.
 
-    `latents` is a folder that `trainer.data.encode` wrote. `images` is the folder of image shards it
-    reads. `source: synthetic` needs neither: seeded random latents, made when the run starts.
-
-    `text: online` stores captions only and encodes them while training, for data sets whose text would be too
-    large. `latent_std` stores the standard deviation of the codec's latent too, to sample from while training.
-    `normalize` sets what latents are shifted and scaled by: measured on the data set, or the codec's own values.
-    `whitening` w divides each channel by its standard deviation to the power w, then all by one factor, so that their
-    mean square is 1: 1 makes all channels equally loud, 0 keeps the loudness that they have in the picture.
-
-    `buckets` are picture sizes "HEIGHTxWIDTH"; each picture goes to the one of the nearest aspect ratio (none: all
-    are `image_size` squares). Each global batch is of one bucket: buckets take turns in blocks of `bucket_block`
-    samples, a multiple of the global batch. `small_buckets` decides about buckets smaller than a block. `mix` reads
-    several folders of latents instead of `latents`: {folder: weight}.
-
-    `stage_dir` is a folder on a disk of this machine to which shards are copied before they are read, up to
-    `stage_gb` gigabytes ("": they are read where they are).
+    `python -m trainer.data.encode` reads `images` and writes `latents`; training reads `latents` or `mix`. Each global
+    batch is of one bucket (picture size): buckets take turns in blocks of `bucket_block` samples.
     """
 
     source: Literal["shards", "synthetic"] = "synthetic"
+    """Latent shards from disk, or 64 seeded random samples, made when the run starts."""
     images: str = ""
+    """Folder of image shards to encode; training does not read it."""
     latents: str = ""
+    """Folder of latent shards that encoding writes and training reads; empty where training reads `mix`."""
     image_size: int = 32
+    """Side in pixels of the square that pictures are cropped to, if there are no `buckets`; 1 or more, a multiple of
+    the codec's factor times `model.patch_size`."""
     codec: str = "pixel"
+    """Turns pictures into latents and back: pixel (as they are), dct, vae:FILE (trainer.data.train_vae)
+    or diffusers:DIR."""
     text_encoder: str = "minilm"
+    """Turns captions into tokens: minilm, minilm@LAYER (1 to 6), open_clip:ARCH:FILE, open_clip:DIR, t5:DIR,
+    t5@MAX_TOKENS:DIR, or several joined by +, whose tokens follow each other."""
     text: Literal["cache", "online"] = "cache"
+    """Store the encoded captions, or the captions alone, which are then encoded while training (for large data)."""
     latent_std: bool = False
+    """Store the standard deviation of the codec's latents too, and draw from their distribution in training; needs a
+    codec that has one."""
     normalize: Literal["measured", "codec"] = "measured"
+    """Shift and scale latents by the mean and deviation measured on the data, per channel, or by the codec's own."""
     whitening: float = 1.0
+    """Exponent w of measured scaling: each channel is divided by deviation^w, then all by one factor to a mean square
+    of 1. At 1 all channels are equally loud, at 0 as loud as in the picture; 0 to 1, below 1 only where measured."""
     buckets: list[str] = field(default_factory=list)
+    """Picture sizes HEIGHTxWIDTH in pixels, each once; a picture goes to the nearest aspect ratio. None: squares."""
     bucket_block: int = 0
+    """Samples in a row of one bucket, from all folders by weight; with several buckets or folders a multiple of the
+    global batch, otherwise unused; 0 or more."""
     small_buckets: Literal["refuse", "drop"] = "refuse"
+    """What to do when a bucket has too few samples for one block: end with an error, or leave the bucket out."""
     mix: dict[str, float] = field(default_factory=dict)
+    """Folders of latents to train on together, {folder: weight}, instead of `latents`; weights are relative shares of
+    the samples, more than 0."""
     stage_dir: str = ""
+    """Folder on a disk of this machine to which shards are copied before they are read; empty reads them in place."""
     stage_gb: float = 100.0
+    """Gigabytes (10^9 bytes) of copies in `stage_dir`, where the longest unused are removed first; more than 0."""
     caption_dropout: float = 0.1
+    """Share of captions replaced by the empty one, which guidance needs; 0 to below 1."""
     shuffle_group: int = 8
+    """Shards whose samples are shuffled with each other: more mix better, fewer keep reads local; 1 or more."""
     num_workers: int = 0
+    """Processes per training process that read and noise its batches; 0 (it does so itself) or more."""
 
     def __post_init__(self) -> None:
         if self.source == "shards":
