@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from trainer.cluster.heartbeat import Heartbeat
+from trainer.cluster.incidents import Incident
 
 SILENCE = 0.6
 
@@ -16,14 +17,18 @@ class Ring:
     """A main process and two others, in one."""
 
     def __init__(self) -> None:
-        self.told: dict[str, list[str]] = {name: [] for name in ("main", "one", "two")}
-        self.beats = {name: Heartbeat(SILENCE, told.append) for name, told in self.told.items()}
+        self.lost: dict[str, list[Incident]] = {name: [] for name in ("main", "one", "two")}
+        self.beats = {name: Heartbeat(SILENCE, lost.append) for name, lost in self.lost.items()}
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         self.beats["main"].serve(listener)
         for rank, name in ((1, "one"), (2, "two")):
             self.beats[name].join(rank, "127.0.0.1", port)
         time.sleep(0.1)
+
+    @property
+    def told(self) -> dict[str, list[str]]:
+        return {name: [incident.sentence for incident in lost] for name, lost in self.lost.items()}
 
     def wait(self, *names: str) -> None:
         end = time.time() + 5
@@ -53,6 +58,8 @@ def test_an_ended_process_is_named_to_all(ring: Ring) -> None:
     ring.wait("main", "one")
     expected = f"rank 2 on node {socket.gethostname()} is lost (its process has ended)"
     assert ring.told["main"] == ring.told["one"] == [expected]
+    (found,) = ring.lost["one"]
+    assert (found.kind, found.rank, found.node, found.reason) == ("lost_peer", 2, socket.gethostname(), "ended")
 
 
 def test_a_silent_process_is_named_to_all(ring: Ring) -> None:
@@ -61,7 +68,8 @@ def test_a_silent_process_is_named_to_all(ring: Ring) -> None:
     ring.wait("main", "one")
     release.set()
     assert "rank 2" in ring.told["main"][0] and "silent for 1 s" in ring.told["main"][0]
-    assert ring.told["one"] == ring.told["main"]
+    assert ring.told["one"] == ring.told["main"] and ring.lost["one"] == ring.lost["main"]
+    assert ring.lost["main"][0].reason == "silent"
 
 
 def test_a_silent_main_process_is_named(ring: Ring) -> None:
