@@ -2,8 +2,8 @@
 
     python -m trainer.doctor CONFIG [key=value ...]            # this machine; under srun or torchrun all nodes
     --bad-nodes FILE       write `NODE REASON` lines of nodes to leave out; the file exists if the checks came to an end
-    --only-config          check what can be known without the nodes; print run_dir, data.images, and `done` when
-                           nothing is left to train. For --world-size processes, or not even the data without it.
+    --only-config          check what needs no nodes: the configuration, with --world-size N also data and checkpoint;
+                           print run_dir, data.images, and `done` if nothing is left to train
 
 Per node: GPU count and arithmetic, driver, memory errors, memory, versions equal, clock, free space, write speed and
 atomic rename in the run folder's file system, configuration and data readable. Between nodes: all-reduce and all-to-all
@@ -14,16 +14,10 @@ import argparse
 import os
 import sys
 import time
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trainer.config import TrainConfig, load_config, run_cli
 from trainer.files import replacing
-
-if TYPE_CHECKING:  # they import torch, and --help has to be quick
-    from trainer.distributed import World
-    from trainer.plan.job import Job, Layout
 
 
 def check_config(config: TrainConfig, world_size: int, local_size: int) -> None:
@@ -41,19 +35,6 @@ def check_config(config: TrainConfig, world_size: int, local_size: int) -> None:
     print(Path(config.run_dir).resolve(), config.data.images, *["done"] * done, sep="\n")
 
 
-def check_run(config: TrainConfig, world: "World") -> "tuple[Job, Layout]":
-    """Make the checks of a start and read a sample; what the planner needs to count the run's memory."""
-    from trainer.loop.start_checks import plan_run
-    from trainer.plan.job import Job, configured_layout
-
-    plan = plan_run(config, world)
-    plan.dataset.read(world.rank % len(plan.dataset))
-    zero = plan.deepspeed_config["zero_optimization"]
-    job = Job(config=plan.config, shape=plan.model_shape, text_tokens=plan.dataset.info.max_tokens, zero=zero)
-    layout, _ = configured_layout(plan.config, world.size, plan.topology.zero_stage)
-    return job, layout
-
-
 def check_nodes(config: TrainConfig, bad_nodes: Path | None) -> None:
     """Examine all nodes together; the main process prints what it found and exits with code 1 if it is not sound."""
     import torch
@@ -61,12 +42,22 @@ def check_nodes(config: TrainConfig, bad_nodes: Path | None) -> None:
     from trainer.cluster.examination import examine, show
     from trainer.cluster.incidents import recording
     from trainer.distributed import detect_world
+    from trainer.loop.start_checks import plan_run
+    from trainer.plan.job import Job, Layout, configured_layout
 
     start = time.perf_counter()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     world = detect_world()
+
+    def check_run() -> tuple[Job, Layout]:
+        plan = plan_run(config, world)
+        plan.dataset.read(world.rank % len(plan.dataset))
+        zero = plan.deepspeed_config["zero_optimization"]
+        job = Job(config=plan.config, shape=plan.model_shape, text_tokens=plan.dataset.info.max_tokens, zero=zero)
+        return job, configured_layout(plan.config, world.size, plan.topology.zero_stage)[0]
+
     with recording(world.rank):
-        facts, network, health = examine(config, world, partial(check_run, config, world))
+        facts, network, health = examine(config, world, check_run)
     if health is None:
         return
     show(facts, network, health, time.perf_counter() - start)
@@ -78,7 +69,8 @@ def check_nodes(config: TrainConfig, bad_nodes: Path | None) -> None:
         raise SystemExit(1)
 
 
-def _main(argv: list[str] | None) -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Command line of the doctor."""
     parser = argparse.ArgumentParser(
         prog="trainer.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -89,16 +81,15 @@ def _main(argv: list[str] | None) -> None:
     parser.add_argument("--world-size", type=int, default=0, metavar="N", help="with --only-config: processes")
     parser.add_argument("--local-size", type=int, default=0, metavar="N", help="of them on each node")
     args = parser.parse_intermixed_args(argv)
-    config = load_config(args.config, args.overrides)
-    if args.only_config:
-        check_config(config, args.world_size, args.local_size)
-    else:
-        check_nodes(config, args.bad_nodes)
 
+    def body() -> None:
+        config = load_config(args.config, args.overrides)
+        if args.only_config:
+            check_config(config, args.world_size, args.local_size)
+        else:
+            check_nodes(config, args.bad_nodes)
 
-def main(argv: list[str] | None = None) -> None:
-    """Command line of the doctor."""
-    run_cli(lambda: _main(argv))
+    run_cli(body)
 
 
 if __name__ == "__main__":

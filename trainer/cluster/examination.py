@@ -59,6 +59,7 @@ def examine(
 
     `check_run` is what `gather_facts` asks about the run itself. Collective.
     """
+    # First what needs no network: a node with a broken device would let the others hang in a collective.
     store = open_store(world)
     mine = gather_facts(config, world, check_run)
     store.set(f"facts/{world.rank}", json.dumps(asdict(mine)))
@@ -68,11 +69,12 @@ def examine(
         facts, missing = collect(store, world)
         health = judge_nodes(facts, missing)
         store.set("sound", "yes" if health.is_sound else "no")
+    # All learn the verdict from the store, which waits longer for the main process than that waits for the others.
     store.set_timeout(timedelta(seconds=2 * REPORT_SECONDS))
     sound = store.get("sound") == b"yes"
     store.set(f"told/{world.rank}", "")
     if not sound or world.size == 1:
-        if world.is_main:  # it ends last, the store with it
+        if world.is_main:  # it serves the store, so it must end last
             store.wait([f"told/{fact.rank}" for fact in facts])
         return facts, None, health
     network = _measure_network(store, world)
@@ -86,13 +88,9 @@ def _measure_network(store: TCPStore, world: World) -> Network:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
     dist.init_process_group(
-        "nccl" if cuda else "gloo",
-        store=PrefixStore("group", store),
-        rank=world.rank,
-        world_size=world.size,
-        timeout=timedelta(seconds=REPORT_SECONDS),
-        device_id=device if cuda else None,
-    )
+        "nccl" if cuda else "gloo", store=PrefixStore("group", store), rank=world.rank, world_size=world.size,
+        timeout=timedelta(seconds=REPORT_SECONDS), device_id=device if cuda else None,
+    )  # fmt: skip
     network = measure(world.rank, world.size, world.local_size or world.size, device)
     dist.barrier()
     dist.destroy_process_group()

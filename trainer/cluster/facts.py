@@ -63,16 +63,9 @@ def gather_facts(config: TrainConfig, world: World, check_run: Callable[[], tupl
         with _noting(problems, f"run_dir={config.run_dir}"):
             shared["disk_free"], shared["write_speed"] = check_disk(Path(config.run_dir))
     return Facts(
-        rank=world.rank,
-        node=socket.gethostname(),
-        device=device,
-        driver=driver,
-        device_free=device_free,
-        versions=_versions(),
-        problems=problems,
-        warnings=warnings,
-        **shared,
-    )
+        rank=world.rank, node=socket.gethostname(), device=device, driver=driver, device_free=device_free,
+        versions=_versions(), problems=problems, warnings=warnings, **shared,
+    )  # fmt: skip
 
 
 @contextmanager

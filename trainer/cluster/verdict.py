@@ -110,6 +110,7 @@ def last_words(logs: list[Path], most: int = 8) -> list[str]:
             sentence = " ".join((lost or incidents)[-1].sentence.split())  # an error may have many lines
             recorded.append(f"{log}: {sentence[:300]}")
             continue
-        tail = next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "")
-        silent.append(f"{log}: no record of its end, last line: {tail.strip()[:300]}")
+        lines = log.read_text(errors="replace").split("\n")
+        tail = next((line.strip()[:300] for line in reversed(lines) if line.strip()), "(the log is empty)")
+        silent.append(f"{log}: no record of its end, last line: {tail}")
     return (recorded + silent)[:most]

@@ -21,7 +21,7 @@ _UNITS = {"byte": (1e9, "GB"), "FLOP": (1e12, "TFLOP"), "s": (1.0, "s"), "": (1.
 
 
 def data_shape(config: TrainConfig, given: Namespace) -> tuple[ModelShape, int]:
-    """Shape of latents and longest caption: from the encoded data if it is there, else from flags and codec."""
+    """Shape of the latents and tokens of the longest caption: from the encoded data if there, else from flags."""
     described = Path(config.data.latents) / "dataset.json"
     if config.data.latents and described.is_file():
         from trainer.data.dataset import open_dataset
@@ -44,7 +44,7 @@ def data_shape(config: TrainConfig, given: Namespace) -> tuple[ModelShape, int]:
 
 
 def plan(given: Namespace) -> tuple[dict[str, Any], Job, PlanResult, list[PlanResult]]:
-    """(report, job, the configured outcome, all outcomes): everything that is printed."""
+    """All that is printed: the report for JSON, the job, the configured layout's result, and those of all layouts."""
     for flag in ("world_size", "nodes", "per_node", "channels", "factor", "text_dim", "text_tokens"):
         value = getattr(given, flag)
         require(value is None or value >= 1, f"--{flag.replace('_', '-')} is {value}: use 1 or more")
@@ -79,7 +79,7 @@ def plan(given: Namespace) -> tuple[dict[str, Any], Job, PlanResult, list[PlanRe
 
 
 def describe(outcome: PlanResult, *, terms: bool = True) -> dict[str, Any]:
-    """One outcome for JSON."""
+    """A layout's result for JSON; `terms` adds each number that it is made of."""
     content: dict[str, Any] = {
         "layout": asdict(outcome.layout), "fits": outcome.fits, "peak_bytes": outcome.value("peak"),
         "limit_bytes": outcome.limit, "step_seconds": outcome.value("step"), "mfu": outcome.value("MFU bound"),
@@ -91,14 +91,14 @@ def describe(outcome: PlanResult, *, terms: bool = True) -> dict[str, Any]:
 
 
 def show(term: Term, *, explain: bool) -> str:
-    """One line of a term."""
+    """The line of a term, `explain` with its formula."""
     scale, unit = _UNITS[term.unit]
     line = f"  {term.name:<24} {term.value / scale:>10.3f} {unit:<6}"
     return f"{line} = {term.formula}" + (f" = {term.figures}" if term.figures else "") if explain else line.rstrip()
 
 
 def verdict(report: dict[str, Any], mine: PlanResult, outcomes: list[PlanResult]) -> str:
-    """One sentence: fits, or not and what would."""
+    """One sentence: the job fits, or it does not and what would."""
     if mine.fits:
         peak, limit = mine.value("peak") / 1e9, mine.limit / 1e9
         return f"fits: {mine.layout} needs {peak:.1f} GB of {limit:.1f} GB usable per device"
@@ -110,7 +110,7 @@ def verdict(report: dict[str, Any], mine: PlanResult, outcomes: list[PlanResult]
 
 
 def notes(job: Job) -> list[str]:
-    """What the formulas leave out for this configuration."""
+    """Costs of this configuration that the formulas leave out."""
     found = []
     if job.counts.num_moe and not job.config.moe.has_equal_splits:
         found.append(
