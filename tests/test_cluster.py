@@ -62,9 +62,13 @@ def test_being_told_too_late_is_forgiven_four_times(tmp_path: Path) -> None:
 def test_outcomes_are_taken_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "outcome"
     monkeypatch.setenv(VARIABLE, str(path))
+    monkeypatch.setenv(INCIDENTS, str(tmp_path / "7.0.1.jsonl"))
     with pytest.raises(ConfigError), Recorder(rank=1).watching():
         raise ConfigError("no")
     assert Outcome.read(path) is None
+    (found,) = read_incidents(tmp_path / "7.0.1.log")  # of a rank whose stderr nobody reads
+    assert (found.kind, found.rank, found.sentence) == ("failed", 1, "ConfigError: no")
+    monkeypatch.delenv(INCIDENTS)
     for error, kind, reason in (
         (ConfigError("mend it"), "refused", "mend it"),
         (OSError("disk"), "failed", "OSError: disk"),

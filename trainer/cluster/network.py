@@ -19,7 +19,7 @@ SLOW, BROKEN = 1 / 2, 1 / 4  # of the median node's bandwidth
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """`wrong`: sentences on wrong results. `pair`: node number -> other node's number -> bandwidth. `clock`: Unix time."""
+    """`wrong`: sentences on wrong results; `pair`: bandwidths by the numbers of both nodes; `clock`: each Unix time."""
 
     wrong: list[str]
     all_reduce: float
