@@ -50,6 +50,7 @@ def check_nodes(config: TrainConfig, bad_nodes: Path | None) -> None:
     world = detect_world()
 
     def check_run() -> tuple[Job, Layout]:
+        """The checks of a start, and a sample read; returns what the planner counts the run's memory from."""
         plan = plan_run(config, world)
         plan.dataset.read(world.rank % len(plan.dataset))
         zero = plan.deepspeed_config["zero_optimization"]
