@@ -1,14 +1,20 @@
 """Heartbeats: who is silent, who ended, who said goodbye; and what the others are told."""
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from tests_launcher import ROOT
 
 from trainer.cluster.heartbeat import Heartbeat
-from trainer.cluster.incidents import Incident
+from trainer.cluster.incidents import VARIABLE, Incident
+from trainer.cluster.verdict import silent_nodes
 
 SILENCE = 0.6
 
@@ -78,3 +84,19 @@ def test_a_silent_main_process_is_named(ring: Ring) -> None:
     ring.wait("one", "two")
     release.set()
     assert "rank 0 on node 127.0.0.1 is lost (silent" in ring.told["one"][0]
+
+
+def test_a_loss_is_logged_and_recorded_and_ends_a_process_that_hangs(tmp_path: Path) -> None:
+    """The record is there although the process never gets to an error of its own; verdict reads it back."""
+    code = (
+        "import logging, time\nfrom trainer.cluster import heartbeat\nlogging.basicConfig()\n"
+        "heartbeat.GRACE_SECONDS = 0.5\nheartbeat.end_soon(heartbeat._lost(2, 'n7', 'silent', 'silent for 60 s'))\n"
+        "time.sleep(60)\n"
+    )
+    variables = os.environ | {VARIABLE: str(tmp_path / "7.0.1.jsonl")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 1 and "most recent call first" in done.stderr
+    assert "rank 2 on node n7 is lost (silent for 60 s): this process ends within" in done.stderr
+    assert silent_nodes([tmp_path / "7.0.0.log", tmp_path / "7.0.1.log"]) == ["n7"]
