@@ -17,7 +17,6 @@ from pathlib import Path
 from trainer.cluster import bad_nodes
 from trainer.cluster.outcome import Outcome
 from trainer.cluster.verdict import last_words, newest_step, settle, silent_nodes
-from trainer.config import run_cli
 
 SILENT_HOURS = 1.0
 
@@ -84,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Command line of the batch scripts."""
     args = _parser().parse_args(argv)
-    run_cli(lambda: args.action(args))
+    args.action(args)
 
 
 if __name__ == "__main__":

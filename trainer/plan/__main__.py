@@ -2,17 +2,12 @@
 
 import sys
 
-from trainer.config import run_cli
 from trainer.plan.arguments import parse
 
-
-def main() -> None:
-    """Parse before anything heavy is imported: --help has to be quick."""
+if __name__ == "__main__":
     given = parse(None)
+    # Only now what takes seconds to import: --help has to be quick.
+    from trainer.config import run_cli
     from trainer.plan.command import run
 
-    sys.exit(run(given))
-
-
-if __name__ == "__main__":
-    run_cli(main)
+    run_cli(lambda: sys.exit(run(given)))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from trainer.config import require
+from trainer.errors import require
 
 GB = 1e9
 
