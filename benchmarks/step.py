@@ -35,7 +35,7 @@ from trainer.engine.ema import Ema
 from trainer.engine.engine import build_engine
 from trainer.loop.prepared import Prepared, build_prepared, next_step
 from trainer.loop.step import train_step
-from trainer.plan.command import parse as parse_plan
+from trainer.plan.arguments import parse as parse_plan
 from trainer.plan.command import plan
 from trainer.plan.job import Job
 from trainer.telemetry.step_timer import StepTimer

@@ -10,4 +10,5 @@ if [ "$LAUNCHER" = mpirun ]; then
 else
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
 fi
+export TRAIN_INCIDENTS=$LOG_STEM.$RANK.jsonl                   # beside its log, see trainer/cluster/incidents.py
 exec "$@"

@@ -1,12 +1,20 @@
 """Decisions of the batch scripts: verdicts, bad nodes, the time budget."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from tests_launcher import ROOT
 
 from trainer.checkpoint.folder import checkpoint_dir, list_checkpoints, step_of
 from trainer.cluster import bad_nodes
+from trainer.cluster.incidents import VARIABLE as INCIDENTS
+from trainer.cluster.incidents import Incident, failure, read_incidents, record_incident
 from trainer.cluster.outcome import VARIABLE, Outcome, Recorder
 from trainer.cluster.verdict import last_words, newest_step, settle, silent_nodes
 from trainer.config import ConfigError
@@ -54,37 +62,117 @@ def test_being_told_too_late_is_forgiven_four_times(tmp_path: Path) -> None:
 def test_outcomes_are_taken_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "outcome"
     monkeypatch.setenv(VARIABLE, str(path))
-    with pytest.raises(ConfigError), Recorder(is_main=False).watching():
+    monkeypatch.setenv(INCIDENTS, str(tmp_path / "7.0.1.jsonl"))
+    with pytest.raises(ConfigError), Recorder(rank=1).watching():
         raise ConfigError("no")
     assert Outcome.read(path) is None
+    (found,) = read_incidents(tmp_path / "7.0.1.log")  # of a rank whose stderr nobody reads
+    assert (found.kind, found.rank, found.sentence) == ("failed", 1, "ConfigError: no")
+    monkeypatch.delenv(INCIDENTS)
     for error, kind, reason in (
         (ConfigError("mend it"), "refused", "mend it"),
         (OSError("disk"), "failed", "OSError: disk"),
     ):
-        with pytest.raises(type(error)), Recorder(is_main=True).watching():
+        with pytest.raises(type(error)), Recorder(rank=0).watching():
             raise error
         assert Outcome.read(path) == Outcome(kind=kind, reason=reason)  # type: ignore[arg-type]
-    Recorder(is_main=True).record(Outcome(kind="stopped", step=4))
+    Recorder(rank=0).record(Outcome(kind="stopped", step=4))
     assert Outcome.read(path) == Outcome(kind="stopped", step=4)
 
 
-def test_last_words_name_the_rank(tmp_path: Path) -> None:
-    (tmp_path / "7.0.0.log").write_text("step 1\nstep 2\n")
-    (tmp_path / "7.0.1.log").write_text("step 1\nRuntimeError: broken\n\n")
-    (tmp_path / "7.0.2.log").write_text("rank 1 on node n2 is lost (silent for 60 s)\nRuntimeError: reset by peer\n")
-    assert last_words(sorted(tmp_path.iterdir())) == [
-        f"{tmp_path}/7.0.1.log: RuntimeError: broken",
-        f"{tmp_path}/7.0.2.log: rank 1 on node n2 is lost (silent for 60 s)",
+def lost(rank: int, node: str, reason: str, why: str) -> Incident:
+    sentence = f"rank {rank} on node {node} is lost ({why})"
+    return Incident(kind="lost_peer", rank=rank, node=node, reason=reason, sentence=sentence)
+
+
+def noted(folder: Path, monkeypatch: pytest.MonkeyPatch, rank: int, *incidents: Incident) -> Path:
+    """The log of a process that recorded incidents."""
+    monkeypatch.setenv(INCIDENTS, str(folder / f"7.0.{rank}.jsonl"))
+    for incident in incidents:
+        record_incident(incident)
+    log = folder / f"7.0.{rank}.log"
+    log.write_text("step 1\nstep 2\n\n")
+    return log
+
+
+def test_last_words_name_the_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost peer before the error that follows, records before silence, which is quoted as it is."""
+    broken = failure(1, RuntimeError("broken\nin two"))
+    silent = lost(1, "n2", "silent", "silent for 60 s")
+    logs = [
+        noted(tmp_path, monkeypatch, 0),
+        noted(tmp_path, monkeypatch, 1, broken),
+        noted(tmp_path, monkeypatch, 2, silent, failure(2, RuntimeError("reset by peer"))),
     ]
+    words = last_words(logs)
+    assert words == [
+        f"{tmp_path}/7.0.1.log: RuntimeError: broken in two",
+        f"{tmp_path}/7.0.2.log: rank 1 on node n2 is lost (silent for 60 s)",
+        f"{tmp_path}/7.0.0.log: no record of its end, last line: step 2",
+    ]
+    assert last_words(logs, most=2) == words[:2]
+    with (tmp_path / "7.0.1.jsonl").open("a") as file:
+        file.write('{"kind": "fai')  # killed while it wrote
+    assert last_words(logs) == words and read_incidents(logs[1]) == [broken]
 
 
-def test_nodes_that_fell_silent_are_named_but_not_processes_that_crashed(tmp_path: Path) -> None:
-    path = tmp_path / "7.0.1.log"
-    path.write_text(
-        "rank 0 on node n1 is lost (silent for 60 s): this process\nrank 2 on node b7-x is lost (silent for 60 s)\n"
-        "rank 3 on node n4 is lost (its process has ended): this process ends\n"
+def test_nodes_that_fell_silent_are_named_but_not_processes_that_crashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = noted(
+        tmp_path, monkeypatch, 1, lost(0, "n1", "silent", "silent for 60 s"),
+        lost(2, "b7-x", "silent", "silent for 60 s"), lost(3, "n4", "ended", "its process has ended"),
+        lost(4, "n5", "unreachable", "No route to host"),
+    )  # fmt: skip
+    assert silent_nodes([path, path, tmp_path / "7.0.9.log"]) == ["b7-x"]
+
+
+def test_a_record_outlives_a_kill_right_after(tmp_path: Path) -> None:
+    code = (
+        "import os, signal\nfrom trainer.cluster.incidents import failure, record_incident\n"
+        "record_incident(failure(3, OSError('disk')))\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    assert silent_nodes([path, path]) == ["b7-x"]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {INCIDENTS: str(tmp_path / "3.jsonl")}
+    )
+    assert done.returncode == -signal.SIGKILL
+    (found,) = read_incidents(tmp_path / "3.log")
+    assert (found.kind, found.rank, found.reason, found.sentence) == ("failed", 3, "OSError", "OSError: disk")
+
+
+def run_code(code: str) -> "subprocess.CompletedProcess[str]":
+    code = f"import ctypes, time\nfrom trainer.cluster.watchdog import end_within, time_limit\n{code}"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30)
+
+
+def test_limits_end_a_process_that_holds_the_interpreter() -> None:
+    done = run_code("end_within(0.5)\nctypes.PyDLL(None).sleep(20)")
+    assert done.returncode == 1 and "most recent call first" in done.stderr
+
+
+def test_each_cause_has_its_limit_and_the_earliest_counts() -> None:
+    done = run_code("end_within(0.3)\nwith time_limit(20):\n    time.sleep(0.6)\ntime.sleep(0.3)")
+    assert done.returncode == 0, "a block's limit takes the place of one of the same cause, and goes with the block"
+    done = run_code("end_within(0.5, 'lost peer')\nwith time_limit(0.1):\n    pass\ntime.sleep(20)")
+    assert done.returncode == 1 and "most recent call first" in done.stderr
+
+
+def test_what_scripts_ask_does_not_import_torch(tmp_path: Path) -> None:
+    """Answers are wanted within a grace time; and where a run is needs no more than its newest state.json."""
+    checkpoint(tmp_path, 7)
+    content = {"step": 7, "config": {"train": {"stop_at_step": None, "max_steps": 9}}}
+    (checkpoint_dir(tmp_path, 7) / "state.json").write_text(json.dumps(content))
+    for arguments, said in (
+        (["state", str(tmp_path)], "7 9\n"),
+        (["verdict", str(tmp_path), "--outcome", str(tmp_path / "none"), "--job", "1"], "again\n"),
+        (["exclude", str(tmp_path), "--available", "a,b", "--needed", "1"], "\n"),
+    ):
+        code = (
+            f"import sys\nfrom trainer.cluster.__main__ import main\nmain({arguments})\n"
+            "assert 'torch' not in sys.modules"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, said), done.stderr
 
 
 def test_bad_nodes_expire_and_never_starve_a_job(tmp_path: Path) -> None:

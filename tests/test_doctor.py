@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from trainer.cluster.facts import Facts, check_disk
-from trainer.cluster.fit import Need
 from trainer.cluster.health import judge_network, judge_nodes, table
 from trainer.cluster.network import MAX_ROUNDS, Network, rounds
+from trainer.plan.need import MemoryNeed
 
 
 def healthy(num_nodes: int = 3) -> list[Facts]:
@@ -53,7 +53,7 @@ def test_warnings_are_said_once_and_end_nothing() -> None:
 
 
 def test_memory_state_that_does_not_fit_is_a_problem_and_a_peak_a_warning() -> None:
-    need = Need(layout="ep_size 8", state=40e9, peak=70e9)
+    need = MemoryNeed(layout="ep_size 8", state=40e9, peak=70e9)
     assert not need.problem(80e9) and not need.warning(80e9)
     assert not need.problem(60e9) and "needs about 70.0 GB at its peak (ep_size 8), more" in need.warning(60e9)
     assert "needs 40.0 GB of weights" in need.problem(30e9) and not need.warning(30e9)
@@ -101,3 +101,16 @@ def test_command_line(launcher: Any, tmp_path: Path) -> None:
     huge = ("model.dim=16384", "model.num_layers=64")
     done = launcher.run("-m", "trainer.doctor", "debug", f"run_dir={tmp_path}", *huge)
     assert done.returncode == 1 and "fix: a process needs" in done.stdout, done.stdout
+
+
+def test_only_the_configuration_is_checked(launcher: Any, tmp_path: Path) -> None:
+    """As the batch scripts ask before a start: nothing is written, mistakes are one sentence."""
+    run = f"run_dir={tmp_path / 'run'}"
+    done = launcher.run("-m", "trainer.doctor", "--only-config", "debug", run, "data.images=pictures")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'run'}\npictures\n"), done.stderr[-2000:]
+    command = ("-m", "trainer.doctor", "--only-config", "--world-size", "2", "--local-size", "1", "debug", run)
+    done = launcher.run(*command)
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, str(tmp_path / "run")), done.stderr[-2000:]
+    done = launcher.run(*command, "parallel.ep_size=4")
+    assert done.returncode == 2 and "error: parallel.ep_size=4 does not divide the number of processes" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,13 +1,20 @@
 """Heartbeats: who is silent, who ended, who said goodbye; and what the others are told."""
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from tests_launcher import ROOT
 
 from trainer.cluster.heartbeat import Heartbeat
+from trainer.cluster.incidents import VARIABLE, Incident
+from trainer.cluster.verdict import silent_nodes
 
 SILENCE = 0.6
 
@@ -16,14 +23,18 @@ class Ring:
     """A main process and two others, in one."""
 
     def __init__(self) -> None:
-        self.told: dict[str, list[str]] = {name: [] for name in ("main", "one", "two")}
-        self.beats = {name: Heartbeat(SILENCE, told.append) for name, told in self.told.items()}
+        self.lost: dict[str, list[Incident]] = {name: [] for name in ("main", "one", "two")}
+        self.beats = {name: Heartbeat(SILENCE, lost.append) for name, lost in self.lost.items()}
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         self.beats["main"].serve(listener)
         for rank, name in ((1, "one"), (2, "two")):
             self.beats[name].join(rank, "127.0.0.1", port)
         time.sleep(0.1)
+
+    @property
+    def told(self) -> dict[str, list[str]]:
+        return {name: [incident.sentence for incident in lost] for name, lost in self.lost.items()}
 
     def wait(self, *names: str) -> None:
         end = time.time() + 5
@@ -53,6 +64,8 @@ def test_an_ended_process_is_named_to_all(ring: Ring) -> None:
     ring.wait("main", "one")
     expected = f"rank 2 on node {socket.gethostname()} is lost (its process has ended)"
     assert ring.told["main"] == ring.told["one"] == [expected]
+    (found,) = ring.lost["one"]
+    assert (found.kind, found.rank, found.node, found.reason) == ("lost_peer", 2, socket.gethostname(), "ended")
 
 
 def test_a_silent_process_is_named_to_all(ring: Ring) -> None:
@@ -61,7 +74,8 @@ def test_a_silent_process_is_named_to_all(ring: Ring) -> None:
     ring.wait("main", "one")
     release.set()
     assert "rank 2" in ring.told["main"][0] and "silent for 1 s" in ring.told["main"][0]
-    assert ring.told["one"] == ring.told["main"]
+    assert ring.told["one"] == ring.told["main"] and ring.lost["one"] == ring.lost["main"]
+    assert ring.lost["main"][0].reason == "silent"
 
 
 def test_a_silent_main_process_is_named(ring: Ring) -> None:
@@ -70,3 +84,19 @@ def test_a_silent_main_process_is_named(ring: Ring) -> None:
     ring.wait("one", "two")
     release.set()
     assert "rank 0 on node 127.0.0.1 is lost (silent" in ring.told["one"][0]
+
+
+def test_a_loss_is_logged_and_recorded_and_ends_a_process_that_hangs(tmp_path: Path) -> None:
+    """The record is there although the process never gets to an error of its own; verdict reads it back."""
+    code = (
+        "import logging, time\nfrom trainer.cluster import heartbeat\nlogging.basicConfig()\n"
+        "heartbeat.GRACE_SECONDS = 0.5\nheartbeat.end_soon(heartbeat._lost(2, 'n7', 'silent', 'silent for 60 s'))\n"
+        "time.sleep(60)\n"
+    )
+    variables = os.environ | {VARIABLE: str(tmp_path / "7.0.1.jsonl")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 1 and "most recent call first" in done.stderr
+    assert "rank 2 on node n7 is lost (silent for 60 s): this process ends within" in done.stderr
+    assert silent_nodes([tmp_path / "7.0.0.log", tmp_path / "7.0.1.log"]) == ["n7"]

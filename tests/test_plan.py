@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from moe.config import MoeConfig
 from trainer.config import ConfigError, ModelConfig, TrainConfig, TrainLoopConfig, load_config
 from trainer.diffusion.model import EcDit, ModelShape, init_weights
-from trainer.plan.command import parse, plan, run
+from trainer.plan.arguments import parse
+from trainer.plan.command import plan, run
 from trainer.plan.devices import DEVICES, Efficiency
 from trainer.plan.job import Job, Layout, count_parameters
 from trainer.plan.memory import activation_terms, block_bytes, state_terms
@@ -184,13 +185,13 @@ def test_97_billion_parameters_fit_on_sixteen_nodes_and_not_on_four() -> None:
 
 
 def test_command_says_whether_and_where_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["debug", "--world-size", "4", "--explain"]) == 0
+    assert run(parse(["debug", "--world-size", "4", "--explain"])) == 0
     text = capsys.readouterr().out
     assert "fits: ep_size 1, ZeRO 3" in text and "s q = 4 x" in text and "best layout for each ep_size" in text
     assert "compute is that of bf16" in text and "fills every expert" not in text
-    assert run(["debug", "moe.router=expert_race", "moe.pool=batch"]) == 0
+    assert run(parse(["debug", "moe.router=expert_race", "moe.pool=batch"])) == 0
     assert "moe.router=expert_race fills every expert up to the fullest" in capsys.readouterr().out
-    assert run(["ec_dit_3xl_32e", "--nodes", "1", "--json", "train.micro_batch_size=1"]) == 1
+    assert run(parse(["ec_dit_3xl_32e", "--nodes", "1", "--json", "train.micro_batch_size=1"])) == 1
     captured = capsys.readouterr()
     report = json.loads(captured.out)
     nodes = report["smallest_nodes"]
@@ -216,7 +217,7 @@ def test_command_says_whether_and_where_it_fits(capsys: pytest.CaptureFixture[st
 )
 def test_bad_plans_are_one_sentence(arguments: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as error:
-        run(["debug", *arguments])
+        run(parse(["debug", *arguments]))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 

@@ -10,7 +10,8 @@ import pytest
 from moe.experts import Experts
 from trainer.config import TrainConfig, load_config
 from trainer.diffusion.model import ModelShape
-from trainer.plan.command import parse, plan
+from trainer.plan.arguments import parse
+from trainer.plan.command import plan
 from trainer.plan.job import count_parameters, meta_model
 
 CONFIGS = Path(__file__).resolve().parent.parent / "trainer" / "configs"

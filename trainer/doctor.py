@@ -1,138 +1,96 @@
 """Checks the nodes of a job, and what a run needs of them, before it trains.
 
     python -m trainer.doctor CONFIG [key=value ...]            # this machine; under srun or torchrun all nodes
-    --bad-nodes FILE       write `NODE REASON` lines of nodes to leave out; the file is there whenever it came to an end
+    --bad-nodes FILE       write `NODE REASON` lines of nodes to leave out; the file exists if the checks came to an end
+    --only-config          check what needs no nodes: the configuration, with --world-size N also data and checkpoint;
+                           print run_dir, data.images, and `done` if nothing is left to train
 
 Per node: GPU count and arithmetic, driver, memory errors, memory, versions equal, clock, free space, write speed and
 atomic rename in the run folder's file system, configuration and data readable. Between nodes: all-reduce and all-to-all
 correct, their bandwidth, and that of pairs of nodes. Exit codes: 0 sound, 1 with the sentences that say what to fix.
-
-Facts travel through a key-value store, so that a process that is missing is named; a node that is known to be
-broken is named before a collective with it could hang.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
-from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-
-from trainer.cluster.facts import Facts, gather_facts
-from trainer.cluster.health import Health, judge_network, judge_nodes, table
-from trainer.cluster.network import Network, measure
-from trainer.config import ConfigError, TrainConfig, load_config, run_cli
-from trainer.distributed import World, detect_world
-
-REPORT_SECONDS = 60.0
-HOSTS = "NODE_NAMES"  # names of the job's nodes in the order of ranks, so that one that is missing has a name
+from trainer.config import TrainConfig, load_config, run_cli
+from trainer.files import replacing
 
 
-def open_store(world: World) -> TCPStore:
-    """The store that the main process serves; ConfigError on the process that cannot."""
-    address, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "0"))
-    timeout = timedelta(seconds=REPORT_SECONDS)
-    try:
-        return TCPStore(address, port, world.size, world.is_main, timeout, wait_for_workers=False)
-    except (RuntimeError, dist.DistError) as error:
-        what = f"port {port} is taken: use another MASTER_PORT" if world.is_main else "is its node up, its port open?"
-        raise ConfigError(f"process 0 cannot be reached at {address}:{port}, {what} ({error})") from error
+def check_config(config: TrainConfig, world_size: int, local_size: int) -> None:
+    """Check the configuration, for a number of processes also data and checkpoint; print what the batch scripts ask."""
+    done = False
+    if world_size:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the head may have no GPU
+        from trainer.cluster.verdict import newest_step
+        from trainer.distributed import World
+        from trainer.loop.start_checks import plan_run
+
+        plan = plan_run(config, World(rank=0, local_rank=0, size=world_size, local_size=local_size))
+        last = config.train.stop_at_step or config.train.max_steps
+        done = plan.checkpoint is not None and newest_step(Path(config.run_dir)) >= last
+    print(Path(config.run_dir).resolve(), config.data.images, *["done"] * done, sep="\n")
 
 
-def collect(store: TCPStore, world: World) -> tuple[list[Facts], dict[int, str]]:
-    """On the main process: the facts of all, and the nodes of those that did not report in time."""
-    hosts, end = os.environ.get(HOSTS, "").split(), time.monotonic() + REPORT_SECONDS
-    facts, missing = [], {}
-    for rank in range(world.size):
-        key = f"facts/{rank}"
-        try:
-            store.wait([key], timedelta(seconds=max(0.1, end - time.monotonic())))
-            facts.append(Facts(**json.loads(store.get(key))))
-        except (RuntimeError, dist.DistError):  # the time is over
-            number = rank // (world.local_size or world.size)
-            missing[rank] = hosts[number] if number < len(hosts) else f"of process {rank}"
-    return facts, missing
+def check_nodes(config: TrainConfig, bad_nodes: Path | None) -> None:
+    """Examine all nodes together; the main process prints what it found and exits with code 1 if it is not sound."""
+    import torch
 
+    from trainer.cluster.examination import examine, show
+    from trainer.cluster.incidents import recording
+    from trainer.distributed import detect_world
+    from trainer.loop.start_checks import plan_run
+    from trainer.plan.job import Job, Layout, configured_layout
 
-def examine(config: TrainConfig, world: World) -> tuple[list[Facts], Network | None, Health | None]:
-    """Facts, network and health; facts and health on the main process only, the network if it came to that."""
-    store = open_store(world)
-    mine = gather_facts(config, world)
-    store.set(f"facts/{world.rank}", json.dumps(asdict(mine)))
-    facts: list[Facts] = []
-    health: Health | None = None
-    if world.is_main:
-        facts, missing = collect(store, world)
-        health = judge_nodes(facts, missing)
-        store.set("sound", "yes" if health.is_sound else "no")
-    store.set_timeout(timedelta(seconds=2 * REPORT_SECONDS))
-    sound = store.get("sound") == b"yes"
-    store.set(f"told/{world.rank}", "")
-    if not sound or world.size == 1:
-        if world.is_main:  # it ends last, the store with it
-            store.wait([f"told/{fact.rank}" for fact in facts])
-        return facts, None, health
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
-    dist.init_process_group(
-        "nccl" if cuda else "gloo",
-        store=PrefixStore("group", store),
-        rank=world.rank,
-        world_size=world.size,
-        timeout=timedelta(seconds=REPORT_SECONDS),
-        device_id=device if cuda else None,
-    )
-    network = measure(world.rank, world.size, world.local_size or world.size, device)
-    dist.barrier()
-    dist.destroy_process_group()
-    if health is not None:
-        health = judge_network(facts, network)
-    return facts, network, health
-
-
-def show(facts: list[Facts], network: Network | None, health: Health, seconds: float) -> None:
-    """The table, the bandwidths, the findings."""
-    print("\n".join(table(facts, network, health)))
-    if network is not None:
-        print(f"all-reduce {network.all_reduce:.2f} GB/s, all-to-all {network.all_to_all:.2f} GB/s per process")
-    for sentence in (*(f"warning: {words}" for words in health.warnings), *health.sentences()):
-        print(sentence)
-    print(f"{'sound' if health.is_sound else 'not sound'}, checked {len(facts)} processes in {seconds:.1f} s")
-
-
-def _main(argv: list[str] | None) -> None:
     start = time.perf_counter()
-    parser = argparse.ArgumentParser(
-        prog="trainer.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", help="YAML recipe, or its name in trainer/configs")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--bad-nodes", type=Path)
-    args = parser.parse_intermixed_args(argv)
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     world = detect_world()
-    facts, network, health = examine(load_config(args.config, args.overrides), world)
+
+    def check_run() -> tuple[Job, Layout]:
+        """The checks of a start, and a sample read; returns what the planner counts the run's memory from."""
+        plan = plan_run(config, world)
+        plan.dataset.read(world.rank % len(plan.dataset))
+        zero = plan.deepspeed_config["zero_optimization"]
+        job = Job(config=plan.config, shape=plan.model_shape, text_tokens=plan.dataset.info.max_tokens, zero=zero)
+        return job, configured_layout(plan.config, world.size, plan.topology.zero_stage)[0]
+
+    with recording(world.rank):
+        facts, network, health = examine(config, world, check_run)
     if health is None:
         return
     show(facts, network, health, time.perf_counter() - start)
     sys.stdout.flush()
-    if args.bad_nodes is not None:
-        temporary = args.bad_nodes.with_name(f"{args.bad_nodes.name}.tmp")
-        temporary.write_text("".join(f"{node} {words}\n" for node, words in health.bad.items()))
-        os.replace(temporary, args.bad_nodes)
+    if bad_nodes is not None:
+        with replacing(bad_nodes) as temporary:
+            temporary.write_text("".join(f"{node} {words}\n" for node, words in health.bad.items()))
     if not health.is_sound:
         raise SystemExit(1)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of the doctor."""
-    run_cli(lambda: _main(argv))
+    parser = argparse.ArgumentParser(
+        prog="trainer.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="YAML recipe, or its name in trainer/configs")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--bad-nodes", type=Path, metavar="FILE")
+    parser.add_argument("--only-config", action="store_true")
+    parser.add_argument("--world-size", type=int, default=0, metavar="N", help="with --only-config: processes")
+    parser.add_argument("--local-size", type=int, default=0, metavar="N", help="of them on each node")
+    args = parser.parse_intermixed_args(argv)
+
+    def body() -> None:
+        config = load_config(args.config, args.overrides)
+        if args.only_config:
+            check_config(config, args.world_size, args.local_size)
+        else:
+            check_nodes(config, args.bad_nodes)
+
+    run_cli(body)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def start(recipe: str, overrides: list[str], stop: StopSignal) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     world = detect_world()
 
-    recorder = Recorder(is_main=world.is_main)
+    recorder = Recorder(rank=world.rank)
 
     def body() -> None:
         with recorder.watching():

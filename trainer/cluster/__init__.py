@@ -1,1 +1,1 @@
-"""What a run needs of and says to the scheduler that starts it: outcomes, requeueing, nodes, health."""
+"""What surrounds a run on a cluster: checks of nodes, watching between processes, and what batch scripts decide."""

@@ -1,39 +1,24 @@
-"""What the batch scripts in slurm/ ask: `python -m trainer.cluster COMMAND ...`.
+"""What the batch scripts in slurm/ ask about a run: `python -m trainer.cluster COMMAND ...`.
 
-    check --world-size N CONFIG [key=value ...]    refuse a wrong configuration; print run_dir and data.images
     verdict RUN --outcome FILE ...                 after a start: print done, again or fail; the reason goes to stderr
     exclude RUN --available NODE,... --needed N    print the nodes to leave out of the next start, with commas
     report RUN --facts FILE                        remember the nodes that trainer.doctor found bad
     state RUN                                      print the newest checkpoint's step and the last step of the run
 
-`check` prints `done` as a third line when nothing is left to train.
+None imports torch: the answers are wanted within the grace time of a preemption. What a script asks before a start is
+`python -m trainer.doctor --only-config`.
 """
 
 import argparse
-import os
+import json
 import sys
 from pathlib import Path
 
 from trainer.cluster import bad_nodes
 from trainer.cluster.outcome import Outcome
 from trainer.cluster.verdict import last_words, newest_step, settle, silent_nodes
-from trainer.config import load_config, run_cli
 
 SILENT_HOURS = 1.0
-
-
-def check(args: argparse.Namespace) -> None:
-    """Everything that can be known without the nodes."""
-    config, done = load_config(args.config, args.overrides), False
-    if args.world_size:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the head may have no GPU
-        from trainer.distributed import World
-        from trainer.loop.start_checks import plan_run
-
-        plan = plan_run(config, World(rank=0, local_rank=0, size=args.world_size, local_size=args.local_size))
-        last = config.train.stop_at_step or config.train.max_steps
-        done = plan.checkpoint is not None and newest_step(Path(config.run_dir)) >= last
-    print(Path(config.run_dir).resolve(), config.data.images, *["done"] * done, sep="\n")
 
 
 def verdict(args: argparse.Namespace) -> None:
@@ -51,7 +36,7 @@ def verdict(args: argparse.Namespace) -> None:
 
 
 def exclude(args: argparse.Namespace) -> None:
-    """Nodes for ExcNodeList."""
+    """Print the nodes for ExcNodeList."""
     print(",".join(bad_nodes.excluded(args.run, args.available.split(","), args.needed)))
 
 
@@ -63,14 +48,12 @@ def report(args: argparse.Namespace) -> None:
 
 
 def state(args: argparse.Namespace) -> None:
-    """Where a run is."""
-    if newest_step(args.run) < 0:
+    """Print how far a run has come; -1 -1 without a checkpoint."""
+    newest = newest_step(args.run)
+    if newest < 0:
         print(-1, -1)
         return
-    from trainer.checkpoint.folder import checkpoint_dir
-    from trainer.checkpoint.state import read_state
-
-    saved = read_state(checkpoint_dir(args.run, newest_step(args.run)))
+    saved = json.loads((args.run / "checkpoints" / f"step_{newest:08d}" / "state.json").read_text())
     print(saved["step"], saved["config"]["train"]["stop_at_step"] or saved["config"]["train"]["max_steps"])
 
 
@@ -79,12 +62,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="trainer.cluster", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    sub = commands.add_parser("check")
-    sub.set_defaults(action=check)
-    sub.add_argument("config")
-    sub.add_argument("overrides", nargs="*")
-    sub.add_argument("--world-size", type=int, default=0)
-    sub.add_argument("--local-size", type=int, default=0)
     for command in (verdict, exclude, report, state):
         sub = commands.add_parser(command.__name__)
         sub.set_defaults(action=command)
@@ -106,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Command line of the batch scripts."""
     args = _parser().parse_args(argv)
-    run_cli(lambda: args.action(args))
+    args.action(args)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What one process finds out about its node, without talking to any other."""
+"""What one process finds out about its node, without talking to any other process."""
 
 import os
 import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -15,11 +15,11 @@ import psutil
 import torch
 
 from trainer.checkpoint.state import git_commit
-from trainer.cluster.fit import job_of, memory_need
 from trainer.config import ConfigError, TrainConfig, require
 from trainer.distributed import World
-from trainer.loop.start_checks import Plan, plan_run
+from trainer.plan.job import Job, Layout
 from trainer.plan.memory import checkpoint_bytes
+from trainer.plan.need import memory_need
 
 WRITE_BYTES = 1 << 26
 GIB = 1 << 30
@@ -27,9 +27,9 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Of one process; what concerns the node as a whole only its first process looks at.
+    """Findings of one process; what concerns the whole node is filled in by the node's first process only.
 
-    `problems` are what is wrong, each with its remedy; an empty list is a healthy node. `warnings` end nothing.
+    `problems` says what is wrong, each with its remedy; a healthy node has none. `warnings` do not stop a start.
     Sizes in GiB, speed in MiB/s.
     """
 
@@ -46,8 +46,11 @@ class Facts:
     warnings: list[str] = field(default_factory=list)
 
 
-def gather_facts(config: TrainConfig, world: World) -> Facts:
-    """Look at this process's device, and as the first of its node at memory, disk, data and versions."""
+def gather_facts(config: TrainConfig, world: World, check_run: Callable[[], tuple[Job, Layout]]) -> Facts:
+    """Look at this process's device, and as the first of its node at memory, disk, data and versions.
+
+    `check_run` makes the checks of a start, reads a sample, and returns what the planner needs to count memory.
+    """
     problems: list[str] = []
     warnings: list[str] = []
     device, driver, device_free = _device(world, problems)
@@ -55,26 +58,19 @@ def gather_facts(config: TrainConfig, world: World) -> Facts:
     if world.local_rank == 0:
         shared["memory"] = psutil.virtual_memory().available / GIB
         with _noting(problems, "configuration and data"):
-            plan = _check_run(config, world)
-            _check_room(plan, device_free, shared["memory"] / (world.local_size or world.size), warnings)
+            job, layout = check_run()
+            _check_room(job, layout, device_free, shared["memory"] / (world.local_size or world.size), warnings)
         with _noting(problems, f"run_dir={config.run_dir}"):
             shared["disk_free"], shared["write_speed"] = check_disk(Path(config.run_dir))
     return Facts(
-        rank=world.rank,
-        node=socket.gethostname(),
-        device=device,
-        driver=driver,
-        device_free=device_free,
-        versions=_versions(),
-        problems=problems,
-        warnings=warnings,
-        **shared,
-    )
+        rank=world.rank, node=socket.gethostname(), device=device, driver=driver, device_free=device_free,
+        versions=_versions(), problems=problems, warnings=warnings, **shared,
+    )  # fmt: skip
 
 
 @contextmanager
 def _noting(problems: list[str], what: str) -> Iterator[None]:
-    """Whatever goes wrong in the block is a finding."""
+    """What goes wrong in the block becomes a problem in the list, not an error."""
     try:
         yield
     except ConfigError as error:
@@ -112,17 +108,10 @@ def _driver(index: int, problems: list[str]) -> str:
     return driver
 
 
-def _check_run(config: TrainConfig, world: World) -> Plan:
-    """The checks of a start, and a sample read from the data."""
-    plan = plan_run(config, world)
-    plan.dataset.read(world.rank % len(plan.dataset))
-    return plan
-
-
-def _check_room(plan: Plan, device_free: float, memory: float, warnings: list[str]) -> None:
+def _check_room(job: Job, layout: Layout, device_free: float, memory: float, warnings: list[str]) -> None:
     """Room for a process in its device or its share of the node's memory (GiB), and for two checkpoints on the disk."""
-    job, run_dir = job_of(plan), plan.config.run_dir
-    need, available = memory_need(plan, job, on_device=device_free > 0), (device_free or memory) * GIB
+    run_dir = job.config.run_dir
+    need, available = memory_need(job, layout, on_device=device_free > 0), (device_free or memory) * GIB
     if warning := need.warning(available):
         warnings.append(warning)
     require(not need.problem(available), need.problem(available))
@@ -139,7 +128,7 @@ def nearest_folder(path: Path) -> Path:
 
 
 def check_disk(run_dir: Path) -> tuple[float, float]:
-    """Free GiB and MiB/s written to the disk; checks that a file replaces another whole, and leaves nothing."""
+    """Free GiB of the disk and MiB/s written to it; checks that a rename replaces a file. Leaves no file behind."""
     folder = nearest_folder(run_dir)
     old, new = (folder / f".doctor.{socket.gethostname()}.{os.getpid()}.{name}" for name in ("old", "new"))
     try:
@@ -162,7 +151,7 @@ def check_disk(run_dir: Path) -> tuple[float, float]:
 
 
 def _versions() -> dict[str, str]:
-    """What must be the same on all nodes."""
+    """Versions that must be the same on all nodes."""
     found = {name: version(name) for name in ("torch", "deepspeed", "numpy")} | {"code": git_commit()}
     if torch.cuda.is_available():
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))

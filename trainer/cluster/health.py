@@ -13,7 +13,7 @@ MAX_CLOCK_SKEW = 5.0  # seconds: the time limit is the controller's clock, and l
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """`bad` maps a node to its reason; `general` concerns all nodes; `warnings` end nothing."""
+    """`bad` maps a node to what is wrong with it; `general` is wrong on all nodes; `warnings` do not stop a start."""
 
     bad: dict[str, str]
     general: list[str]
@@ -37,14 +37,14 @@ def nodes_of(facts: Sequence[Facts]) -> list[str]:
 
 
 def warnings_of(facts: Sequence[Facts]) -> list[str]:
-    """What processes warn of, each sentence once."""
+    """The warnings of all processes, each sentence once."""
     return list(dict.fromkeys(words for fact in facts for words in fact.warnings))
 
 
 def judge_nodes(facts: Sequence[Facts], missing: Mapping[int, str]) -> Health:
     """Judge before any collective: each node by itself, and versions side by side.
 
-    `missing` maps ranks that did not report to their nodes. What every node of several says is not the nodes' fault.
+    `missing` maps ranks that did not report to their nodes. A problem that all of several nodes have is `general`.
     """
     nodes = nodes_of(facts)
     by_node: dict[str, list[str]] = {node: [] for node in nodes}
@@ -68,7 +68,7 @@ def judge_nodes(facts: Sequence[Facts], missing: Mapping[int, str]) -> Health:
 
 
 def judge_network(facts: Sequence[Facts], network: Network) -> Health:
-    """Judge collectives, bandwidths and clocks."""
+    """Judge the results of collectives, bandwidths and clocks."""
     nodes, bad = nodes_of(facts), dict[str, str]()
     warnings = warnings_of(facts)
     for number, share in slow_nodes(network.pair).items():

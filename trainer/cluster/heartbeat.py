@@ -1,52 +1,46 @@
 """Notices a process or node that is gone, and says which, where a collective would only wait.
 
-A node without power sends nothing, also no end of connection: a collective with it waits until its time-out. So each
-process sends a line to the main one at intervals, over a connection and a thread of its own, and gets lines back. One
-that is silent for `TRAIN_SILENCE_SECONDS`, or whose connection ends without a farewell, is lost: all processes
-log its rank and node, and end when the training thread has not got to its own error after a while.
+A node without power does not even close its connections: a collective with it waits until its time-out. So each process
+sends a line to the main one at intervals, over a connection and a thread of its own, and gets lines back. A process
+that is silent for `TRAIN_SILENCE_SECONDS`, or whose connection ends without a farewell, is lost: all others log and
+record its rank and node, and end after GRACE_SECONDS if the training thread has not ended them by its own error.
 """
 
 import asyncio
-import faulthandler
+import json
 import logging
 import os
 import socket
-import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 
 import torch
 
+from trainer.cluster.incidents import Incident, record_incident
+from trainer.cluster.watchdog import ARRIVAL_SECONDS, end_within
 from trainer.distributed import World
 from trainer.errors import ConfigError
-from trainer.loop.leaving import ARRIVAL_SECONDS
 
 SILENCE = "TRAIN_SILENCE_SECONDS"
 DEFAULT_SILENCE, BEATS = 60.0, 6  # BEATS: intervals within a silence
-GRACE_SECONDS = ARRIVAL_SECONDS + 30.0  # the way out after an error waits so long for others, see emergency.py
+GRACE_SECONDS = ARRIVAL_SECONDS + 30.0  # the way out after an error waits ARRIVAL_SECONDS for the other ranks
 _BEAT, _BYE, _LOST = b".\n", b"bye\n", b"lost "
 logger = logging.getLogger("ec_dit")
 
 
-def end_soon(message: str) -> None:
-    """Log which process is lost; this one ends after a while if the training thread hangs."""
-    logger.error("%s: this process ends within %.0f s", message, GRACE_SECONDS)
-
-    def end() -> None:
-        logger.error("%s: ending, stacks on stderr", message)
-        faulthandler.dump_traceback(sys.__stderr__ or 2)
-        os._exit(1)
-
-    timer = threading.Timer(GRACE_SECONDS, end)
-    timer.daemon = True
-    timer.start()
+def end_soon(lost: Incident) -> None:
+    """Log and record which process is lost; this one ends after a while if the training thread hangs."""
+    end_within(GRACE_SECONDS, "lost peer")  # first: log and record may hang with the file system
+    logger.error("%s: this process ends within %.0f s", lost.sentence, GRACE_SECONDS)
+    record_incident(lost)
 
 
 class Heartbeat:
-    """Beats of one process on a thread of its own. `on_loss` gets one sentence, once."""
+    """Beats of one process on a thread of its own. `on_loss` is called there at the first loss, and only then."""
 
-    def __init__(self, silence: float, on_loss: Callable[[str], None] = end_soon) -> None:
+    def __init__(self, silence: float, on_loss: Callable[[Incident], None] = end_soon) -> None:
         self.silence, self.on_loss = silence, on_loss
         self.loop = asyncio.new_event_loop()
         self.ending = asyncio.Event()
@@ -84,19 +78,19 @@ class Heartbeat:
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.writers.add(writer)
         with suppress(asyncio.CancelledError):  # at the end; Python 3.11 would log it as an error of the handler
-            who = (await reader.readline()).decode().strip()
-            await self._watch(who, reader, writer)
+            rank, _, node = (await reader.readline()).decode().strip().partition(" ")
+            await self._watch(int(rank or -1), node, reader, writer)
         self.writers.discard(writer)
 
     async def _join(self, rank: int, address: str, port: int) -> None:
         reader, writer = await asyncio.open_connection(address, port)
         self.writers.add(writer)
-        writer.write(f"rank {rank} on node {socket.gethostname()}\n".encode())
-        watching = asyncio.create_task(self._watch(f"rank 0 on node {address}", reader, writer))
+        writer.write(f"{rank} {socket.gethostname()}\n".encode())
+        watching = asyncio.create_task(self._watch(0, address, reader, writer))
         await self.ending.wait()
         watching.cancel()
 
-    async def _watch(self, who: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _watch(self, rank: int, node: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Until the other end says goodbye or is lost."""
         beating, missed = asyncio.create_task(self._beat(writer)), 0
         try:
@@ -110,14 +104,14 @@ class Heartbeat:
                 if line == _BYE:
                     return
                 if line.startswith(_LOST):
-                    self._lose(line.removeprefix(_LOST).decode().strip())
+                    self._lose(Incident(**json.loads(line.removeprefix(_LOST))))
                 elif not line:
                     raise ConnectionResetError
-            self._lose(f"{who} is lost (silent for {self.silence:.0f} s)")
+            self._lose(_lost(rank, node, "silent", f"silent for {self.silence:.0f} s"))
         except ConnectionError:  # also a reset: it ended with beats unread
-            self._lose(f"{who} is lost (its process has ended)")
+            self._lose(_lost(rank, node, "ended", "its process has ended"))
         except OSError as error:  # no route to it
-            self._lose(f"{who} is lost ({error.strerror})")
+            self._lose(_lost(rank, node, "unreachable", f"{error.strerror}"))
         finally:
             beating.cancel()
 
@@ -126,14 +120,14 @@ class Heartbeat:
             writer.write(_BEAT)
             await asyncio.sleep(self.silence / BEATS)
 
-    def _lose(self, sentence: str) -> None:
+    def _lose(self, lost: Incident) -> None:
         """Tell this process, and from the main process all others."""
         if self.lost:
             return
         self.lost = True
         for writer in self.writers:
-            writer.write(_LOST + sentence.encode() + b"\n")
-        self.on_loss(sentence)
+            writer.write(_LOST + json.dumps(asdict(lost)).encode() + b"\n")
+        self.on_loss(lost)
 
     async def _run(self, work: Coroutine[None, None, None]) -> None:
         """Do the work, say goodbye, leave nothing behind in the loop."""
@@ -150,6 +144,11 @@ class Heartbeat:
         closing = asyncio.gather(*(writer.wait_closed() for writer in writers), return_exceptions=True)
         await asyncio.wait([closing], timeout=1)
         closing.cancel()
+
+
+def _lost(rank: int, node: str, reason: str, why: str) -> Incident:
+    sentence = f"rank {rank} on node {node} is lost ({why})"
+    return Incident(kind="lost_peer", rank=rank, node=node, reason=reason, sentence=sentence)
 
 
 @contextmanager

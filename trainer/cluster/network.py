@@ -19,7 +19,7 @@ SLOW, BROKEN = 1 / 2, 1 / 4  # of the median node's bandwidth
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """`pair` maps each node's number to its bandwidth with each of its partners; `clock` is Unix time per process."""
+    """`wrong`: sentences on wrong results; `pair`: bandwidths by the numbers of both nodes; `clock`: each Unix time."""
 
     wrong: list[str]
     all_reduce: float
@@ -29,7 +29,7 @@ class Network:
 
 
 def measure(rank: int, world_size: int, local_size: int, device: torch.device) -> Network:
-    """Collective over all processes; the result is the main process's to judge."""
+    """Measure on all processes together; each of them gets the whole result."""
     length = (1 << 22) if device.type == "cpu" else (1 << 26)
     wrong = [*_check_sum(rank, world_size, device), *_check_exchange(rank, world_size, device)]
     values = torch.ones(length, device=device)

@@ -1,7 +1,7 @@
 """How a start of a run ended, for the batch script: a small file that the main process writes.
 
-A scheduler's exit code is no witness: when one process ends, srun may end the others and report theirs. The file is
-named by `TRAIN_OUTCOME`, belongs to one start of one job, and is written last; where there is none, the start died.
+The launcher's exit code does not tell: when one process ends, srun may end the others and report their codes. The file
+is named by `TRAIN_OUTCOME`, belongs to one start of one job, and is written last; without it the start died.
 """
 
 import json
@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from trainer.cluster.incidents import recording
 from trainer.errors import ConfigError
+from trainer.files import replacing
 
 VARIABLE = "TRAIN_OUTCOME"
 Kind = Literal["finished", "stopped", "refused", "failed"]
@@ -28,13 +30,12 @@ class Outcome:
 
     def write(self, path: Path) -> None:
         """Write it whole."""
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text(json.dumps(asdict(self)) + "\n")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Outcome | None":
-        """None if the start died without a word."""
+        """The outcome in the file; None if there is none."""
         try:
             return cls(**json.loads(path.read_text()))
         except FileNotFoundError:
@@ -42,11 +43,11 @@ class Outcome:
 
 
 class Recorder:
-    """Takes down the outcome on the main process, if someone wants to know."""
+    """Writes the outcome on the main process, if `TRAIN_OUTCOME` names a file, and each process's own failure."""
 
-    def __init__(self, *, is_main: bool) -> None:
+    def __init__(self, *, rank: int) -> None:
         name = os.environ.get(VARIABLE)
-        self.path = Path(name) if name and is_main else None
+        self.rank, self.path = rank, Path(name) if name and rank == 0 else None
 
     def record(self, outcome: Outcome) -> None:
         """Write the outcome, or do nothing."""
@@ -55,9 +56,10 @@ class Recorder:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Errors that leave the block are outcomes."""
+        """Errors that leave the block are recorded: as an incident of this process, and as the outcome."""
         try:
-            yield
+            with recording(self.rank):  # on every rank: one alone may know what is wrong with its node
+                yield
         except ConfigError as error:
             self.record(Outcome(kind="refused", reason=str(error)))
             raise

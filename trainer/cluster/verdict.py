@@ -9,22 +9,23 @@
 | failed or died twice in a row at the same checkpoint             | `fail`                                 |
 | the same, but told to stop too late or by a lost node, five times    | `fail`                                 |
 
-A start that Slurm itself ends with its nodes asks nobody, and counts for nothing. `RUN/failures.json` counts; a new job
-begins anew. Nothing here imports torch: a verdict is wanted within the grace time of a preemption.
+When Slurm itself ends a start with its nodes, no verdict is asked for and nothing is counted. `RUN/failures.json` holds
+the count, which a new job begins anew. Nothing here imports torch: a verdict is wanted within the grace time of a
+preemption.
 """
 
 import json
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from trainer.cluster.incidents import read_incidents
 from trainer.cluster.outcome import Outcome
+from trainer.files import replacing
 
 FILE_NAME = "failures.json"
 LIMIT, LIMIT_TOLD = 2, 5
-_SILENT = re.compile(r"rank [1-9]\d* on node (\S+) is lost \(silent")  # trainer/cluster/heartbeat.py
 _CHECKPOINT = re.compile(r"step_(\d{8,})")  # trainer/checkpoint/folder.py
 
 
@@ -84,25 +85,32 @@ def settle(run_dir: Path, outcome: Outcome | None, *, job: str, told: bool) -> V
     """The verdict on a start of a job, with its failures counted in the run folder."""
     verdict, counted = judge(outcome, read_failures(run_dir, job, newest_step(run_dir)), told=told)
     if counted is not None:
-        temporary = run_dir / f"{FILE_NAME}.tmp"
-        temporary.write_text(json.dumps(asdict(counted)) + "\n")
-        os.replace(temporary, run_dir / FILE_NAME)
+        with replacing(run_dir / FILE_NAME) as temporary:
+            temporary.write_text(json.dumps(asdict(counted)) + "\n")
     return verdict
 
 
 def silent_nodes(logs: list[Path]) -> list[str]:
-    """Nodes that fell silent, as the other processes' logs name them. Not the first: the script runs there."""
-    found = (_SILENT.findall(path.read_text(errors="replace")) for path in logs)
-    return sorted({node for nodes in found for node in nodes})
+    """Nodes whose processes fell silent, as the others recorded it. Not rank 0's: the batch script runs there."""
+    incidents = (incident for log in logs for incident in read_incidents(log))
+    return sorted({i.node for i in incidents if i.kind == "lost_peer" and i.reason == "silent" and i.rank > 0})
 
 
 def last_words(logs: list[Path], most: int = 8) -> list[str]:
-    """The line of each rank's log that names a lost peer, else its last error: for the job's own output."""
-    found = []
-    for path in logs:
-        lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
-        lost = [line for line in lines if "is lost" in line]  # says more than the errors that follow from it
-        words = lost or [line for line in lines if "rror" in line or "killed" in line.lower()]
-        if words:
-            found.append(f"{path}: {words[-1][:300]}")
-    return found[:most]
+    """One line a process for the job's own output, `most` in all: its last record, or the end of its log as it is.
+
+    A lost peer goes before an error, which may follow from it, and those that recorded something before those that
+    did not: some of these died without a word, others were only ended by the launcher.
+    """
+    recorded, silent = [], []
+    for log in logs:
+        incidents = read_incidents(log)
+        if incidents:
+            lost = [incident for incident in incidents if incident.kind == "lost_peer"]
+            sentence = " ".join((lost or incidents)[-1].sentence.split())  # an error may have many lines
+            recorded.append(f"{log}: {sentence[:300]}")
+            continue
+        lines = log.read_text(errors="replace").split("\n")
+        tail = next((line.strip()[:300] for line in reversed(lines) if line.strip()), "(the log is empty)")
+        silent.append(f"{log}: no record of its end, last line: {tail}")
+    return (recorded + silent)[:most]

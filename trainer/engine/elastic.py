@@ -1,4 +1,4 @@
-"""Fits a recipe to the processes that a start was given: `ep_size` and batch arithmetic by rule.
+"""Fits a recipe to the number of processes that it is started with: `ep_size` and batch arithmetic by rule.
 
 With `parallel.elastic=true` a recipe states wishes, and each start may have another number of nodes:
 

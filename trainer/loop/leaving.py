@@ -7,17 +7,16 @@ own, whether every rank is out of that work.
 """
 
 import datetime
-import faulthandler
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from trainer.cluster.watchdog import ARRIVAL_SECONDS
+
 logger = logging.getLogger("ec_dit")
-ARRIVAL_SECONDS = 60.0
 
 
 class PeerError(RuntimeError):
@@ -65,18 +64,3 @@ def all_ranks_arrive(group: Any) -> bool:
         logger.error("not all ranks can be reached: %s", error)
         return False
     return True
-
-
-def end_within(seconds: float) -> None:
-    """From now on this process ends after `seconds` with exit code 1 and all its stacks on stderr, come what may."""
-    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """End the process as `end_within` unless the block is left in time."""
-    end_within(seconds)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()

@@ -19,19 +19,14 @@ from trainer.checkpoint.init_from import load_init
 from trainer.checkpoint.load import load_checkpoint
 from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state import TrainState
+from trainer.cluster.incidents import failure, record_incident
+from trainer.cluster.watchdog import ARRIVAL_SECONDS, end_within, time_limit
 from trainer.data.dataset import DataState
 from trainer.distributed import all_reduce_mean, from_main
 from trainer.engine.ema import Ema
 from trainer.engine.engine import build_engine
 from trainer.engine.optim import learning_rate
-from trainer.loop.leaving import (
-    ARRIVAL_SECONDS,
-    HeldErrors,
-    all_ranks_arrive,
-    build_arrival_group,
-    end_within,
-    time_limit,
-)
+from trainer.loop.leaving import HeldErrors, all_ranks_arrive, build_arrival_group
 from trainer.loop.prepared import Prepared, build_prepared, next_step
 from trainer.loop.run_lock import LockLostError, RunLock
 from trainer.loop.sample_grid import GridSampler
@@ -276,6 +271,7 @@ class Trainer:
         """After an error: a last checkpoint if the state is sound and every rank gets here. `error` stays the error."""
         step, limit = self.state.step, self.config.train.emergency_save_seconds
         logger.error("rank %d failed after step %d: %r", self.plan.world.rank, step, error)
+        record_incident(failure(self.plan.world.rank, error))  # now: the launcher may end this process during the save
         try:
             with time_limit(limit):
                 self.saver.finish(required=True)  # copies of an earlier step, sound whatever happened since

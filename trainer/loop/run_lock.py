@@ -8,11 +8,12 @@ It needs no `flock`, which network file systems may lack or keep to one host. Wh
 | runs on this host                                   | is refused at once                                   |
 | died on this host                                   | takes the lease at once                              |
 | is an earlier start of the same Slurm job (requeue) | takes the lease at once                              |
-| anything else (other host or container, a zombie)   | watches: refused when the lease is renewed, takes it |
-|                                                     | after LEASE_SECONDS without that                     |
+| anything else (other host or container, a zombie)   | watches: is refused when the lease is renewed, takes |
+|                                                     | it after LEASE_SECONDS without a renewal             |
 
-Watching counts on the watcher's own clock, so clocks of hosts need not agree. A holder that could not renew for so
-long (a file system that hung) and has lost its lease finds out in the background: `RunLock.lost`.
+The watcher measures time on its own clock, so the hosts' clocks need not agree. A holder that could not renew its lease
+in time (its file system hung) and lost it to another job learns so from `RunLock.lost`. The renewing thread is
+filelock's own: see trainer/cluster/watchdog.py for why it shares none with the others that watch a run.
 """
 
 import json
@@ -26,7 +27,8 @@ from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
 
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
+from trainer.files import replacing
 
 LEASE_SECONDS, RENEWALS_PER_LEASE = 60.0, 6
 LOCK_NAME, HOLDER_NAME = "run.lock", "run.lock.json"
@@ -38,7 +40,7 @@ class LockLostError(RuntimeError):
 
 
 def _namespace() -> str:
-    """Host and process-id namespace: within one, process numbers mean the same to all."""
+    """Host and process-id namespace, within which a process number names one process."""
     with suppress(OSError):
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
@@ -93,9 +95,8 @@ class RunLock:
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self._acquire()
-            temporary = self.marker.with_name(f"{HOLDER_NAME}.tmp")
-            temporary.write_text(json.dumps(asdict(Holder())) + "\n")
-            os.replace(temporary, self.record)
+            with replacing(self.record) as temporary:
+                temporary.write_text(json.dumps(asdict(Holder())) + "\n")
         except OSError as error:
             raise ConfigError(f"run_dir={self.run_dir} cannot be written ({error}): choose another folder") from error
 

@@ -146,4 +146,5 @@ def find_resume(config: TrainConfig, topology: Topology, fingerprint: str) -> Pa
 
 def _is_leftover(path: Path) -> bool:
     """What a job that died before its first write of `config.yaml` leaves, and what batch scripts put beside it."""
-    return path.name.startswith((LOCK_NAME, ".doctor.")) or path.name in _LEFTOVERS
+    half_written = path.name.startswith(".") and path.name.endswith(".tmp")  # by trainer.files.replacing
+    return half_written or path.name.startswith((LOCK_NAME, ".doctor.")) or path.name in _LEFTOVERS

@@ -1,8 +1,8 @@
-"""The command line of the planner: reads a configuration, prints the verdict, a table and the reasons."""
+"""The planner's report: reads a configuration, prints whether it fits, its memory and time, and other layouts."""
 
-import argparse
 import json
 import sys
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from trainer.config import ConfigError, TrainConfig, load_config, require
 from trainer.data.latents.interface import LatentInfo
 from trainer.diffusion.model import ModelShape
 from trainer.engine.deepspeed_config import load_deepspeed_config, zero_stage
-from trainer.plan.devices import DEVICES, Efficiency, find_device
+from trainer.plan.devices import Efficiency, find_device
 from trainer.plan.job import Job, Term, configured_layout
 from trainer.plan.memory import checkpoint_bytes
 from trainer.plan.search import PlanResult, best_per_ep_size, evaluate, search, smallest_nodes
@@ -20,32 +20,8 @@ _CODECS = {"pixel": (3, 1), "dct": (16, 4)}
 _UNITS = {"byte": (1e9, "GB"), "FLOP": (1e12, "TFLOP"), "s": (1.0, "s"), "": (1.0, "")}
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Command line; see `trainer.plan.__main__`."""
-    parser = argparse.ArgumentParser(prog="trainer.plan", description="Does a job fit, and how fast is it?")
-    parser.add_argument("config", help="YAML recipe, or its name in trainer/configs")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--world-size", type=int, help="processes, one per device")
-    size.add_argument("--nodes", type=int, help="nodes full of devices (default 1)")
-    parser.add_argument("--device", default="h100", help=f"{', '.join(DEVICES)} or custom (default %(default)s)")
-    for flag, meaning in (
-        ("flops", "FLOP/s, dense bf16"), ("memory", "bytes"), ("hbm", "bytes/s of its memory"),
-        ("node", "bytes/s and direction within the node"), ("nic", "bytes/s and direction to other nodes"),
-    ):  # fmt: skip
-        parser.add_argument(f"--{flag}", type=float, help=f"{meaning}, in place of the device's")
-    parser.add_argument("--per-node", type=int, help="devices of a node")
-    parser.add_argument("--channels", type=int, help="of the latent, where the latents are not there to be asked")
-    parser.add_argument("--factor", type=int, help="pixels per latent value and axis, likewise")
-    parser.add_argument("--text-dim", type=int, help="width of a text token, likewise")
-    parser.add_argument("--text-tokens", type=int, help="longest caption in tokens, likewise")
-    parser.add_argument("--explain", action="store_true", help="print every formula with its numbers")
-    parser.add_argument("--json", action="store_true", help="print JSON only")
-    return parser.parse_intermixed_args(argv)
-
-
-def data_shape(config: TrainConfig, given: argparse.Namespace) -> tuple[ModelShape, int]:
-    """Shape of latents and longest caption: from the encoded data if it is there, else from flags and codec."""
+def data_shape(config: TrainConfig, given: Namespace) -> tuple[ModelShape, int]:
+    """Shape of the latents and tokens of the longest caption: from the encoded data if there, else from flags."""
     described = Path(config.data.latents) / "dataset.json"
     if config.data.latents and described.is_file():
         from trainer.data.dataset import open_dataset
@@ -67,8 +43,8 @@ def data_shape(config: TrainConfig, given: argparse.Namespace) -> tuple[ModelSha
     return shape, given.text_tokens or text_tokens
 
 
-def plan(given: argparse.Namespace) -> tuple[dict[str, Any], Job, PlanResult, list[PlanResult]]:
-    """(report, job, the configured outcome, all outcomes): everything that is printed."""
+def plan(given: Namespace) -> tuple[dict[str, Any], Job, PlanResult, list[PlanResult]]:
+    """All that is printed: the report for JSON, the job, the configured layout's result, and those of all layouts."""
     for flag in ("world_size", "nodes", "per_node", "channels", "factor", "text_dim", "text_tokens"):
         value = getattr(given, flag)
         require(value is None or value >= 1, f"--{flag.replace('_', '-')} is {value}: use 1 or more")
@@ -103,7 +79,7 @@ def plan(given: argparse.Namespace) -> tuple[dict[str, Any], Job, PlanResult, li
 
 
 def describe(outcome: PlanResult, *, terms: bool = True) -> dict[str, Any]:
-    """One outcome for JSON."""
+    """A layout's result for JSON; `terms` adds each number that it is made of."""
     content: dict[str, Any] = {
         "layout": asdict(outcome.layout), "fits": outcome.fits, "peak_bytes": outcome.value("peak"),
         "limit_bytes": outcome.limit, "step_seconds": outcome.value("step"), "mfu": outcome.value("MFU bound"),
@@ -115,14 +91,14 @@ def describe(outcome: PlanResult, *, terms: bool = True) -> dict[str, Any]:
 
 
 def show(term: Term, *, explain: bool) -> str:
-    """One line of a term."""
+    """The line of a term, `explain` with its formula."""
     scale, unit = _UNITS[term.unit]
     line = f"  {term.name:<24} {term.value / scale:>10.3f} {unit:<6}"
     return f"{line} = {term.formula}" + (f" = {term.figures}" if term.figures else "") if explain else line.rstrip()
 
 
 def verdict(report: dict[str, Any], mine: PlanResult, outcomes: list[PlanResult]) -> str:
-    """One sentence: fits, or not and what would."""
+    """One sentence: the job fits, or it does not and what would."""
     if mine.fits:
         peak, limit = mine.value("peak") / 1e9, mine.limit / 1e9
         return f"fits: {mine.layout} needs {peak:.1f} GB of {limit:.1f} GB usable per device"
@@ -134,7 +110,7 @@ def verdict(report: dict[str, Any], mine: PlanResult, outcomes: list[PlanResult]
 
 
 def notes(job: Job) -> list[str]:
-    """What the formulas leave out for this configuration."""
+    """Costs of this configuration that the formulas leave out."""
     found = []
     if job.counts.num_moe and not job.config.moe.has_equal_splits:
         found.append(
@@ -169,9 +145,8 @@ def text(report: dict[str, Any], job: Job, mine: PlanResult, outcomes: list[Plan
     return "\n".join(lines)
 
 
-def run(argv: list[str] | None) -> int:
+def run(given: Namespace) -> int:
     """Print the plan; exit code 0 if the configured job fits, 1 if not. ConfigError for bad settings."""
-    given = parse(argv)
     report, job, mine, outcomes = plan(given)
     print(json.dumps(report, indent=2) if given.json else text(report, job, mine, outcomes, explain=given.explain))
     if not mine.fits and given.json:

@@ -2,19 +2,19 @@
 
 from dataclasses import dataclass, replace
 
-from trainer.config import require
+from trainer.errors import require
 
 GB = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """One accelerator in its node. Bandwidths are bytes per second and direction, as sold."""
+    """One accelerator in its node, as sold: FLOP/s of dense bf16, bytes, bytes per second and direction."""
 
     name: str
-    flops: float  # dense bf16
+    flops: float
     memory: float
-    hbm: float
+    hbm: float  # bandwidth of its own memory
     node: float  # to the other devices of the node (NVLink)
     nic: float  # to other nodes, one network card per device
     per_node: int = 8
@@ -22,28 +22,23 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """Shares of nominal speed, and fixed costs.
+    """Shares of a device's nominal numbers that a training step reaches (0 to 1), and fixed costs.
 
     `gemm`, `passes` and `host` are fitted to `benchmarks.step` on one H200 (ZeRO-3, bf16, widths 1152 and 2304) and to
-    a profile of it. `gemm`: share of peak of the matrix products alone; fewer than `rows` rows per expert lower it.
-    `passes`: bytes that norms, modulation, rotation, activations and casts move, forward and backward, per token,
-    width and block, as PyTorch runs them one by one. `host`: seconds in which Python starts a block's kernels, forward
-    and backward, DeepSpeed's hooks included; a small micro-batch does not get below it.
-    The others are estimates. `hidden`: share of ZeRO-3's gathers and reductions behind compute with overlap_comm;
-    stages 1 and 2 here run without. All-to-alls hide behind nothing.
+    a profile of it; the others are estimates.
     """
 
-    gemm: float = 0.65
-    passes: float = 1800.0
-    host: float = 20e-3
-    rows: int = 512
+    gemm: float = 0.65  # of peak FLOP/s, of the matrix products alone
+    rows: int = 512  # an expert with fewer rows than this reaches less of `gemm`
+    passes: float = 1800.0  # bytes per token, width and block that all but matrix products move, forward and backward
+    host: float = 20e-3  # seconds in which Python starts a block's kernels, both ways: a small micro-batch takes these
     node: float = 0.70
     nic: float = 0.80
     hbm: float = 0.80
-    hidden: float = 0.90
+    hidden: float = 0.90  # of ZeRO-3's gathers and reductions behind compute (overlap_comm); all-to-alls never hide
     memory: float = 0.90
-    reserved: float = 4e9  # device context, communication library, fragments
-    latency: float = 40e-6  # of one collective
+    reserved: float = 4e9  # bytes: device context, communication library, fragments
+    latency: float = 40e-6  # seconds of one collective
 
 
 DEVICES = {

@@ -1,20 +1,21 @@
-"""Evaluates layouts of a job and finds the best one, or the smallest number of nodes that holds the model."""
+"""Finds the fastest layout of a job that fits into memory, and the smallest number of nodes that holds the model."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd
 
+from trainer.engine.elastic import divisors
 from trainer.plan.devices import Device, Efficiency
 from trainer.plan.job import Job, Layout, Term
 from trainer.plan.memory import memory_terms
 from trainer.plan.traffic import time_terms
 
-MAX_NODES = 1024
+MAX_NODES, MAX_MICRO_BATCH = 1024, 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanResult:
-    """One layout: its terms, whether it fits, and if not why."""
+    """One layout: its terms, whether it fits into `limit` bytes of usable memory, and if not why."""
 
     layout: Layout
     memory: list[Term]
@@ -23,7 +24,7 @@ class PlanResult:
     refusal: str = ""  # why the layout cannot be started at all
 
     def value(self, name: str) -> float:
-        """A term by name."""
+        """The value of the term with this name."""
         return next(term.value for term in (*self.memory, *self.time) if term.name == name)
 
     @property
@@ -33,7 +34,7 @@ class PlanResult:
 
     @property
     def images_per_second(self) -> float:
-        """Over all ranks."""
+        """Images that all ranks together train on per second."""
         return self.layout.global_batch_size / self.value("step")
 
     @property
@@ -59,18 +60,17 @@ def evaluate(job: Job, layout: Layout, device: Device, efficiency: Efficiency, r
     )
 
 
-def _divisors(number: int, limit: int) -> list[int]:
-    return [n for n in range(1, min(number, limit) + 1) if number % n == 0]
-
-
 def layouts(job: Job, world_size: int, images_per_rank: int) -> Iterator[Layout]:
-    """Every ep_size x ZeRO stage x micro-batch x recomputation that divides what it has to."""
+    """Every ep_size, ZeRO stage, micro-batch size and recomputation that a run would accept.
+
+    The micro-batch divides `images_per_rank` and is whole expert pools; ep_size divides processes and experts.
+    """
     group = job.config.moe.group_size if job.counts.num_moe else 1
     shared = gcd(job.config.moe.num_experts, world_size) if job.counts.num_moe else 1
-    for micro in _divisors(images_per_rank, 256):
-        if group and micro % group:
+    for micro in divisors(images_per_rank):
+        if micro > MAX_MICRO_BATCH or (group and micro % group):
             continue
-        for ep_size in _divisors(shared, shared):
+        for ep_size in divisors(shared):
             for stage in (1, 2, 3):
                 for recompute in (False, True):
                     yield Layout(

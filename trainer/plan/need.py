@@ -1,17 +1,14 @@
-"""Whether a run's memory, as the planner counts it, fits into what a process has."""
+"""Whether the memory that a process of a job needs, as the planner counts it, fits into what it has."""
 
 from dataclasses import dataclass
 
-from trainer.loop.start_checks import Plan
-from trainer.plan.devices import Efficiency
-from trainer.plan.job import Job, configured_layout
+from trainer.plan.devices import GB, Efficiency
+from trainer.plan.job import Job, Layout
 from trainer.plan.memory import memory_terms
-
-GB = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Need:
+class MemoryNeed:
     """Bytes that a process needs: its `state` lasts and is counted exactly, its `peak` is an estimate."""
 
     layout: str
@@ -31,22 +28,15 @@ class Need:
         return self._sentence(f"about {self.peak / GB:.1f} GB at its peak")
 
     def _sentence(self, what: str) -> str:
-        """The same words on every node, so that what is wrong on all of them is no node's fault."""
+        """The same words on every node: a problem that all nodes report alike is no node's fault."""
         return (
             f"a process needs {what} ({self.layout}), more than is free: use more nodes or another layout, "
             "`python -m trainer.plan` says which"
         )
 
 
-def job_of(plan: Plan) -> Job:
-    """The planner's view of a run."""
-    zero = plan.deepspeed_config["zero_optimization"]
-    return Job(config=plan.config, shape=plan.model_shape, text_tokens=plan.dataset.info.max_tokens, zero=zero)
-
-
-def memory_need(plan: Plan, job: Job, *, on_device: bool) -> Need:
-    """What a process of the run needs; a device's own share (context, communication) only where there is one."""
-    layout, _ = configured_layout(plan.config, plan.world.size, plan.topology.zero_stage)
+def memory_need(job: Job, layout: Layout, *, on_device: bool) -> MemoryNeed:
+    """What a process needs; a device's own share (context, communication) only where there is one."""
     terms = {term.name: term.value for term in memory_terms(job, layout, Efficiency())}
     state = sum(terms[name] for name in ("weights", "gradients", "optimizer", "average"))
-    return Need(layout=str(layout), state=state, peak=terms["peak"] - (0.0 if on_device else terms["reserved"]))
+    return MemoryNeed(layout=str(layout), state=state, peak=terms["peak"] - (0.0 if on_device else terms["reserved"]))
