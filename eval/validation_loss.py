@@ -13,7 +13,7 @@ from trainer.data.batches import MicroBatch
 from trainer.data.dataset import Batch, LatentDataset
 from trainer.data.loader import encode_captions, pad_batch, read_batch
 from trainer.diffusion.flow import interpolate
-from trainer.diffusion.pipeline import Pipeline
+from trainer.pipeline import Pipeline
 from trainer.randomness import sample_generator
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -34,7 +34,7 @@ def fixed_samples(dataset: LatentDataset, count: int, batch_size: int) -> list[B
             raw = read_batch(dataset, MicroBatch(samples=part, indices=part), caption_dropout=0.0, seed=SEED)
             if dataset.online_encoder is not None:
                 raw = encode_captions(dataset.online_encoder, raw)
-            batches.append(pad_batch(raw, max_tokens=dataset.info.max_tokens, dim=dataset.info.text_dim))
+            batches.append(pad_batch(raw, max_tokens=dataset.info.max_tokens))
     return batches
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from trainer.config import require, run_cli
-from trainer.diffusion.pipeline import Pipeline
 from trainer.diffusion.sampling import picture_grid
+from trainer.pipeline import Pipeline
 
 
 def main(argv: list[str] | None = None) -> None:

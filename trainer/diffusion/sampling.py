@@ -1,4 +1,4 @@
-"""Drawing pictures from captions: the text batch, guidance and decoding shared by training and pipeline.
+"""From captions to pictures: text batch, solver, decoding; for the grids of training and for a finished model alike.
 
 Shapes: N images, L text tokens, D text width, C x H x W latent.
 """
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from moe.routing import RoutingStats
 from trainer.config import DiffusionConfig
+from trainer.data.loader import pad_text
 from trainer.diffusion.model import ModelShape
-from trainer.diffusion.solver import guided, initial_noise, sample
+from trainer.diffusion.solver import guided, initial_noise, solve
 from trainer.encoders.build import ImageCodec
 
 Observer = Callable[[float, list[RoutingStats]], None]
@@ -25,17 +26,6 @@ class TextBatch:
 
     text_BLD: Tensor
     mask_BL: Tensor
-
-
-def pad_text(tokens: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
-    """Unpadded token rows [n_i, D] -> [N, L, D] fp32 and their mask [N, L]; L is at least `length`."""
-    length = max([length, *(len(t) for t in tokens)])
-    text = torch.zeros(len(tokens), length, tokens[0].shape[-1])
-    mask = torch.zeros(len(tokens), length, dtype=torch.bool)
-    for row, token in enumerate(tokens):
-        text[row, : len(token)] = token
-        mask[row, : len(token)] = True
-    return text, mask
 
 
 def text_batch(captions: Sequence[Tensor], empty: Tensor, length: int) -> TextBatch:
@@ -61,7 +51,7 @@ def draw(
         return out
 
     noise = initial_noise(seeds, (shape.channels, shape.height, shape.width)).to(device)
-    return sample(noise, guided(velocity, config, len(seeds)), config)
+    return solve(noise, guided(velocity, config, len(seeds)), config)
 
 
 def to_pictures(latent_NCHW: Tensor, codec: ImageCodec, mean_C: Tensor, std_C: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd
 
+from trainer.engine.elastic import divisors
 from trainer.plan.devices import Device, Efficiency
 from trainer.plan.job import Job, Layout, Term
 from trainer.plan.memory import memory_terms
@@ -59,18 +60,14 @@ def evaluate(job: Job, layout: Layout, device: Device, efficiency: Efficiency, r
     )
 
 
-def _divisors(number: int, limit: int) -> list[int]:
-    return [n for n in range(1, min(number, limit) + 1) if number % n == 0]
-
-
 def layouts(job: Job, world_size: int, images_per_rank: int) -> Iterator[Layout]:
     """Every ep_size x ZeRO stage x micro-batch x recomputation that divides what it has to."""
     group = job.config.moe.group_size if job.counts.num_moe else 1
     shared = gcd(job.config.moe.num_experts, world_size) if job.counts.num_moe else 1
-    for micro in _divisors(images_per_rank, 256):
-        if group and micro % group:
+    for micro in divisors(images_per_rank):
+        if micro > 256 or (group and micro % group):
             continue
-        for ep_size in _divisors(shared, shared):
+        for ep_size in divisors(shared):
             for stage in (1, 2, 3):
                 for recompute in (False, True):
                     yield Layout(

@@ -31,7 +31,7 @@ class Pipeline:
         self.config, self.info, self.step = config, info, step
         self.origin = "untrained" if weights is None else origin
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.shape = ModelShape(channels=info.channels, height=info.height, width=info.width, text_dim=info.text_dim)
+        self.shape = ModelShape.of(info)
         self.model = EcDit(config.model, config.moe, self.shape, MoeLayer)
         if weights is None:
             init_weights(self.model, config.seed)
