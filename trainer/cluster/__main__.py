@@ -28,11 +28,11 @@ def check(args: argparse.Namespace) -> None:
     if args.world_size:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the head may have no GPU
         from trainer.distributed import World
-        from trainer.loop.start_checks import plan_run
+        from trainer.loop.start_checks import check_start
 
-        plan = plan_run(config, World(rank=0, local_rank=0, size=args.world_size, local_size=args.local_size))
+        run = check_start(config, World(rank=0, local_rank=0, size=args.world_size, local_size=args.local_size))
         last = config.train.stop_at_step or config.train.max_steps
-        done = plan.checkpoint is not None and newest_step(Path(config.run_dir)) >= last
+        done = run.checkpoint is not None and newest_step(Path(config.run_dir)) >= last
     print(Path(config.run_dir).resolve(), config.data.images, *["done"] * done, sep="\n")
 
 

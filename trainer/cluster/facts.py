@@ -18,7 +18,7 @@ from trainer.checkpoint.state import git_commit
 from trainer.cluster.fit import job_of, memory_need
 from trainer.config import ConfigError, TrainConfig, require
 from trainer.distributed import World
-from trainer.loop.start_checks import Plan, plan_run
+from trainer.loop.start_checks import CheckedRun, check_start
 from trainer.plan.memory import checkpoint_bytes
 
 WRITE_BYTES = 1 << 26
@@ -112,17 +112,17 @@ def _driver(index: int, problems: list[str]) -> str:
     return driver
 
 
-def _check_run(config: TrainConfig, world: World) -> Plan:
+def _check_run(config: TrainConfig, world: World) -> CheckedRun:
     """The checks of a start, and a sample read from the data."""
-    plan = plan_run(config, world)
-    plan.dataset.read(world.rank % len(plan.dataset))
-    return plan
+    run = check_start(config, world)
+    run.dataset.read(world.rank % len(run.dataset))
+    return run
 
 
-def _check_room(plan: Plan, device_free: float, memory: float, warnings: list[str]) -> None:
+def _check_room(run: CheckedRun, device_free: float, memory: float, warnings: list[str]) -> None:
     """Room for a process in its device or its share of the node's memory (GiB), and for two checkpoints on the disk."""
-    job, run_dir = job_of(plan), plan.config.run_dir
-    need, available = memory_need(plan, job, on_device=device_free > 0), (device_free or memory) * GIB
+    job, run_dir = job_of(run), run.config.run_dir
+    need, available = memory_need(run, job, on_device=device_free > 0), (device_free or memory) * GIB
     if warning := need.warning(available):
         warnings.append(warning)
     require(not need.problem(available), need.problem(available))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trainer.loop.start_checks import Plan
+from trainer.loop.start_checks import CheckedRun
 from trainer.plan.devices import Efficiency
 from trainer.plan.job import Job, configured_layout
 from trainer.plan.memory import memory_terms
@@ -38,15 +38,15 @@ class Need:
         )
 
 
-def job_of(plan: Plan) -> Job:
+def job_of(run: CheckedRun) -> Job:
     """The planner's view of a run."""
-    zero = plan.deepspeed_config["zero_optimization"]
-    return Job(config=plan.config, shape=plan.model_shape, text_tokens=plan.dataset.info.max_tokens, zero=zero)
+    zero = run.deepspeed_config["zero_optimization"]
+    return Job(config=run.config, shape=run.model_shape, text_tokens=run.dataset.info.max_tokens, zero=zero)
 
 
-def memory_need(plan: Plan, job: Job, *, on_device: bool) -> Need:
+def memory_need(run: CheckedRun, job: Job, *, on_device: bool) -> Need:
     """What a process of the run needs; a device's own share (context, communication) only where there is one."""
-    layout, _ = configured_layout(plan.config, plan.world.size, plan.topology.zero_stage)
+    layout, _ = configured_layout(run.config, run.world.size, run.topology.zero_stage)
     terms = {term.name: term.value for term in memory_terms(job, layout, Efficiency())}
     state = sum(terms[name] for name in ("weights", "gradients", "optimizer", "average"))
     return Need(layout=str(layout), state=state, peak=terms["peak"] - (0.0 if on_device else terms["reserved"]))
