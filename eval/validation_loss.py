@@ -34,7 +34,7 @@ def fixed_samples(dataset: LatentDataset, count: int, batch_size: int) -> list[B
             raw = read_batch(dataset, MicroBatch(samples=part, indices=part), caption_dropout=0.0, seed=SEED)
             if dataset.online_encoder is not None:
                 raw = encode_captions(dataset.online_encoder, raw)
-            batches.append(pad_batch(raw, max_tokens=dataset.info.max_tokens))
+            batches.append(pad_batch(raw, max_tokens=dataset.info.max_tokens, dim=dataset.info.text_dim))
     return batches
 
 

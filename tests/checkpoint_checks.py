@@ -87,7 +87,7 @@ def load(world: World, folder: Path, origin: str, ep_size: str, stage: str, *ove
     saved = read_state(folder / origin / step)
     check_optimizer(trainer, saved)
     again = replace(trainer.config, run_dir=str(run_dir / "again"))
-    plan = trainer.plan
+    plan = trainer.checked
     path = save_checkpoint(
         trainer.engine, trainer.ema, trainer.state, again, plan.topology, plan.dataset.info, plan.world
     )

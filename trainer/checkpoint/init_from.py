@@ -20,10 +20,10 @@ from trainer.checkpoint.load import fill
 from trainer.checkpoint.upcycle import Upcycled, check_upcycle
 from trainer.config import ConfigError, TrainConfig, config_from_dict, require
 from trainer.data.dataset import LatentInfo
-from trainer.data.tokens import pool_sizes
 from trainer.diffusion.model import EcDit, ModelShape
 from trainer.distributed import World
 from trainer.engine.zero_state import master_shards, publish_master
+from trainer.settings.tokens import token_counts
 
 _DATA_KEYS = {"codec": "data.codec", "text_encoder": "data.text_encoder"}
 
@@ -68,7 +68,9 @@ def _is_upcycled(old: TrainConfig, config: TrainConfig) -> bool:
 
 def _check_moe(folder: Path, old: TrainConfig, config: TrainConfig, info: LatentInfo) -> None:
     if _is_upcycled(old, config):
-        check_upcycle(config.moe, sorted(pool_sizes(config, info.sizes)), f"init_from={folder}")
+        sizes = [(height, width) for height, width in info.buckets or [[info.height, info.width]]]
+        counts = token_counts(sizes, config.model.patch_size, config.diffusion.mask_ratio)
+        check_upcycle(config.moe, counts, f"init_from={folder}")
         return
     require(
         _moe_blocks(old) == _moe_blocks(config),

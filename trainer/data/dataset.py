@@ -15,10 +15,10 @@ from trainer.data.latents.shard_dataset import ShardDataset
 from trainer.data.latents.staging import build_stage
 from trainer.data.loader import build_loader, load_batches
 from trainer.data.order import build_layout
-from trainer.data.tokens import check_latent_size
 from trainer.encoders.build import TextEncoder, build_codec, build_text_encoder
-from trainer.errors import require
+from trainer.errors import ConfigError, require
 from trainer.settings.data import DataConfig
+from trainer.settings.tokens import token_counts
 
 __all__ = ["Batch", "DataState", "LatentDataset", "LatentInfo", "build_loader", "load_batches", "open_dataset"]
 
@@ -60,6 +60,21 @@ def open_dataset(config: TrainConfig) -> LatentDataset:
         online_encoder=online,
         stage=build_stage(data.stage_dir, data.stage_gb, folders[0].fingerprint),
     )
+
+
+def check_latent_size(config: TrainConfig, height: int, width: int, where: str = "") -> None:
+    """Raise ConfigError if a latent cannot be cut into patches, or has too few of them for the experts."""
+    patch = config.model.patch_size
+    require(
+        height % patch == 0 and width % patch == 0,
+        f"model.patch_size={patch} does not divide the latent of {height} x {width}{where}",
+    )
+    counts = token_counts([(height, width)], patch, config.diffusion.mask_ratio) if config.moe.every else []
+    try:
+        for count in reversed(counts):
+            config.moe.capacity(count)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _describe(

@@ -3,7 +3,7 @@
 Shapes: B samples, C x H x W latent, L text tokens, D text width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -81,9 +81,9 @@ def load_batches(
     read = partial(read_batch, dataset, caption_dropout=config.data.caption_dropout, seed=config.seed)
     if dataset.online_encoder is not None:  # in this process, where the GPU is; workers read meanwhile
         online = partial(encode_captions, dataset.online_encoder)
-        finish = partial(pad_batch, max_tokens=dataset.info.max_tokens)
+        finish = partial(pad_batch, max_tokens=dataset.info.max_tokens, dim=dataset.info.text_dim)
         return map(then, map(finish, map(online, _run(read, positions, config.data.num_workers))))
-    whole = partial(_read_and_pad, read, then, dataset.info.max_tokens)
+    whole = partial(_read_and_pad, read, then, dataset.info.max_tokens, dataset.info.text_dim)
     return _run(whole, positions, config.data.num_workers)
 
 
@@ -151,27 +151,19 @@ def encode_captions(encoder: TextEncoder, raw: RawBatch) -> RawBatch:
     return RawBatch(latent_BCHW=raw.latent_BCHW, texts=texts, index_B=raw.index_B)
 
 
-def pad_text(tokens: Sequence[Tensor], length: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Rows of text tokens [n_i, D] -> [N, L, D] and their mask [N, L], True at real tokens; L is at least `length`."""
-    length = max([length, *(len(row) for row in tokens)])
-    text_NLD = torch.zeros(len(tokens), length, tokens[0].shape[-1], dtype=dtype)
-    mask_NL = torch.zeros(len(tokens), length, dtype=torch.bool)
-    for number, row in enumerate(tokens):
-        text_NLD[number, : len(row)] = row
-        mask_NL[number, : len(row)] = True
-    return text_NLD, mask_NL
-
-
-def pad_batch(raw: RawBatch, *, max_tokens: int) -> Batch:
-    """Pad encoded text to [B, max_tokens, D]; what is stored in fp16 stays so, for it is most of a batch's bytes."""
-    texts = [text for text in raw.texts if isinstance(text, Tensor)]
-    assert len(texts) == len(raw.texts), "captions are encoded before they are padded"
-    halves = all(text.dtype == torch.float16 for text in texts)
-    text_BLD, mask_BL = pad_text(texts, max_tokens, torch.float16 if halves else torch.float32)
+def pad_batch(raw: RawBatch, *, max_tokens: int, dim: int) -> Batch:
+    """Pad encoded text to [B, max_tokens, dim]; what is stored in fp16 stays so, for it is most of a batch's bytes."""
+    halves = all(isinstance(text, Tensor) and text.dtype == torch.float16 for text in raw.texts)
+    text_BLD = torch.zeros(len(raw.texts), max_tokens, dim, dtype=torch.float16 if halves else torch.float32)
+    mask_BL = torch.zeros(len(raw.texts), max_tokens, dtype=torch.bool)
+    for row, text in enumerate(raw.texts):
+        assert isinstance(text, Tensor)
+        text_BLD[row, : len(text)] = text
+        mask_BL[row, : len(text)] = True
     return Batch(latent_BCHW=raw.latent_BCHW, text_BLD=text_BLD, text_mask_BL=mask_BL, index_B=raw.index_B)
 
 
 def _read_and_pad(
-    read: Callable[[MicroBatch], RawBatch], then: Callable[[Batch], T], max_tokens: int, micro: MicroBatch
+    read: Callable[[MicroBatch], RawBatch], then: Callable[[Batch], T], max_tokens: int, dim: int, micro: MicroBatch
 ) -> T:
-    return then(pad_batch(read(micro), max_tokens=max_tokens))
+    return then(pad_batch(read(micro), max_tokens=max_tokens, dim=dim))

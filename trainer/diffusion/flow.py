@@ -16,9 +16,9 @@ from torch import Tensor
 
 from trainer.config import DiffusionConfig
 from trainer.data.latents.interface import Batch
-from trainer.data.tokens import num_image_tokens, num_kept_tokens
 from trainer.diffusion.layers import patchify
 from trainer.randomness import sample_generator
+from trainer.settings.tokens import num_image_tokens, num_kept_tokens
 
 Time = TypeVar("Time", float, Tensor)
 

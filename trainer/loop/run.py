@@ -49,7 +49,7 @@ def _train_locked(checked: CheckedRun, device: torch.device, stop: StopSignal) -
     lock = RunLock(Path(config.run_dir))
     from_main(world, lock.acquire)
     try:
-        # Chosen again under the lock, and verified whole: while `check_start` looked, another job may have been writing.
+        # Chosen again under the lock, and verified whole: another job may have written while `check_start` looked.
         checkpoint, notes = choose_checkpoint(config, checked.topology, info.fingerprint, world)
         checked = replace(checked, checkpoint=checkpoint)
         if checked.init_from is not None:

@@ -9,14 +9,14 @@ from trainer.checkpoint.init_from import check_init
 from trainer.checkpoint.resume import check_resumable, find_candidate
 from trainer.checkpoint.state import Topology, read_state
 from trainer.config import TrainConfig, require
-from trainer.data.dataset import LatentDataset, LatentInfo, open_dataset
-from trainer.data.tokens import check_latent_size, pool_sizes
+from trainer.data.dataset import LatentDataset, LatentInfo, check_latent_size, open_dataset
 from trainer.diffusion.model import ModelShape
 from trainer.distributed import World
 from trainer.engine.deepspeed_config import load_deepspeed_config, zero_stage
 from trainer.engine.elastic import adapt
 from trainer.loop.run_lock import LOCK_NAME
 from trainer.loop.sample_grid import GridSampler
+from trainer.settings.tokens import token_counts
 
 # Put there by batch scripts, or (the first) by a start of an older version that was killed.
 _LEFTOVERS = ("config.yaml.tmp", "logs", "failures.json", "bad_nodes")
@@ -100,8 +100,11 @@ def _check_batch(config: TrainConfig, dataset: LatentDataset, world: World) -> N
 
 def rounded_capacities(config: TrainConfig, info: LatentInfo) -> Iterator[str]:
     """One sentence for each token count at which the experts' capacity had to be rounded down."""
+    if not config.moe.every:
+        return
     per_pool = config.moe.pool_images(config.train.micro_batch_size)
-    for count in (per_pool * tokens for tokens in pool_sizes(config, [(info.height, info.width)])):
+    tokens = token_counts([(info.height, info.width)], config.model.patch_size, config.diffusion.mask_ratio)
+    for count in (per_pool * num_tokens for num_tokens in reversed(tokens)):
         exact, used = config.moe.exact_capacity(count), config.moe.capacity(count)
         if exact != used:
             yield (

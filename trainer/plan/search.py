@@ -10,7 +10,7 @@ from trainer.plan.job import Job, Layout, Term
 from trainer.plan.memory import memory_terms
 from trainer.plan.traffic import time_terms
 
-MAX_NODES = 1024
+MAX_NODES, MAX_MICRO_BATCH = 1024, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def layouts(job: Job, world_size: int, images_per_rank: int) -> Iterator[Layout]
     group = job.config.moe.group_size if job.counts.num_moe else 1
     shared = gcd(job.config.moe.num_experts, world_size) if job.counts.num_moe else 1
     for micro in divisors(images_per_rank):
-        if micro > 256 or (group and micro % group):
+        if micro > MAX_MICRO_BATCH or (group and micro % group):
             continue
         for ep_size in divisors(shared):
             for stage in (1, 2, 3):

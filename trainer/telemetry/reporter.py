@@ -11,9 +11,9 @@ from torch import Tensor
 from moe.routing import RoutingStats
 from trainer.config import TrainConfig
 from trainer.data.latents.interface import LatentInfo
-from trainer.data.tokens import num_image_tokens, num_kept_tokens
 from trainer.diffusion.model import ModelShape
 from trainer.distributed import World
+from trainer.settings.tokens import num_image_tokens, num_kept_tokens
 from trainer.telemetry.flops import peak_tflops, training_flops
 from trainer.telemetry.metrics import MetricsLog
 from trainer.telemetry.routing_metrics import router_histograms, router_metrics, vector_size

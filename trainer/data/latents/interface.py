@@ -34,11 +34,6 @@ class LatentInfo:
     buckets: list[list[int]] = field(default_factory=list)
 
     @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of the latents of every bucket."""
-        return [(height, width) for height, width in self.buckets or [[self.height, self.width]]]
-
-    @property
     def mean_C(self) -> Tensor:  # noqa: N802
         """What is subtracted from each latent channel, fp32."""
         return torch.tensor(self.mean)
