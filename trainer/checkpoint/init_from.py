@@ -22,7 +22,7 @@ from trainer.config import ConfigError, TrainConfig, config_from_dict, require
 from trainer.data.dataset import LatentInfo
 from trainer.diffusion.model import EcDit, ModelShape
 from trainer.distributed import World
-from trainer.engine.zero_state import master_shards, publish_master
+from trainer.engine.zero_state import master_pieces, publish_master
 from trainer.settings.tokens import token_counts
 
 _DATA_KEYS = {"codec": "data.codec", "text_encoder": "data.text_encoder"}
@@ -141,7 +141,7 @@ def load_init(folder: Path, engine: Any, config: TrainConfig) -> None:
     def read() -> None:
         reader = ExportReader(folder)
         source = _source(reader, config)
-        fill((shard.values, shard.offset, partial(source.read_into, name)) for name, shard in master_shards(engine))
+        fill((piece.values, piece.offset, partial(source.read_into, name)) for name, piece in master_pieces(engine))
         reader.close()
 
     with refused(f"init_from={folder} cannot be read"):
