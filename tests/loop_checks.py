@@ -11,7 +11,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ import deepspeed
 import torch
 
 from trainer.checkpoint.folder import list_checkpoints
-from trainer.config import load_config
+from trainer.config import ConfigError, load_config
 from trainer.data.batches import DataState, micro_batches
 from trainer.data.dataset import LatentDataset
 from trainer.data.latents.shard_file import Sample
 from trainer.diffusion.flow import NoisedBatch
-from trainer.distributed import PeerError, World, detect_world, from_main, init_distributed
+from trainer.distributed import PeerError, World, detect_world, from_main, init_distributed, on_all
 from trainer.engine.zero_state import gather_master
 from trainer.loop import loop
 from trainer.loop.bad_steps import DivergedError
@@ -323,6 +323,36 @@ def a_lost_lock_ends_the_run_unsaved(world: World, folder: Path) -> None:
         trainer.lock.release()
         assert other.holder() is not None, "the new holder keeps its lock"
         other.release()
+
+
+def ranks_agree_on_errors(world: World, folder: Path) -> None:
+    """What fails on one rank is raised on all, in kind and words that all of them can act on."""
+    assert on_all(lambda: world.rank * 10) == [0, 10]
+    assert from_main(world, lambda: f"from {world.rank}") == "from 0"
+    mine, other = OSError("disk"), ConfigError("seed is -1: use 0 or more")
+
+    def fail(error: Exception, *, on: int) -> None:
+        if world.rank == on:
+            raise error
+
+    for kind, expected in ((mine, PeerError), (other, ConfigError)):
+        for rank in (0, 1):
+            found = caught(lambda kind=kind, rank=rank: on_all(lambda: fail(kind, on=rank)))  # type: ignore[misc]
+            if world.rank == rank:
+                assert found is kind
+            else:
+                assert type(found) is expected and str(kind) in str(found), found
+    assert type(caught(lambda: from_main(world, lambda: fail(mine, on=0)))) is (OSError if world.is_main else PeerError)
+    both = caught(lambda: on_all(lambda: fail([other, mine][world.rank], on=world.rank)))
+    assert both is [other, mine][world.rank], "each rank that failed raises its own"
+
+
+def caught(action: Callable[[], object]) -> Exception:
+    try:
+        action()
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
 
 
 if __name__ == "__main__":

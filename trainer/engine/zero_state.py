@@ -225,8 +225,8 @@ def publish_master(engine: Any) -> None:
     if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
         optimizer.update_lp_params()  # stages 1 and 2: each rank casts its part, then the parts are gathered
         return
-    # Stage 3 keeps the working weights cut as the masters are: each rank casts its parts. Small parameters stay whole on
-    # all ranks (stage3_param_persistence_threshold), so they are cut before that and gathered after it.
+    # Stage 3 keeps the working weights cut as the masters are: each rank casts its parts. Small parameters stay whole
+    # on all ranks (stage3_param_persistence_threshold): they are cut before that and gathered after it.
     if optimizer.persistent_parameters:
         optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
     for i in range(len(optimizer.fp32_partitioned_groups_flat)):
