@@ -19,6 +19,7 @@ from typing import Any
 import deepspeed
 import torch
 
+from benchmarks.whole_weights import gather_master
 from trainer.checkpoint.folder import list_checkpoints
 from trainer.config import ConfigError, load_config
 from trainer.data.batches import DataState, micro_batches
@@ -26,7 +27,6 @@ from trainer.data.dataset import LatentDataset
 from trainer.data.latents.shard_file import Sample
 from trainer.diffusion.flow import NoisedBatch
 from trainer.distributed import PeerError, World, detect_world, from_main, init_distributed, on_all
-from trainer.engine.zero_state import gather_master
 from trainer.loop import loop
 from trainer.loop.bad_steps import DivergedError
 from trainer.loop.leaving import build_arrival_group

@@ -49,23 +49,22 @@ class World:
         return self.rank == 0
 
 
+_VARIABLES = (  # rank, rank on the node, processes, processes on the node: of torchrun and its like, of Open MPI
+    ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+)
+
+
 def detect_world() -> World:
     """Read the launcher's variables; connects to nothing."""
-    env = os.environ
-    if "RANK" in env:
-        return World(
-            rank=int(env["RANK"]),
-            local_rank=int(env.get("LOCAL_RANK", 0)),
-            size=int(env["WORLD_SIZE"]),
-            local_size=int(env.get("LOCAL_WORLD_SIZE", 0)),
-        )
-    if "OMPI_COMM_WORLD_RANK" in env:
-        return World(
-            rank=int(env["OMPI_COMM_WORLD_RANK"]),
-            local_rank=int(env["OMPI_COMM_WORLD_LOCAL_RANK"]),
-            size=int(env["OMPI_COMM_WORLD_SIZE"]),
-            local_size=int(env["OMPI_COMM_WORLD_LOCAL_SIZE"]),
-        )
+    for rank, local_rank, size, local_size in _VARIABLES:
+        if rank in os.environ:
+            return World(
+                rank=int(os.environ[rank]),
+                local_rank=int(os.environ.get(local_rank, 0)),
+                size=int(os.environ[size]),
+                local_size=int(os.environ.get(local_size, 0)),
+            )
     return World(rank=0, local_rank=0, size=1)
 
 

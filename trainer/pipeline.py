@@ -68,7 +68,7 @@ class Pipeline:
         """
         empty = self.text_encoder.encode([""])[0]
         batch = text_batch(self.text_encoder.encode(captions), empty, self.info.max_tokens)
-        text, mask = batch.text_BLD.to(self.device), batch.mask_BL.to(self.device)
+        text, mask = (part.to(self.device) for part in batch)
         cache = self.model.cache_text(text)
 
         def forward(x: Tensor, t_B: Tensor, rows: slice) -> tuple[Tensor, list[RoutingStats]]:

@@ -4,7 +4,6 @@ Shapes: N images, L text tokens, D text width, C x H x W latent.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,14 +18,6 @@ Observer = Callable[[float, list[RoutingStats]], None]
 Forward = Callable[[Tensor, Tensor, slice], tuple[Tensor, list[RoutingStats]]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextBatch:
-    """Captions in the first half of the rows, the empty caption in the second: [2N, L, D] and [2N, L]."""
-
-    text_BLD: Tensor
-    mask_BL: Tensor
-
-
 def pad_text(tokens: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
     """Unpadded token rows [n_i, D] -> [N, L, D] fp32 and their mask [N, L]; L is at least `length`."""
     length = max([length, *(len(t) for t in tokens)])
@@ -38,10 +29,9 @@ def pad_text(tokens: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
     return text, mask
 
 
-def text_batch(captions: Sequence[Tensor], empty: Tensor, length: int) -> TextBatch:
-    """Stack captions over as many empty captions, for guidance in one batch."""
-    text, mask = pad_text([*captions, *[empty] * len(captions)], length)
-    return TextBatch(text_BLD=text, mask_BL=mask)
+def text_batch(captions: Sequence[Tensor], empty: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Captions over as many empty captions, for guidance in one batch: text [2N, L, D] and its mask [2N, L]."""
+    return pad_text([*captions, *[empty] * len(captions)], length)
 
 
 def draw(

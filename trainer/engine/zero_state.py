@@ -1,7 +1,7 @@
 """The fp32 state that ZeRO left on this rank, as pieces of named tensors: master weights and optimizer moments.
 
-One view for all stages, with the optimizer on the GPU or offloaded to the host, on which initialisation, EMA,
-checkpoints and the tests' gather stand. DeepSpeed 0.19.8 keeps the master weights in flat tensors, on which torch's
+One view for all stages, with the optimizer on the GPU or offloaded to the host, on which initialisation, EMA and
+checkpoints stand. DeepSpeed 0.19.8 keeps the master weights in flat tensors, on which torch's
 optimizer steps:
 
 - Stages 1 and 2 lay the parameters of a group end to end and cut that into equal parts, one for each rank. A rank
@@ -187,36 +187,6 @@ def prepare_moments(engine: Any, kinds: Iterable[str], step: float) -> None:
             if kind not in state:
                 state[kind] = torch.zeros_like(flat.detach())
         state["step"] = torch.tensor(float(step), dtype=torch.float32, device=flat.device)  # fused: beside its tensor
-
-
-def assemble(pieces: Iterable[tuple[str, TensorPiece]]) -> dict[str, Tensor]:
-    """Put the pieces of all ranks together: {name: full fp32 tensor, all experts}.
-
-    Raises ValueError naming parameters that the pieces do not cover exactly once.
-    """
-    full: dict[str, Tensor] = {}
-    missing: dict[str, int] = {}
-    for name, piece in pieces:
-        if name not in full:
-            full[name] = torch.empty(piece.logical_shape, dtype=torch.float32)
-            missing[name] = full[name].numel()
-        full[name].view(-1)[piece.offset : piece.offset + piece.values.numel()] = piece.values
-        missing[name] -= piece.values.numel()
-    gaps = [name for name, count in missing.items() if count != 0]
-    if gaps or not full:
-        raise ValueError(f"the shards do not cover {', '.join(gaps[:3]) or 'any parameter'}")
-    return full
-
-
-def gather_master(engine: Any) -> dict[str, Tensor]:
-    """The full fp32 weights on every rank, through host memory: for tests and small models. Collective."""
-    mine = [(name, replace(piece, values=piece.values.cpu().clone())) for name, piece in master_pieces(engine)]
-    parts: list[Any] = [None] * deepspeed.comm.get_world_size()
-    torch.distributed.all_gather_object(parts, mine)
-    places: dict[tuple[str, int, int], tuple[str, TensorPiece]] = {}
-    for name, piece in (piece for part in parts for piece in part):
-        places[name, piece.first_expert, piece.start] = (name, piece)  # unpartitioned pieces are on all ranks
-    return assemble(places.values())
 
 
 def publish_master(engine: Any) -> None:

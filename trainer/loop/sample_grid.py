@@ -47,7 +47,7 @@ class GridSampler:
     @torch.no_grad()
     def draw(self, engine: Any) -> Tensor:
         """Sample all prompts with the engine's current weights: uint8 [H, W, 3] on every rank. Collective."""
-        text, mask = self.text.text_BLD.to(self.device), self.text.mask_BL.to(self.device)
+        text, mask = (part.to(self.device) for part in self.text)
         engine.eval()
         latent = draw(
             lambda x, t, rows: engine(x, t, text[rows], mask[rows]),
