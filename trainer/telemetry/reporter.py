@@ -27,7 +27,7 @@ class Reporter:
     | `loss`               | mean over the steps since the last report and over all samples                |
     | `grad_norm`          | global norm before clipping, of the last step                                 |
     | `images_per_second`  | over all processes; sample grids and checkpoints are not part of the time     |
-    | `tflops_per_second`  | model TFLOP/s per device (trainer/telemetry/flops.py), from the same time               |
+    | `tflops_per_second`  | model TFLOP/s per device (telemetry/flops.py), from the same time             |
     | `mfu`                | its share of the device's dense bf16 peak; only in bf16 on a device we know   |
     | `bad_steps`          | steps skipped since the run's start                                           |
     | `memory_gb`          | largest memory so far: allocated on the device, or of the process on a CPU     |
