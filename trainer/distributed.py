@@ -106,24 +106,18 @@ def _free_port() -> str:
 
 def all_reduce_sum(values: Tensor) -> Tensor:
     """Sum over all processes, in place."""
-    import deepspeed.comm
-
-    deepspeed.comm.all_reduce(values)
+    torch.distributed.all_reduce(values)
     return values
 
 
 def all_reduce_mean(values: Tensor) -> Tensor:
     """Mean over all processes, in place; the sum is taken in the tensor's dtype."""
-    import deepspeed.comm
-
-    return all_reduce_sum(values).div_(deepspeed.comm.get_world_size())
+    return all_reduce_sum(values).div_(torch.distributed.get_world_size())
 
 
 def barrier() -> None:
     """Wait for all processes."""
-    import deepspeed.comm
-
-    deepspeed.comm.barrier()
+    torch.distributed.barrier()
 
 
 class PeerError(RuntimeError):
