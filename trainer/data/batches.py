@@ -1,7 +1,7 @@
 """The order in which samples are used, as a function of a small state: exact on any number of processes.
 
 Global batch t is a slice of the epoch's order; ranks, accumulation steps and workers only divide it up. What the
-order is, trainer/data/order.py says.
+order is, layout.py says.
 """
 
 from collections.abc import Iterator, Sequence
