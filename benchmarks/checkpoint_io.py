@@ -74,7 +74,7 @@ def build(dim: int, folder: Path, world: World) -> Bench:
         model=ModelConfig(dim=dim),
     )
     info = open_dataset(config).info
-    shape = ModelShape(channels=info.channels, height=info.height, width=info.width, text_dim=info.text_dim)
+    shape = ModelShape.of(info)
     device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     engine = build_engine(config, load_deepspeed_config(config, world.size), shape, device)
     state = DataState(seed=0, epoch=0, consumed=0, samples_seen=0)

@@ -26,7 +26,7 @@ from benchmarks.interleaved import write_json
 from benchmarks.validation_loss import validation_loss
 from trainer.config import TrainConfig, load_config, require, run_cli
 from trainer.diffusion.model import ModelShape
-from trainer.diffusion.pipeline import Pipeline
+from trainer.pipeline import Pipeline
 from trainer.plan.job import count_parameters
 from trainer.telemetry.flops import forward_multiply_adds
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.whole_weights import gather_master
 from moe.config import MoeConfig
 from moe.layer import auxiliary_loss
 from moe.oracle.layer import ReferenceMoe
@@ -34,7 +35,6 @@ from trainer.distributed import World, all_reduce_mean, detect_world, init_distr
 from trainer.engine.deepspeed_config import load_deepspeed_config
 from trainer.engine.engine import build_engine
 from trainer.engine.optim import build_optimizer
-from trainer.engine.zero_state import gather_master
 from trainer.randomness import keyed_generator
 
 GLOBAL_BATCH, ACCUMULATION, STEPS = 16, 2, 5

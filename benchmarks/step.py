@@ -27,14 +27,14 @@ from trainer.data.batches import DataState
 from trainer.data.latents.interface import LatentInfo
 from trainer.data.latents.shard_file import Sample
 from trainer.data.order import SampleLayout
+from trainer.diffusion.flow import NoisedBatch
 from trainer.distributed import World, all_reduce_mean, detect_world, init_distributed
 from trainer.encoders.build import TextEncoder
 from trainer.engine.deepspeed_config import load_deepspeed_config
 from trainer.engine.determinism import make_deterministic
 from trainer.engine.ema import Ema
 from trainer.engine.engine import build_engine
-from trainer.loop.prepared import Prepared, build_prepared, next_step
-from trainer.loop.step import train_step
+from trainer.loop.step import next_step, noised_batches, train_step
 from trainer.plan.arguments import parse as parse_plan
 from trainer.plan.command import plan
 from trainer.plan.job import Job
@@ -63,9 +63,9 @@ class Bench:
         self.timer = StepTimer(self.device)
         start = DataState(seed=0, epoch=0, consumed=0, samples_seen=0)
         data = RandomData(job, self.config.global_batch_size(world.size))
-        self.batches = build_prepared(data, self.config, rank=world.rank, world_size=world.size, state=start)
+        self.batches = noised_batches(data, self.config, rank=world.rank, world_size=world.size, state=start)
 
-    def step(self, number: int, micro_batches: list[Prepared]) -> list[Prepared]:
+    def step(self, number: int, micro_batches: list[NoisedBatch]) -> list[NoisedBatch]:
         """One step as the training loop takes it: update, average, then the data of the next one, then the loss."""
         result = train_step(
             self.engine, micro_batches, 1e-5, self.device, self.timer, patch_size=self.config.model.patch_size,

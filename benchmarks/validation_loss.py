@@ -8,8 +8,8 @@ from torch import Tensor
 
 from trainer.data.demo.scenes import held_out_scenes, render
 from trainer.diffusion.flow import interpolate
-from trainer.diffusion.pipeline import Pipeline
 from trainer.diffusion.sampling import pad_text
+from trainer.pipeline import Pipeline
 from trainer.randomness import keyed_generator
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)

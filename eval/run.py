@@ -34,8 +34,8 @@ from eval.standard_run import draw_and_score
 from trainer.checkpoint.export_reader import is_export
 from trainer.config import ConfigError, require, run_cli
 from trainer.data.demo.emoji import ATTRIBUTION
-from trainer.diffusion.pipeline import Pipeline
 from trainer.distributed import World, barrier, detect_world, init_distributed
+from trainer.pipeline import Pipeline
 
 MAPS_PER_TAG = 4
 WEIGHTS: tuple[Literal["ema", "untrained"], ...] = ("ema", "untrained")

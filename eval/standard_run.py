@@ -13,8 +13,8 @@ from eval.report import read_metrics
 from eval.scoring import ScoreConfig, check_all
 from eval.standard import score_pictures
 from trainer.config import ConfigError
-from trainer.diffusion.pipeline import Pipeline
 from trainer.distributed import barrier, detect_world, init_distributed
+from trainer.pipeline import Pipeline
 
 SHOWN_MAPS = 4  # prompts whose routing is drawn
 

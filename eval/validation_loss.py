@@ -13,7 +13,7 @@ from trainer.data.batches import MicroBatch
 from trainer.data.dataset import Batch, LatentDataset
 from trainer.data.loader import encode_captions, pad_batch, read_batch
 from trainer.diffusion.flow import interpolate
-from trainer.diffusion.pipeline import Pipeline
+from trainer.pipeline import Pipeline
 from trainer.randomness import sample_generator
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)

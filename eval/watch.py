@@ -27,7 +27,7 @@ from trainer.checkpoint.folder import fault, list_checkpoints
 from trainer.checkpoint.state import read_state
 from trainer.config import ConfigError, config_from_dict, require, run_cli
 from trainer.data.dataset import open_dataset
-from trainer.diffusion.pipeline import Pipeline
+from trainer.pipeline import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from trainer.loop.loop import Trainer
 from trainer.loop.run import prepare_run_folder
 from trainer.loop.run_lock import RunLock
 from trainer.loop.signals import StopSignal
-from trainer.loop.start_checks import plan_run
+from trainer.loop.start_checks import check_start
 
 SAVED, LAST, GLOBAL_BATCH = 5, 15, 8
 STAGES = {
@@ -50,7 +50,7 @@ def start(world: World, run_dir: Path, ep_size: str, stage: str, overrides: list
             "train.keep_last=9", "model.num_layers=2", f"train.stop_at_step={LAST}", *overrides,
         ],
     )  # fmt: skip
-    plan = plan_run(config, world)
+    plan = check_start(config, world)
     checkpoint, _ = choose_checkpoint(config, plan.topology, plan.dataset.info.fingerprint, world)
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)  # the lock does it in the command line
@@ -87,7 +87,7 @@ def load(world: World, folder: Path, origin: str, ep_size: str, stage: str, *ove
     saved = read_state(folder / origin / step)
     check_optimizer(trainer, saved)
     again = replace(trainer.config, run_dir=str(run_dir / "again"))
-    plan = trainer.plan
+    plan = trainer.checked
     path = save_checkpoint(
         trainer.engine, trainer.ema, trainer.state, again, plan.topology, plan.dataset.info, plan.world
     )

@@ -81,7 +81,7 @@ def write_sample(run_dir: Path, step: int, topology: Topology = TOPOLOGY, config
 
 def model_tensors(config: TrainConfig, info: LatentInfo, seed: int = 0) -> dict[str, Tensor]:
     """Random weights of a real model, none of them zero, small enough that its output stays near 1."""
-    shape = ModelShape(channels=info.channels, height=info.height, width=info.width, text_dim=info.text_dim)
+    shape = ModelShape.of(info)
     generator = torch.Generator().manual_seed(seed)
     return {
         name: 0.5 * value.shape[-1] ** -0.5 * torch.randn(value.shape, generator=generator)

@@ -21,6 +21,7 @@ import deepspeed.comm
 import torch
 
 from benchmarks.parity import ROUTERS, SHAPE, parity_config, random_value
+from benchmarks.whole_weights import gather_master
 from moe.deepspeed_expert import build_expert_group
 from moe.layer import MoeLayer
 from trainer.checkpoint import saver as saver_module
@@ -37,7 +38,6 @@ from trainer.distributed import World, barrier, detect_world, init_distributed
 from trainer.engine.deepspeed_config import load_deepspeed_config
 from trainer.engine.ema import Ema
 from trainer.engine.engine import build_engine, build_model
-from trainer.engine.zero_state import gather_master
 
 START = TrainState(step=0, data=DataState(seed=0, epoch=0, consumed=0, samples_seen=0))
 

@@ -11,7 +11,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,23 @@ from typing import Any
 import deepspeed
 import torch
 
+from benchmarks.whole_weights import gather_master
 from trainer.checkpoint.folder import list_checkpoints
-from trainer.config import load_config
+from trainer.config import ConfigError, load_config
 from trainer.data.batches import DataState, micro_batches
 from trainer.data.dataset import LatentDataset
 from trainer.data.latents.shard_file import Sample
-from trainer.distributed import World, detect_world, from_main, init_distributed
-from trainer.engine.zero_state import gather_master
+from trainer.diffusion.flow import NoisedBatch
+from trainer.distributed import PeerError, World, detect_world, from_main, init_distributed, on_all
 from trainer.loop import loop
-from trainer.loop.leaving import PeerError, build_arrival_group
+from trainer.loop.bad_steps import DivergedError
+from trainer.loop.leaving import build_arrival_group
 from trainer.loop.loop import Trainer
-from trainer.loop.prepared import Prepared
 from trainer.loop.run import prepare_run_folder
 from trainer.loop.run_lock import LockLostError, RunLock
 from trainer.loop.sample_grid import GridSampler
 from trainer.loop.signals import StopSignal
-from trainer.loop.skips import DivergedError
-from trainer.loop.start_checks import Plan, plan_run
+from trainer.loop.start_checks import CheckedRun, check_start
 
 BATCH = 8
 TINY = [
@@ -67,11 +67,11 @@ class DoctoredData:
         return replace(sample, latent=latent)
 
 
-def plan_of(world: World, run_dir: Path, *overrides: str) -> Plan:
-    return plan_run(load_config("debug", [*TINY, f"run_dir={run_dir}", *overrides]), world)
+def plan_of(world: World, run_dir: Path, *overrides: str) -> CheckedRun:
+    return check_start(load_config("debug", [*TINY, f"run_dir={run_dir}", *overrides]), world)
 
 
-def sample_at(plan: Plan, batch: int, row: int) -> int:
+def sample_at(plan: CheckedRun, batch: int, row: int) -> int:
     """Data set number of a row of a global batch of the first epoch."""
     start = DataState(seed=plan.config.seed, epoch=0, consumed=0, samples_seen=0)
     order = micro_batches(
@@ -81,14 +81,14 @@ def sample_at(plan: Plan, batch: int, row: int) -> int:
     return [next(order) for _ in range(batch + 1)][batch].samples[row]
 
 
-def doctored(plan: Plan, values: dict[tuple[int, int], float | Exception]) -> Plan:
+def doctored(plan: CheckedRun, values: dict[tuple[int, int], float | Exception]) -> CheckedRun:
     """The plan with values at (global batch, row of it)."""
     return replace(
         plan, dataset=DoctoredData(plan.dataset, {sample_at(plan, *place): v for place, v in values.items()})
     )
 
 
-def build(plan: Plan) -> Trainer:
+def build(plan: CheckedRun) -> Trainer:
     Path(plan.config.run_dir).mkdir(parents=True, exist_ok=True)
     from_main(plan.world, lambda: prepare_run_folder(plan))
     return Trainer(plan, torch.device("cpu"), StopSignal(), RunLock(Path(plan.config.run_dir)))
@@ -105,7 +105,7 @@ def explode_gradient(trainer: Trainer, forward: int) -> None:
     trainer.engine.module.blocks[0].register_forward_hook(watch)
 
 
-def without(batches: Iterator[Prepared], left_out: set[int], num_micro: int) -> Iterator[Prepared]:
+def without(batches: Iterator[NoisedBatch], left_out: set[int], num_micro: int) -> Iterator[NoisedBatch]:
     """The oracle's data: global batches that it never sees."""
     for number, batch in enumerate(batches):
         if number // num_micro not in left_out:
@@ -266,7 +266,7 @@ class Grid:
     save = staticmethod(GridSampler.save)
 
 
-def with_grid(plan: Plan, grid: Grid) -> Trainer:
+def with_grid(plan: CheckedRun, grid: Grid) -> Trainer:
     trainer = build(plan)
     trainer.config = replace(trainer.config, train=replace(trainer.config.train, sample_every=2))
     trainer.grid = grid  # type: ignore[assignment]
@@ -323,6 +323,36 @@ def a_lost_lock_ends_the_run_unsaved(world: World, folder: Path) -> None:
         trainer.lock.release()
         assert other.holder() is not None, "the new holder keeps its lock"
         other.release()
+
+
+def ranks_agree_on_errors(world: World, folder: Path) -> None:
+    """What fails on one rank is raised on all, in kind and words that all of them can act on."""
+    assert on_all(lambda: world.rank * 10) == [0, 10]
+    assert from_main(world, lambda: f"from {world.rank}") == "from 0"
+    mine, other = OSError("disk"), ConfigError("seed is -1: use 0 or more")
+
+    def fail(error: Exception, *, on: int) -> None:
+        if world.rank == on:
+            raise error
+
+    for kind, expected in ((mine, PeerError), (other, ConfigError)):
+        for rank in (0, 1):
+            found = caught(lambda kind=kind, rank=rank: on_all(lambda: fail(kind, on=rank)))  # type: ignore[misc]
+            if world.rank == rank:
+                assert found is kind
+            else:
+                assert type(found) is expected and str(kind) in str(found), found
+    assert type(caught(lambda: from_main(world, lambda: fail(mine, on=0)))) is (OSError if world.is_main else PeerError)
+    both = caught(lambda: on_all(lambda: fail([other, mine][world.rank], on=world.rank)))
+    assert both is [other, mine][world.rank], "each rank that failed raises its own"
+
+
+def caught(action: Callable[[], object]) -> Exception:
+    try:
+        action()
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from trainer.config import ConfigError, config_from_dict, config_to_dict, load_c
 from trainer.data.dataset import open_dataset
 from trainer.distributed import World
 from trainer.engine.deepspeed_config import load_deepspeed_config
-from trainer.loop.start_checks import plan_run, rounded_capacities
+from trainer.loop.start_checks import check_start, rounded_capacities
 from trainer.train import main
 
 
@@ -191,11 +191,10 @@ def test_rounded_capacities_are_told() -> None:
 
 
 def test_a_folder_that_a_dead_job_left_before_its_first_write_is_new(tmp_path: Path) -> None:
-    for name in ("run.lock", "run.lock.json", "config.yaml.tmp"):
+    for name in ("run.lock", "run.lock.json", "config.yaml.tmp", ".config.yaml.7-ab.tmp"):
         (tmp_path / name).write_text("")
-    assert (
-        plan_run(load_config("debug", [f"run_dir={tmp_path}"]), World(rank=0, local_rank=0, size=1)).checkpoint is None
-    )
+    config, world = load_config("debug", [f"run_dir={tmp_path}"]), World(rank=0, local_rank=0, size=1)
+    assert check_start(config, world).checkpoint is None
 
 
 def test_foreign_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

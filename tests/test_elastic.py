@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from trainer.config import ConfigError, TrainConfig, load_config
-from trainer.engine.elastic import choose_ep_size, fit, split_share
+from trainer.engine.elastic import adapt, choose_ep_size, split_share
 
 
 @pytest.mark.parametrize(
@@ -51,14 +51,14 @@ def recipe(*overrides: str) -> TrainConfig:
 
 def test_the_global_batch_stays() -> None:
     config = recipe("parallel.ep_size=4")
-    assert fit(config, world_size=4, local_size=2, saved_batch=None) == (config, [])
-    assert fit(config, world_size=4, local_size=2, saved_batch=16) == (config, [])
+    assert adapt(config, world_size=4, local_size=2, saved_batch=None) == (config, [])
+    assert adapt(config, world_size=4, local_size=2, saved_batch=16) == (config, [])
     for world, ep_size in ((1, 1), (2, 2), (8, 4), (16, 4)):
-        fitted, notes = fit(config, world_size=world, local_size=min(world, 8), saved_batch=16)
+        fitted, notes = adapt(config, world_size=world, local_size=min(world, 8), saved_batch=16)
         assert fitted.global_batch_size(world) == 16 and fitted.parallel.ep_size == ep_size and notes
         assert fitted.train.micro_batch_size <= 4
     with pytest.raises(ConfigError, match="3 processes cannot share the run's global batch of 16: start 2 or 4"):
-        fit(config, world_size=3, local_size=3, saved_batch=16)
+        adapt(config, world_size=3, local_size=3, saved_batch=16)
 
 
 def test_a_micro_batch_holds_whole_pools() -> None:
@@ -67,14 +67,14 @@ def test_a_micro_batch_holds_whole_pools() -> None:
         expected = [m for m in range(1, largest + 1) if share % m == 0 and m % pool == 0]
         assert found == ((max(expected), share // max(expected)) if expected else None)
     pairs = recipe("moe.pool=group(2)", "train.micro_batch_size=6")
-    fitted, _ = fit(pairs, world_size=2, local_size=2, saved_batch=24)
+    fitted, _ = adapt(pairs, world_size=2, local_size=2, saved_batch=24)
     assert (fitted.train.micro_batch_size, fitted.train.gradient_accumulation_steps) == (6, 2)
-    fitted, _ = fit(pairs, world_size=3, local_size=3, saved_batch=24)
+    fitted, _ = adapt(pairs, world_size=3, local_size=3, saved_batch=24)
     assert (fitted.train.micro_batch_size, fitted.train.gradient_accumulation_steps) == (4, 2)
     with pytest.raises(ConfigError, match="24 processes with 1 images each cannot hold whole pools of 2"):
-        fit(pairs, world_size=24, local_size=8, saved_batch=24)
+        adapt(pairs, world_size=24, local_size=8, saved_batch=24)
     whole = recipe("moe.pool=batch")
-    fitted, _ = fit(whole, world_size=2, local_size=2, saved_batch=16)
+    fitted, _ = adapt(whole, world_size=2, local_size=2, saved_batch=16)
     assert (fitted.train.micro_batch_size, fitted.train.gradient_accumulation_steps) == (4, 2)
     with pytest.raises(ConfigError, match=r"moe\.pool=batch and parallel\.elastic"):
-        fit(whole, world_size=8, local_size=8, saved_batch=16)
+        adapt(whole, world_size=8, local_size=8, saved_batch=16)

@@ -10,7 +10,7 @@ from eval.pictures.prompts import demo_prompts
 from trainer.config import load_config
 from trainer.data.dataset import LatentInfo
 from trainer.diffusion.model import EcDit, ModelShape
-from trainer.diffusion.pipeline import Pipeline
+from trainer.pipeline import Pipeline
 
 INFO = LatentInfo(
     channels=3, height=32, width=32, text_dim=384, max_tokens=24, codec="pixel", text_encoder="minilm",

@@ -26,7 +26,7 @@ from eval.run import EvalConfig, main, parse, run_folder, score
 from trainer.config import ConfigError, load_config
 from trainer.data.dataset import LatentInfo
 from trainer.data.demo.scenes import CATEGORIES
-from trainer.diffusion.pipeline import Pipeline
+from trainer.pipeline import Pipeline
 
 PER_TAG = 2
 

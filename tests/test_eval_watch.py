@@ -15,7 +15,7 @@ from trainer.config import ConfigError, load_config
 from trainer.data import encode
 from trainer.data.dataset import open_dataset
 from trainer.data.demo import scenes
-from trainer.diffusion.pipeline import Pipeline
+from trainer.pipeline import Pipeline
 
 
 @pytest.fixture(scope="module")

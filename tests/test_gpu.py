@@ -95,7 +95,7 @@ def batch_of(size: int) -> NoisedBatch:
     mask[:, 4:] = False
     keep = torch.stack([torch.randperm(64, generator=generator)[:32].sort().values for _ in range(size)])
     return NoisedBatch(
-        x_BCHW=x, t_B=torch.rand(size, generator=generator), target_BCHW=x.flip(0),
+        index_B=torch.arange(size), x_BCHW=x, t_B=torch.rand(size, generator=generator), target_BCHW=x.flip(0),
         text_BLD=torch.randn(size, 6, 24, generator=generator), text_mask_BL=mask, keep_BS=keep,
     )  # fmt: skip
 

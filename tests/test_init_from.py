@@ -49,7 +49,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def model_of(config: TrainConfig, weights: dict[str, torch.Tensor]) -> EcDit:
-    shape = ModelShape(channels=INFO.channels, height=INFO.height, width=INFO.width, text_dim=INFO.text_dim)
+    shape = ModelShape.of(INFO)
     model = EcDit(config.model, config.moe, shape)
     model.load_state_dict(weights)
     return model

@@ -19,6 +19,7 @@ CHECKS = (
     "an_error_in_one_ranks_data_saves_on_all",
     "an_error_in_the_grid_saves_the_weights_not_the_average",
     "a_lost_lock_ends_the_run_unsaved",
+    "ranks_agree_on_errors",
 )
 
 

@@ -1,8 +1,19 @@
-"""Processes: how many there are and which this is, under any launcher, and small reductions over them.
+"""Processes: how many there are and which this is, reductions over them, and how they agree that something failed.
 
 Under torchrun, `deepspeed` and srun with the five variables set (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
 MASTER_PORT) those are used; under Open MPI's mpirun they are discovered through mpi4py; a plain process is
 a world of one. Nothing here allocates before `init_distributed`.
+
+A rank that leaves collective work alone lets the others wait for ever. So what may fail on some ranks only goes through
+`try_on_all`, which tells every rank; the ways in which it is used differ in what is raised then:
+
+| way                               | what follows a failure                                                         |
+|-----------------------------------|--------------------------------------------------------------------------------|
+| `on_all`, `from_main`             | nobody goes on: failed ranks raise their own error, the others one quoting it  |
+| `trainer.checkpoint.agree.agree`  | ranks may go on without that checkpoint, but must decide it alike: one error   |
+| `trainer.loop.leaving.HeldErrors` | a failed rank first finishes the step with the others, then as `on_all`        |
+| `trainer.loop.step.StepReport`    | tells only whether a rank holds an error: every step sends it, as numbers with |
+|                                   | the loss, where pickled objects would take too long                            |
 """
 
 import os
@@ -10,14 +21,14 @@ import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from trainer.config import ConfigError, require
+from trainer.errors import ConfigError, require, sentence_of
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,23 +49,22 @@ class World:
         return self.rank == 0
 
 
+_VARIABLES = (  # rank, rank on the node, processes, processes on the node: of torchrun and its like, of Open MPI
+    ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+)
+
+
 def detect_world() -> World:
     """Read the launcher's variables; connects to nothing."""
-    env = os.environ
-    if "RANK" in env:
-        return World(
-            rank=int(env["RANK"]),
-            local_rank=int(env.get("LOCAL_RANK", 0)),
-            size=int(env["WORLD_SIZE"]),
-            local_size=int(env.get("LOCAL_WORLD_SIZE", 0)),
-        )
-    if "OMPI_COMM_WORLD_RANK" in env:
-        return World(
-            rank=int(env["OMPI_COMM_WORLD_RANK"]),
-            local_rank=int(env["OMPI_COMM_WORLD_LOCAL_RANK"]),
-            size=int(env["OMPI_COMM_WORLD_SIZE"]),
-            local_size=int(env["OMPI_COMM_WORLD_LOCAL_SIZE"]),
-        )
+    for rank, local_rank, size, local_size in _VARIABLES:
+        if rank in os.environ:
+            return World(
+                rank=int(os.environ[rank]),
+                local_rank=int(os.environ.get(local_rank, 0)),
+                size=int(os.environ[size]),
+                local_size=int(os.environ.get(local_size, 0)),
+            )
     return World(rank=0, local_rank=0, size=1)
 
 
@@ -96,42 +106,94 @@ def _free_port() -> str:
 
 def all_reduce_sum(values: Tensor) -> Tensor:
     """Sum over all processes, in place."""
-    import deepspeed.comm
-
-    deepspeed.comm.all_reduce(values)
+    torch.distributed.all_reduce(values)
     return values
 
 
 def all_reduce_mean(values: Tensor) -> Tensor:
     """Mean over all processes, in place; the sum is taken in the tensor's dtype."""
-    import deepspeed.comm
-
-    return all_reduce_sum(values).div_(deepspeed.comm.get_world_size())
+    return all_reduce_sum(values).div_(torch.distributed.get_world_size())
 
 
 def barrier() -> None:
     """Wait for all processes."""
-    import deepspeed.comm
-
-    deepspeed.comm.barrier()
+    torch.distributed.barrier()
 
 
-def from_main(world: World, action: Callable[[], Result]) -> Result:
-    """Run `action` on the main process only and give its result to all. Collective.
+class PeerError(RuntimeError):
+    """Another rank failed; this one was sound."""
 
-    If it raises, all ranks raise: ConfigError everywhere as ConfigError, anything else as itself on the main process.
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """An error of one rank as all ranks are told of it: the error itself may not survive being sent.
+
+    `kind` is `settings` for a ConfigError, `system` for an OSError (disk, network), `program` for all others.
     """
-    box: list[Any] = [None, None, None]
-    failure: Exception | None = None
-    if world.is_main:
-        try:
-            box[0] = action()
-        except Exception as error:
-            failure, box[1], box[2] = error, isinstance(error, ConfigError), str(error) or repr(error)
+
+    rank: int
+    kind: Literal["settings", "system", "program"]
+    sentence: str
+    quoted: str
+
+    @classmethod
+    def of(cls, error: Exception) -> "Failure":
+        """Of an error on this rank."""
+        users, systems = isinstance(error, ConfigError), isinstance(error, OSError)
+        return cls(
+            rank=torch.distributed.get_rank(),
+            kind="settings" if users else "system" if systems else "program",
+            sentence=sentence_of(error),
+            quoted=repr(error),
+        )
+
+
+def gather(value: T, group: Any = None) -> list[T]:
+    """What each rank gives, in the order of ranks, on all of them. Collective; pickled, so for small things."""
+    parts: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(parts, value, group=group)
+    return parts
+
+
+def try_on_all(action: Callable[[], T], group: Any = None) -> tuple[list[T], list[Failure], Exception | None]:
+    """Run `action` on every rank of a group of all ranks. Collective; raises nothing of `action`'s.
+
+    Returns what each rank returned (None where it failed) and the failures, both the same on all ranks, and the error
+    of this rank.
+    """
+    result, own = None, None
+    try:
+        result = action()
+    except Exception as error:  # told to all ranks; the caller raises
+        own = error
+    parts: list[Any] = gather((result, None if own is None else Failure.of(own)), group)
+    return [result for result, _ in parts], [failure for _, failure in parts if failure], own
+
+
+def on_all(action: Callable[[], T], group: Any = None) -> list[T]:
+    """Run `action` on every rank and return what each rank returned. Collective.
+
+    If it fails anywhere, all ranks raise: those that failed their own error, the others a PeerError that quotes it, or
+    the ConfigError if it is the user's to mend, so that all of them leave in the same way.
+    """
+    results, failures, own = try_on_all(action, group)
+    if own is not None:
+        raise own
+    if failures and all(failure.kind == "settings" for failure in failures):
+        raise ConfigError(failures[0].sentence)
+    if failures:
+        raise PeerError("; ".join(f"rank {failure.rank}: {failure.quoted}" for failure in failures))
+    return results
+
+
+def from_main(world: World, action: Callable[[], T]) -> T:
+    """Run `action` on the main process only and give its result to all; errors as in `on_all`. Collective."""
+    box: list[Any] = [None]
+
+    def run() -> None:
+        box[0] = action() if world.is_main else None
+
+    on_all(run)
     torch.distributed.broadcast_object_list(box, src=0)
-    if failure is not None:
-        raise failure
-    if box[1] is not None:
-        raise ConfigError(box[2]) if box[1] else RuntimeError(f"the main process failed: {box[2]}")
-    result: Result = box[0]
+    result: T = box[0]
     return result

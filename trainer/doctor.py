@@ -27,9 +27,9 @@ def check_config(config: TrainConfig, world_size: int, local_size: int) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # the head may have no GPU
         from trainer.cluster.verdict import newest_step
         from trainer.distributed import World
-        from trainer.loop.start_checks import plan_run
+        from trainer.loop.start_checks import check_start
 
-        plan = plan_run(config, World(rank=0, local_rank=0, size=world_size, local_size=local_size))
+        plan = check_start(config, World(rank=0, local_rank=0, size=world_size, local_size=local_size))
         last = config.train.stop_at_step or config.train.max_steps
         done = plan.checkpoint is not None and newest_step(Path(config.run_dir)) >= last
     print(Path(config.run_dir).resolve(), config.data.images, *["done"] * done, sep="\n")
@@ -42,7 +42,7 @@ def check_nodes(config: TrainConfig, bad_nodes: Path | None) -> None:
     from trainer.cluster.examination import examine, show
     from trainer.cluster.incidents import recording
     from trainer.distributed import detect_world
-    from trainer.loop.start_checks import plan_run
+    from trainer.loop.start_checks import check_start
     from trainer.plan.job import Job, Layout, configured_layout
 
     start = time.perf_counter()
@@ -51,7 +51,7 @@ def check_nodes(config: TrainConfig, bad_nodes: Path | None) -> None:
 
     def check_run() -> tuple[Job, Layout]:
         """The checks of a start, and a sample read; returns what the planner counts the run's memory from."""
-        plan = plan_run(config, world)
+        plan = check_start(config, world)
         plan.dataset.read(world.rank % len(plan.dataset))
         zero = plan.deepspeed_config["zero_optimization"]
         job = Job(config=plan.config, shape=plan.model_shape, text_tokens=plan.dataset.info.max_tokens, zero=zero)

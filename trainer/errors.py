@@ -1,4 +1,8 @@
-"""The error that a user can mend, and the check that raises it."""
+"""The error that a user can mend, the check that raises it, and errors as sentences."""
+
+import errno
+
+_REMEDIES = {errno.ENOSPC: ": free space", errno.EDQUOT: ": free space", errno.EROFS: ": make it writable"}
 
 
 class ConfigError(ValueError):
@@ -9,3 +13,11 @@ def require(condition: bool, message: str) -> None:
     """Raise ConfigError(message) unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def sentence_of(error: Exception) -> str:
+    """Any error in one sentence for a terminal; of the system's errors with the file and the remedy, where known."""
+    if isinstance(error, OSError) and error.errno:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{where}{_REMEDIES.get(error.errno, '')}"
+    return str(error) if isinstance(error, OSError | ConfigError) else f"{type(error).__name__}: {error}"

@@ -1,11 +1,13 @@
-"""Files written whole or not at all, and files inside installed packages."""
+"""Files written whole or not at all, records of one JSON object a line, and files inside installed packages."""
 
 import importlib.util
+import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from trainer.errors import ConfigError
 
@@ -31,6 +33,28 @@ def remove_leftovers(path: Path) -> None:
     """Remove temporary files that killed writers of `path` left; only for the one process that may write it."""
     for temporary in path.parent.glob(f".{path.name}.*.tmp"):
         temporary.unlink(missing_ok=True)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one on each line, [] without a file; a killed writer's half line is left out."""
+    return [record for record, _ in _records(path)] if path.exists() else []
+
+
+def keep_records(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the lines whose object is not `wanted`, the file rewritten whole; for the one process that may write it."""
+    remove_leftovers(path)
+    if path.exists():
+        kept = [line for record, line in _records(path) if wanted(record)]
+        with replacing(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+
+
+def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    for line in path.read_text().splitlines():
+        try:
+            yield json.loads(line), line
+        except json.JSONDecodeError:
+            continue
 
 
 def package_file(module: str, relative: str) -> Path:

@@ -6,15 +6,11 @@ python -m trainer.sample runs/demo --prompt "a cat on a blue background" --num 4
 import argparse
 from pathlib import Path
 
-from PIL import Image
-
 from trainer.config import require, run_cli
-from trainer.diffusion.pipeline import Pipeline
-from trainer.diffusion.sampling import picture_grid
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of the sampler."""
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="run folder, step folder or export")
     parser.add_argument("--prompt", action="append", required=True, help="caption; give it several times for several")
@@ -27,6 +23,11 @@ def main(argv: list[str] | None = None) -> None:
     def body() -> None:
         require(arguments.num >= 1, f"--num is {arguments.num}: use 1 or more")
         require(arguments.out.suffix == ".png", f"--out {arguments.out}: the grid is written as .png")
+        from PIL import Image  # here, as are the others, so that --help is quick
+
+        from trainer.diffusion.sampling import picture_grid
+        from trainer.pipeline import Pipeline
+
         pipeline = Pipeline.load(arguments.checkpoint)
         captions = [prompt for prompt in arguments.prompt for _ in range(arguments.num)]
         seeds = [arguments.seed + i for _ in arguments.prompt for i in range(arguments.num)]

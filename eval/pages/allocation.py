@@ -16,9 +16,9 @@ from torch import Tensor
 from eval.pages.page import escape
 from moe.routing import RoutingStats
 from trainer.diffusion.flow import interpolate
-from trainer.diffusion.pipeline import Pipeline
 from trainer.diffusion.sampling import pad_text
 from trainer.diffusion.solver import initial_noise
+from trainer.pipeline import Pipeline
 
 TIMES = (0.3, 0.6, 0.9)
 

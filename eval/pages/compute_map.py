@@ -15,7 +15,7 @@ from eval.pages.allocation import WordShares, moved_share, word_shares
 from eval.pictures.generate import picture_seed
 from eval.pictures.prompts import Prompt
 from moe.routing import RoutingStats
-from trainer.diffusion.pipeline import Pipeline
+from trainer.pipeline import Pipeline
 
 WORD_CAPTIONS = 6  # each word of a caption costs three evaluations
 

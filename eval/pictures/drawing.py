@@ -8,8 +8,8 @@ from typing import Any
 from eval.pictures.generate import generate_pictures, write_text
 from eval.pictures.prompts import Prompt, metadata_lines
 from eval.pictures.protocol import fingerprint, sampling_card
-from trainer.diffusion.pipeline import Pipeline
 from trainer.distributed import World
+from trainer.pipeline import Pipeline
 
 
 def draw_set(

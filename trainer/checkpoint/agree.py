@@ -1,13 +1,11 @@
-"""Steps that all ranks take together: they all succeed, or all raise the same error."""
+"""Work on a checkpoint that all ranks do together: they all succeed, or all raise the same CheckpointError."""
 
-import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import torch.distributed
-
 from trainer.config import ConfigError
+from trainer.distributed import try_on_all
 
 T = TypeVar("T")
 
@@ -39,28 +37,8 @@ def agree(action: Callable[[], T], group: Any = None) -> list[T]:
 
     Raises CheckpointError on all ranks when it failed on any, naming the first rank and its reason.
     """
-    result, cause = None, None
-    try:
-        result = action()
-    except Exception as error:  # told to all ranks and raised below
-        cause = error
-    mine = (result, _words(cause), cause is None or isinstance(cause, OSError | ConfigError))
-    parts: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(parts, mine, group=group)
-    for rank, (_, words, _) in enumerate(parts):
-        if words:
-            environment = all(part[2] for part in parts)
-            raise CheckpointError(f"process {rank}: {words}", environment=environment) from cause
-    return [part[0] for part in parts]
-
-
-def _words(error: Exception | None) -> str:
-    if error is None:
-        return ""
-    if isinstance(error, OSError):
-        if not error.errno:
-            return str(error)
-        remedy = {errno.ENOSPC: ": free space", errno.EDQUOT: ": free space", errno.EROFS: ": make it writable"}
-        where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror}{where}{remedy.get(error.errno, '')}"
-    return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+    results, failures, own = try_on_all(action, group)
+    if failures:
+        words = f"process {failures[0].rank}: {failures[0].sentence}"
+        raise CheckpointError(words, environment=all(f.kind != "program" for f in failures)) from own
+    return results

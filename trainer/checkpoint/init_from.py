@@ -20,10 +20,10 @@ from trainer.checkpoint.load import fill
 from trainer.checkpoint.upcycle import Upcycled, check_upcycle
 from trainer.config import ConfigError, TrainConfig, config_from_dict, require
 from trainer.data.dataset import LatentInfo
-from trainer.diffusion.flow import num_kept_tokens
 from trainer.diffusion.model import EcDit, ModelShape
 from trainer.distributed import World
-from trainer.engine.zero_state import master_shards, publish_master
+from trainer.engine.zero_state import master_pieces, publish_master
+from trainer.settings.tokens import token_counts
 
 _DATA_KEYS = {"codec": "data.codec", "text_encoder": "data.text_encoder"}
 
@@ -68,7 +68,9 @@ def _is_upcycled(old: TrainConfig, config: TrainConfig) -> bool:
 
 def _check_moe(folder: Path, old: TrainConfig, config: TrainConfig, info: LatentInfo) -> None:
     if _is_upcycled(old, config):
-        check_upcycle(config.moe, _token_counts(config, info), f"init_from={folder}")
+        sizes = [(height, width) for height, width in info.buckets or [[info.height, info.width]]]
+        counts = token_counts(sizes, config.model.patch_size, config.diffusion.mask_ratio)
+        check_upcycle(config.moe, counts, f"init_from={folder}")
         return
     require(
         _moe_blocks(old) == _moe_blocks(config),
@@ -87,16 +89,9 @@ def _check_moe(folder: Path, old: TrainConfig, config: TrainConfig, info: Latent
     )  # fmt: skip
 
 
-def _token_counts(config: TrainConfig, info: LatentInfo) -> list[int]:
-    """Among how many tokens experts choose: of every bucket, in sampling and in training."""
-    patch = config.model.patch_size
-    full = {(height // patch) * (width // patch) for height, width in info.buckets or [[info.height, info.width]]}
-    return sorted(full | {num_kept_tokens(count, config.diffusion.mask_ratio) for count in full})
-
-
 def _check_shapes(folder: Path, config: TrainConfig, info: LatentInfo) -> None:
     """Compare with a model that is built without memory: what the settings do not say."""
-    shape = ModelShape(channels=info.channels, height=info.height, width=info.width, text_dim=info.text_dim)
+    shape = ModelShape.of(info)
     with torch.device("meta"):
         model = EcDit(config.model, config.moe, shape, MoeLayer)
     reader = ExportReader(folder)
@@ -146,7 +141,7 @@ def load_init(folder: Path, engine: Any, config: TrainConfig) -> None:
     def read() -> None:
         reader = ExportReader(folder)
         source = _source(reader, config)
-        fill((shard.values, shard.offset, partial(source.read_into, name)) for name, shard in master_shards(engine))
+        fill((piece.values, piece.offset, partial(source.read_into, name)) for name, piece in master_pieces(engine))
         reader.close()
 
     with refused(f"init_from={folder} cannot be read"):

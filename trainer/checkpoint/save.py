@@ -29,21 +29,21 @@ from trainer.config import TrainConfig
 from trainer.data.dataset import LatentInfo
 from trainer.distributed import World, all_reduce_sum
 from trainer.engine.ema import Ema
-from trainer.engine.zero_state import MOMENTS, Shard, master_shards, moment_shards
+from trainer.engine.zero_state import MOMENTS, TensorPiece, master_pieces, moment_pieces
 
 
 def engine_pieces(engine: Any, ema: Ema) -> Iterator[Piece]:
     """This rank's pieces of weights, average and moments: live views, in the order of the file."""
-    for name, shard in master_shards(engine):
-        yield _piece("weight", name, shard)
-    for name, shard in master_shards(engine):
-        yield _piece("ema", name, replace(shard, values=ema.average[name]))
-    for kind, name, shard in moment_shards(engine):
-        yield _piece(kind, name, shard)
+    for name, piece in master_pieces(engine):
+        yield _piece("weight", name, piece)
+    for name, piece in master_pieces(engine):
+        yield _piece("ema", name, replace(piece, values=ema.average[name]))
+    for kind, name, piece in moment_pieces(engine):
+        yield _piece(kind, name, piece)
 
 
-def _piece(kind: str, name: str, shard: Shard) -> Piece:
-    return Piece(kind=kind, name=name, offset=shard.offset, shape=shard.logical_shape, values=shard.values)
+def _piece(kind: str, name: str, piece: TensorPiece) -> Piece:
+    return Piece(kind=kind, name=name, offset=piece.offset, shape=piece.logical_shape, values=piece.values)
 
 
 def check_complete(pieces: list[Piece], parameters: list[dict[str, Any]], device: torch.device) -> None:

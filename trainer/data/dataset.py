@@ -18,6 +18,7 @@ from trainer.data.order import build_layout
 from trainer.encoders.build import TextEncoder, build_codec, build_text_encoder
 from trainer.errors import ConfigError, require
 from trainer.settings.data import DataConfig
+from trainer.settings.tokens import token_counts
 
 __all__ = ["Batch", "DataState", "LatentDataset", "LatentInfo", "build_loader", "load_batches", "open_dataset"]
 
@@ -39,7 +40,7 @@ def open_dataset(config: TrainConfig) -> LatentDataset:
         check_settings(folder, data, codec, text_encoder)
         check_shards(folder)
     for bucket in folders[0].buckets[1:]:
-        _check_bucket(config, *bucket)
+        check_latent_size(config, *bucket, where=" of data.buckets")
     shards = [(folder.path / shard.file, shard) for folder in folders for shard in folder.shards]
     layout, _ = build_layout(
         [shard.num_samples for _, shard in shards],
@@ -61,18 +62,16 @@ def open_dataset(config: TrainConfig) -> LatentDataset:
     )
 
 
-def _check_bucket(config: TrainConfig, height: int, width: int) -> None:
-    """Refuse a latent size that the model cannot take."""
-    from trainer.diffusion.flow import num_kept_tokens  # imports this module
-
+def check_latent_size(config: TrainConfig, height: int, width: int, where: str = "") -> None:
+    """Raise ConfigError if a latent cannot be cut into patches, or has too few of them for the experts."""
     patch = config.model.patch_size
     require(
         height % patch == 0 and width % patch == 0,
-        f"model.patch_size={patch} does not divide the latent of {height} x {width} of data.buckets",
+        f"model.patch_size={patch} does not divide the latent of {height} x {width}{where}",
     )
-    num_tokens = (height // patch) * (width // patch)
+    counts = token_counts([(height, width)], patch, config.diffusion.mask_ratio) if config.moe.every else []
     try:
-        for count in {num_tokens, num_kept_tokens(num_tokens, config.diffusion.mask_ratio)} if config.moe.every else ():
+        for count in reversed(counts):
             config.moe.capacity(count)
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -15,17 +15,22 @@ import torch
 from torch import Tensor
 
 from trainer.config import DiffusionConfig
-from trainer.data.dataset import Batch
+from trainer.data.latents.interface import Batch
 from trainer.diffusion.layers import patchify
 from trainer.randomness import sample_generator
+from trainer.settings.tokens import num_image_tokens, num_kept_tokens
 
 Time = TypeVar("Time", float, Tensor)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoisedBatch:
-    """What the model sees and must predict; `keep_BS` are the tokens that masking keeps, None without masking."""
+    """A micro-batch as the model sees it and what it must predict, with the samples' indices since the run's start.
 
+    `keep_BS` are the positions of the tokens that masking keeps, None where all are seen.
+    """
+
+    index_B: Tensor
     x_BCHW: Tensor
     t_B: Tensor
     target_BCHW: Tensor
@@ -57,11 +62,6 @@ def shift_time(t: Time, shift: float) -> Time:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def num_kept_tokens(num_tokens: int, mask_ratio: float) -> int:
-    """Image tokens that masked training keeps, at least 1."""
-    return max(1, num_tokens - round(num_tokens * mask_ratio))
-
-
 def noise_batch(batch: Batch, config: DiffusionConfig, *, seed: int, patch_size: int, step: int = 0) -> NoisedBatch:
     """`draw_noise`, masked as in optimizer step number `step`."""
     return mask_at(draw_noise(batch, config, seed=seed, patch_size=patch_size), config, step)
@@ -86,7 +86,7 @@ def draw_noise(batch: Batch, config: DiffusionConfig, *, seed: int, patch_size: 
     needs to know the step, so that data workers can do the rest.
     """
     _, _, H, W = batch.latent_BCHW.shape
-    num_tokens = (H // patch_size) * (W // patch_size)
+    num_tokens = num_image_tokens(H, W, patch_size)
     noise, times, keeps = [], [], []
     for index, latent in zip(batch.index_B.tolist(), batch.latent_BCHW, strict=True):
         generator = sample_generator(seed, index, "diffusion")
@@ -97,6 +97,7 @@ def draw_noise(batch: Batch, config: DiffusionConfig, *, seed: int, patch_size: 
             keeps.append(torch.randperm(num_tokens, generator=generator))
     x1, t_B = torch.stack(noise), torch.stack(times)
     return NoisedBatch(
+        index_B=batch.index_B,
         x_BCHW=interpolate(batch.latent_BCHW, x1, t_B),
         t_B=t_B,
         target_BCHW=x1 - batch.latent_BCHW,

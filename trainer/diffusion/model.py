@@ -22,6 +22,7 @@ from moe.experts import Mlp
 from moe.layer import ChoiceMemory, MoeLayer
 from moe.routing import RoutingStats
 from trainer.config import ModelConfig
+from trainer.data.latents.interface import LatentInfo
 from trainer.diffusion.layers import (
     Attention,
     TimestepEmbedder,
@@ -49,6 +50,11 @@ class ModelShape:
     height: int
     width: int
     text_dim: int
+
+    @classmethod
+    def of(cls, info: LatentInfo) -> "ModelShape":
+        """Of the model of these data; of their first bucket, where they have several."""
+        return cls(channels=info.channels, height=info.height, width=info.width, text_dim=info.text_dim)
 
 
 class DitBlock(nn.Module):

@@ -1,10 +1,9 @@
-"""Drawing pictures from captions: the text batch, guidance and decoding shared by training and pipeline.
+"""From captions to pictures: text batch, solver, decoding; for the grids of training and for a finished model alike.
 
 Shapes: N images, L text tokens, D text width, C x H x W latent.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,19 +11,11 @@ from torch import Tensor
 from moe.routing import RoutingStats
 from trainer.config import DiffusionConfig
 from trainer.diffusion.model import ModelShape
-from trainer.diffusion.solver import guided, initial_noise, sample
+from trainer.diffusion.solver import guided, initial_noise, solve
 from trainer.encoders.build import ImageCodec
 
 Observer = Callable[[float, list[RoutingStats]], None]
 Forward = Callable[[Tensor, Tensor, slice], tuple[Tensor, list[RoutingStats]]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextBatch:
-    """Captions in the first half of the rows, the empty caption in the second: [2N, L, D] and [2N, L]."""
-
-    text_BLD: Tensor
-    mask_BL: Tensor
 
 
 def pad_text(tokens: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
@@ -38,10 +29,9 @@ def pad_text(tokens: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
     return text, mask
 
 
-def text_batch(captions: Sequence[Tensor], empty: Tensor, length: int) -> TextBatch:
-    """Stack captions over as many empty captions, for guidance in one batch."""
-    text, mask = pad_text([*captions, *[empty] * len(captions)], length)
-    return TextBatch(text_BLD=text, mask_BL=mask)
+def text_batch(captions: Sequence[Tensor], empty: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Captions over as many empty captions, for guidance in one batch: text [2N, L, D] and its mask [2N, L]."""
+    return pad_text([*captions, *[empty] * len(captions)], length)
 
 
 def draw(
@@ -61,7 +51,7 @@ def draw(
         return out
 
     noise = initial_noise(seeds, (shape.channels, shape.height, shape.width)).to(device)
-    return sample(noise, guided(velocity, config, len(seeds)), config)
+    return solve(noise, guided(velocity, config, len(seeds)), config)
 
 
 def to_pictures(latent_NCHW: Tensor, codec: ImageCodec, mean_C: Tensor, std_C: Tensor) -> Tensor:

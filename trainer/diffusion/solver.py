@@ -67,6 +67,6 @@ def guided(model: Callable[[Tensor, Tensor, slice], Tensor], config: DiffusionCo
     return velocity
 
 
-def sample(x_NCHW: Tensor, velocity: Velocity, config: DiffusionConfig) -> Tensor:
+def solve(x_NCHW: Tensor, velocity: Velocity, config: DiffusionConfig) -> Tensor:
     """Noise -> latents with the configured solver and number of steps."""
     return SOLVERS[config.sampler](x_NCHW, velocity, time_grid(config.sampling_steps, config.time_shift))

@@ -30,7 +30,7 @@ def _yaml_values(config: TrainConfig, world_size: int) -> dict[str, tuple[str, A
     }
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
+def _read_json(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON file, relative to the working folder or to the repository."""
     candidates = [Path(path), REPOSITORY / path]
     found = next((p for p in candidates if p.is_file()), None)
@@ -47,7 +47,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def load_deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     """The resolved DeepSpeed configuration; ConfigError on conflicts, leftovers and unsupported stages."""
     path = config.parallel.deepspeed_config
-    content = read_json(path)
+    content = _read_json(path)
     for key, (setting, value) in _yaml_values(config, world_size).items():
         section, _, leaf = key.rpartition(".")
         owner = content.setdefault(section, {}) if section else content

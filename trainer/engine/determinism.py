@@ -1,8 +1,8 @@
 """The same bits every time, where a GPU would otherwise sum in the order in which its threads happen to finish.
 
-What that concerns here: `index_add` (combine, and the backward of dispatch), the backward of attention, cuBLAS with
-more than one workspace. On a CPU all of it is deterministic anyway. Random numbers are no part of it: every draw of a
-run is a function of (seed, global sample index), made on the CPU.
+What that concerns here: the backward of attention, and cuBLAS with more than one workspace. Dispatch and combine of the
+MoE sum rows in a fixed order as they are (moe/dispatch.py). On a CPU all of it is deterministic anyway. Random numbers
+are no part of it: every draw of a run is a function of (seed, global sample index), made on the CPU.
 """
 
 import os

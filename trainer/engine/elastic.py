@@ -41,7 +41,7 @@ def split_share(share: int, largest: int, pool: int = 1) -> tuple[int, int] | No
     return (fitting[-1], share // fitting[-1]) if fitting else None
 
 
-def fit(
+def adapt(
     config: TrainConfig, *, world_size: int, local_size: int, saved_batch: int | None
 ) -> tuple[TrainConfig, list[str]]:
     """The configuration of this start and a sentence for each setting that the rule changed.

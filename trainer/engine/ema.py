@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, sharded like the optimizer: no communication to keep it.
+"""Exponential moving average of the weights, in pieces like the optimizer's state: no communication to keep it.
 
 Each rank averages the pieces of fp32 master weights that ZeRO left it. Checkpoints keep the pieces with their
 places, so that any topology can go on with them, and any process can put the whole average together.
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from trainer.config import EmaConfig
-from trainer.engine.zero_state import master_shards, publish_master
+from trainer.engine.zero_state import master_pieces, publish_master
 
 
 class Ema:
@@ -19,13 +19,15 @@ class Ema:
 
     def __init__(self, engine: Any, config: EmaConfig) -> None:
         self.config = config
-        self.average = {name: shard.values.clone() for name, shard in master_shards(engine)}
+        self.average = {name: piece.values.clone() for name, piece in master_pieces(engine)}
 
     @torch.no_grad()
     def update(self, engine: Any, step: int) -> None:
         """Move the average towards the weights after optimizer step number `step` (from 1)."""
+        # A young average would be mostly initial weights: so at first it forgets faster.
         decay = min(self.config.decay, (1 + step) / (10 + step))
-        live = dict(master_shards(engine))
+        # One fused kernel over all pieces: there are hundreds, and launching one for each would take longer.
+        live = dict(master_pieces(engine))
         torch._foreach_lerp_(list(self.average.values()), [live[n].values for n in self.average], 1 - decay)
 
     @contextmanager
@@ -39,8 +41,9 @@ class Ema:
 
     @torch.no_grad()
     def _exchange(self, engine: Any) -> None:
-        for name, shard in master_shards(engine):
-            weights = shard.values.clone()
-            shard.values.copy_(self.average[name])
+        # Piece by piece, so that beside weights and average only one piece more takes memory.
+        for name, piece in master_pieces(engine):
+            weights = piece.values.clone()
+            piece.values.copy_(self.average[name])
             self.average[name].copy_(weights)
         publish_master(engine)

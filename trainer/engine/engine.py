@@ -33,11 +33,14 @@ def build_model(
     Under stage 3 each layer's parameters are partitioned as soon as the layer is built, so no rank ever
     holds more than one layer's local experts in full. Initial values do not depend on the topology.
     """
+    # Without expert parallelism the plain layer: nothing of DeepSpeed's private expert protocol is used then.
     group = build_expert_group(config.parallel.ep_size)
     build_moe = partial(ExpertParallelMoe, group=group) if group else MoeLayer
     partitioned = zero_stage(deepspeed_config) == 3
     with deepspeed.zero.Init(enabled=partitioned, config_dict_or_path=deepspeed_config, mem_efficient_linear=False):
         model = EcDit(config.model, config.moe, shape, build_moe)
+    # Modules leave their parameters uninitialised: values are drawn by name and expert number, so that a rank draws its
+    # own experts only, and draws what any other topology does.
     for name, parameter in model.named_parameters():
         first_expert, _ = expert_range(parameter)
         write_initial(parameter, initial(name, full_shape(parameter), config.seed, first_expert))

@@ -1,8 +1,18 @@
-"""The fp32 state that ZeRO left on this rank: flat shards of master weights and optimizer moments.
+"""The fp32 state that ZeRO left on this rank, as pieces of named tensors: master weights and optimizer moments.
 
-One view for stages 1, 2 and 3, with the optimizer on the GPU or offloaded to the host, on which initialisation,
-EMA, checkpoints and the tests' gather stand. A shard says where in its parameter it belongs, so that the shards of
-all ranks can be put together by anyone.
+One view for all stages, with the optimizer on the GPU or offloaded to the host, on which initialisation, EMA and
+checkpoints stand. DeepSpeed 0.19.8 keeps the master weights in flat tensors, on which torch's
+optimizer steps:
+
+- Stages 1 and 2 lay the parameters of a group end to end and cut that into equal parts, one for each rank. A rank
+  holds one flat tensor per group; a parameter may be cut anywhere, or not be in the rank's part at all. Where it is,
+  its `_hp_mapping` says.
+- Stage 3 cuts each parameter into equal parts, the last one padded. A rank holds one flat tensor per sub-group of
+  parameters, its parts of them end to end. Where a part begins, the optimizer's `grad_position` says.
+
+The optimizer's moments have the shape of these flat tensors, so the same places find them. Parts are cut over the ranks
+that hold the same parameter: all of them, or for experts the ranks with the same experts. A piece says where in its
+whole parameter it belongs, so that anyone can put the pieces of all ranks together.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,12 +30,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard:
-    """A contiguous piece of one parameter, flattened.
+class TensorPiece:
+    """A contiguous piece of one parameter or of a moment of it, flattened.
 
-    `values` is a live view of this rank's state. It holds elements `start` to `start + len(values)` of a local
-    parameter of shape `shape`; for an expert parameter that is experts `first_expert` to
-    `first_expert + shape[0]` of `num_experts`, else `num_experts` is 0.
+    `values` is a live view of this rank's state: writing into it changes the state. It holds elements `start` to
+    `start + len(values)` of a local parameter of shape `shape`; for an expert parameter that is experts `first_expert`
+    to `first_expert + shape[0]` of `num_experts`, else `num_experts` is 0.
     """
 
     values: Tensor
@@ -68,16 +78,16 @@ def write_initial(parameter: nn.Parameter, value: Tensor) -> None:
         if not hasattr(parameter, "ds_tensor"):
             parameter.copy_(value)
             return
-        shard = parameter.ds_tensor
+        kept = parameter.ds_tensor
         rank = deepspeed.comm.get_rank(group=parameter.ds_process_group)  # type: ignore[attr-defined]
-        piece = value.flatten()[rank * shard.numel() : (rank + 1) * shard.numel()]
-        shard.zero_()
-        shard.view(-1)[: piece.numel()].copy_(piece)
+        part = value.flatten()[rank * kept.numel() : (rank + 1) * kept.numel()]
+        kept.zero_()  # the last rank's slice is longer than what is left for it: the padding, too, must be defined
+        kept.view(-1)[: part.numel()].copy_(part)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Slot:
-    """Elements `position` to `position + length` of `flat` are elements `start` and on of a parameter."""
+    """Elements `position` to `position + length` of `flat` are those from `start` on of a flattened local parameter."""
 
     flat: Tensor
     position: int
@@ -95,11 +105,12 @@ def flat_masters(engine: Any) -> list[Tensor]:
 def _slot(flats: list[Tensor], optimizer: Any, parameter: nn.Parameter) -> _Slot | None:
     """Where this rank's elements of a parameter are, without ZeRO's padding; None if it has none."""
     if hasattr(parameter, "ds_tensor"):
-        # Not safe_get_local_fp32_param, which copies an offloaded shard to the GPU.
+        # Stage 3. Not by safe_get_local_fp32_param, which copies an offloaded piece to the GPU.
         number, position, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = deepspeed.comm.get_rank(group=parameter.ds_process_group) * size  # type: ignore[attr-defined]
         length = min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]
         return _Slot(flat=flats[number], position=position, start=start, length=length) if length > 0 else None
+    # Stages 1 and 2: "lp" is the working parameter, "hp" its fp32 master; a fragment lies at its own place in each.
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]
     if mapping is None:
         return None
@@ -111,37 +122,38 @@ def _slot(flats: list[Tensor], optimizer: Any, parameter: nn.Parameter) -> _Slot
     )
 
 
-def _slots(engine: Any) -> Iterator[tuple[str, _Slot, Shard]]:
-    """(name, slot, shard of the master weights) of every parameter of which this rank holds a piece."""
+def _slots(engine: Any) -> Iterator[tuple[str, _Slot, TensorPiece]]:
+    """(name, slot, piece of the master weights) of every parameter of which this rank holds a piece."""
     flats = flat_masters(engine)
     for name, parameter in engine.module.named_parameters():
         slot = _slot(flats, engine.optimizer, parameter)
         if slot is None:
             continue
         first_expert, num_experts = expert_range(parameter)
-        values = slot.flat.detach()[slot.position : slot.position + slot.length]
-        shape = full_shape(parameter)
-        yield (
-            name,
-            slot,
-            Shard(values=values, start=slot.start, shape=shape, first_expert=first_expert, num_experts=num_experts),
+        piece = TensorPiece(
+            values=slot.flat.detach()[slot.position : slot.position + slot.length],
+            start=slot.start,
+            shape=full_shape(parameter),
+            first_expert=first_expert,
+            num_experts=num_experts,
         )
+        yield name, slot, piece
 
 
-def master_shards(engine: Any) -> Iterator[tuple[str, Shard]]:
-    """(name, shard) of every parameter of which this rank holds a piece of the fp32 master weights."""
-    for name, _, shard in _slots(engine):
-        yield name, shard
+def master_pieces(engine: Any) -> Iterator[tuple[str, TensorPiece]]:
+    """(name, piece) of every parameter of which this rank holds a piece of the fp32 master weights."""
+    for name, _, piece in _slots(engine):
+        yield name, piece
 
 
-def moment_shards(engine: Any) -> Iterator[tuple[str, str, Shard]]:
-    """(kind, name, shard) of the optimizer's moments; nothing for SGD and before the first step."""
-    states = engine.optimizer.optimizer.state
-    for name, slot, shard in _slots(engine):
+def moment_pieces(engine: Any) -> Iterator[tuple[str, str, TensorPiece]]:
+    """(kind, name, piece) of the optimizer's moments; nothing for SGD and before the first step."""
+    states = engine.optimizer.optimizer.state  # of torch's optimizer, which steps on the flat tensors
+    for name, slot, piece in _slots(engine):
         for kind in MOMENTS:
             if kind in states.get(slot.flat, {}):
                 moment = states[slot.flat][kind][slot.position : slot.position + slot.length]
-                yield kind, name, replace(shard, values=moment)
+                yield kind, name, replace(piece, values=moment)
 
 
 def moment_kinds(engine: Any) -> list[str]:
@@ -177,42 +189,14 @@ def prepare_moments(engine: Any, kinds: Iterable[str], step: float) -> None:
         state["step"] = torch.tensor(float(step), dtype=torch.float32, device=flat.device)  # fused: beside its tensor
 
 
-def assemble(pieces: Iterable[tuple[str, Shard]]) -> dict[str, Tensor]:
-    """Put the pieces of all ranks together: {name: full fp32 tensor, all experts}.
-
-    Raises ValueError naming parameters that the pieces do not cover exactly once.
-    """
-    full: dict[str, Tensor] = {}
-    missing: dict[str, int] = {}
-    for name, shard in pieces:
-        if name not in full:
-            full[name] = torch.empty(shard.logical_shape, dtype=torch.float32)
-            missing[name] = full[name].numel()
-        full[name].view(-1)[shard.offset : shard.offset + shard.values.numel()] = shard.values
-        missing[name] -= shard.values.numel()
-    gaps = [name for name, count in missing.items() if count != 0]
-    if gaps or not full:
-        raise ValueError(f"the shards do not cover {', '.join(gaps[:3]) or 'any parameter'}")
-    return full
-
-
-def gather_master(engine: Any) -> dict[str, Tensor]:
-    """The full fp32 weights on every rank, through host memory: for tests and small models. Collective."""
-    mine = [(name, replace(shard, values=shard.values.cpu().clone())) for name, shard in master_shards(engine)]
-    parts: list[Any] = [None] * deepspeed.comm.get_world_size()
-    torch.distributed.all_gather_object(parts, mine)
-    places: dict[tuple[str, int, int], tuple[str, Shard]] = {}
-    for name, shard in (piece for part in parts for piece in part):
-        places[name, shard.first_expert, shard.start] = (name, shard)  # unpartitioned pieces are on all ranks
-    return assemble(places.values())
-
-
 def publish_master(engine: Any) -> None:
     """Copy changed master weights to the model's working weights on all ranks. Collective."""
     optimizer = engine.optimizer
     if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        optimizer.update_lp_params()
+        optimizer.update_lp_params()  # stages 1 and 2: each rank casts its part, then the parts are gathered
         return
+    # Stage 3 keeps the working weights cut as the masters are: each rank casts its parts. Small parameters stay whole
+    # on all ranks (stage3_param_persistence_threshold): they are cut before that and gathered after it.
     if optimizer.persistent_parameters:
         optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
     for i in range(len(optimizer.fp32_partitioned_groups_flat)):

@@ -1,4 +1,4 @@
-"""The record of skipped steps and roll-backs, `RUN/bad_steps.jsonl`, and what follows from it.
+"""Skipped steps: their record, `RUN/bad_steps.jsonl`, and when a run goes back to a checkpoint or gives up.
 
 `step` counts optimizer steps that were applied: a skipped one is tried again under the same number with the next
 samples, so that learning rate, EMA, checkpoints and metrics see an unbroken sequence. What advances at a skip
@@ -11,6 +11,8 @@ that a run that was stopped decides as an unbroken one.
 """
 
 import json
+import logging
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -18,9 +20,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.data.batches import DataState
+from trainer.checkpoint.state import TrainState
+from trainer.data.batches import DataState, MicroBatch, micro_batches
+from trainer.distributed import from_main
+from trainer.files import keep_records, read_records
+from trainer.loop.start_checks import CheckedRun
 
 FILE_NAME = "bad_steps.jsonl"
+logger = logging.getLogger("ec_dit")
+
+
+class DivergedError(RuntimeError):
+    """Skipping and going back did not help: the settings or the data need a person."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,32 +68,11 @@ def count_rollbacks(events: Sequence[Event], step: int) -> int:
 
 
 def read_events(path: Path) -> list[Event]:
-    """Events of a file in order, [] without one; a half line of a killed process is left out."""
-    if not path.exists():
-        return []
-    return [event for event, _ in _parse(path)]
-
-
-def _parse(path: Path) -> list[tuple[Event, str]]:
-    found = []
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        event = Event(kind=entry["kind"], step=entry["step"], data=DataState.from_dict(entry["data"]))
-        found.append((event, line))
-    return found
-
-
-def drop_events_after(path: Path, data: DataState) -> None:
-    """Rewrite the file without events past `data`, atomically: a resumed run comes to those samples again."""
-    if not path.exists():
-        return
-    kept = [line for event, line in _parse(path) if event.data.samples_seen <= data.samples_seen]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(temporary, path)
+    """Events of a file in order, [] without one."""
+    return [
+        Event(kind=record["kind"], step=record["step"], data=DataState.from_dict(record["data"]))
+        for record in read_records(path)
+    ]
 
 
 class BadSteps:
@@ -91,10 +81,11 @@ class BadSteps:
     def __init__(self, path: Path | None, events: Sequence[Event], data: DataState, global_batch_size: int) -> None:
         """`path` is None on all but the main process; `data` is the position at which the run starts."""
         self.path = path
+        # A resumed run comes to the samples past its start again, so what happened there has not happened yet.
         self.events = [event for event in events if event.data.samples_seen <= data.samples_seen]
         self.streak = count_streak(self.events, data, global_batch_size)
         if path is not None:
-            drop_events_after(path, data)
+            keep_records(path, lambda record: record["data"]["samples_seen"] <= data.samples_seen)
 
     @property
     def num_skipped(self) -> int:
@@ -116,3 +107,85 @@ class BadSteps:
     def step_applied(self) -> None:
         """End a streak."""
         self.streak = 0
+
+
+class SkipPolicy:
+    """Decides what follows a skipped step. All ranks build it together and decide alike.
+
+    `bad` is the record. `start` is the data position at which to begin: that of `state`, or one further on after a
+    roll-back to it.
+    """
+
+    def __init__(self, checked: CheckedRun, state: TrainState) -> None:
+        self.checked, self.config, self.is_main = checked, checked.config.train, checked.world.is_main
+        self.path = Path(checked.config.run_dir) / FILE_NAME
+        events = from_main(checked.world, lambda: read_events(self.path))
+        self.start = position_after_rollback(events, state.step, state.data)
+        self.bad = BadSteps(self.path if self.is_main else None, events, self.start, checked.global_batch_size)
+
+    @property
+    def must_roll_back(self) -> bool:
+        """Whether too many steps in a row were skipped."""
+        return self.bad.streak >= self.config.max_bad_steps
+
+    def record_skip(self, state: TrainState, data: DataState, *, loss: float, suspected: list[int]) -> None:
+        """Write down the step that was tried from `state`; `data` is the position after it.
+
+        `suspected` are global indices of samples, of all ranks.
+        """
+        batch = self._global_batch(state.data)
+        cause = "gradient norm" if math.isfinite(loss) else "loss"
+        sample_of = dict(zip(batch.indices, batch.samples, strict=True))
+        if self.is_main:
+            logger.warning(
+                "skipped step %d: its %s is not finite; samples %d to %d since the start, from %d in epoch %d (see %s)",
+                state.step + 1, cause, batch.indices[0], batch.indices[-1],
+                data.consumed - len(batch.indices), data.epoch, FILE_NAME,
+            )  # fmt: skip
+        self.bad.record(
+            Event(kind="skip", step=state.step + 1, data=data),
+            cause=cause,
+            loss=repr(loss),
+            indices=batch.indices,
+            samples=batch.samples,
+            suspected_samples=[sample_of[index] for index in suspected],
+        )
+
+    def _global_batch(self, data: DataState) -> MicroBatch:
+        """All samples of the step that starts at `data`: as one micro-batch of a world of one process."""
+        order = micro_batches(
+            self.checked.dataset.layout, data, micro_batch_size=self.checked.global_batch_size, num_micro_batches=1,
+            rank=0, world_size=1, group_size=self.checked.config.data.shuffle_group,
+        )  # fmt: skip
+        return next(order)
+
+    def check_can_roll_back(self, checkpoint: Path | None) -> Path:
+        """The checkpoint; DivergedError when there is none to go back to, or going back is switched off."""
+        if self.config.max_rollbacks == 0:
+            raise self._diverged("train.max_rollbacks is 0")
+        if checkpoint is None:
+            raise self._diverged("there is no checkpoint yet to go back to")
+        return checkpoint
+
+    def check_rollbacks(self, step: int) -> None:
+        """Raise DivergedError when the run has gone back to the checkpoint of `step` often enough."""
+        if count_rollbacks(self.bad.events, step) >= self.config.max_rollbacks:
+            raise self._diverged(
+                f"the run has gone back to its checkpoint of step {step} as often as "
+                f"train.max_rollbacks={self.config.max_rollbacks} allows"
+            )
+
+    def _diverged(self, reason: str) -> DivergedError:
+        return DivergedError(
+            f"no finite loss and gradient norm in {self.bad.streak} tries in a row, and {reason}: see {self.path} for "
+            "the samples; remove them, or lower optim.learning_rate"
+        )
+
+    def record_rollback(self, state: TrainState, checkpoint: Path) -> None:
+        """Write down that `state` has the weights of `checkpoint` and goes on at its own data position."""
+        if self.is_main:
+            logger.warning(
+                "went back to %s after %d skipped steps; going on past their samples, at position %d of epoch %d",
+                checkpoint, self.bad.streak, state.data.consumed, state.data.epoch,
+            )  # fmt: skip
+        self.bad.record(Event(kind="rollback", step=state.step, data=state.data), checkpoint=checkpoint.name)

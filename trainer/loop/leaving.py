@@ -15,12 +15,9 @@ from typing import Any
 import torch
 
 from trainer.cluster.watchdog import ARRIVAL_SECONDS
+from trainer.distributed import on_all
 
 logger = logging.getLogger("ec_dit")
-
-
-class PeerError(RuntimeError):
-    """Another rank failed; this one was sound."""
 
 
 class HeldErrors:
@@ -39,16 +36,16 @@ class HeldErrors:
                 self.error = error
 
     def raise_everywhere(self) -> None:
-        """Raise this rank's error, on sound ranks a PeerError that quotes the others. Collective.
+        """Raise the held errors on all ranks (`trainer.distributed.on_all`). Collective.
 
         Call it only when all ranks know that one of them holds an error.
         """
-        mine = "" if self.error is None else f"rank {torch.distributed.get_rank()}: {self.error!r}"
-        parts: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, mine)
-        if self.error is not None:
-            raise self.error
-        raise PeerError("; ".join(part for part in parts if part))
+
+        def release() -> None:
+            if self.error is not None:
+                raise self.error
+
+        on_all(release)
 
 
 def build_arrival_group(seconds: float = ARRIVAL_SECONDS) -> Any:

@@ -1,13 +1,18 @@
 """The training loop: optimizer steps, and what happens between them.
 
 Within a step nothing may be saved. Between steps the state is sound; what fails there ends the run with a checkpoint
-if every rank can take part (trainer/loop/leaving.py). The ranks exchange one small vector at the end of each step:
-loss, router statistics, and whether a rank was asked to stop, failed, or lost the run folder.
+if every rank can take part (trainer/loop/leaving.py). At the end of each step the ranks exchange one small vector
+(`StepReport`): loss, router statistics, and whether a rank was asked to stop, failed, or lost the run folder.
+
+To follow one step, read `_step` here, trainer/loop/step.py, then trainer/diffusion/flow.py (noise and loss),
+trainer/diffusion/model.py and moe/layer.py (the forward pass). The rest is DeepSpeed's, and trainer/engine/ema.py.
 """
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,19 +26,19 @@ from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.state import TrainState
 from trainer.cluster.incidents import failure, record_incident
 from trainer.cluster.watchdog import ARRIVAL_SECONDS, end_within, time_limit
-from trainer.data.dataset import DataState
-from trainer.distributed import all_reduce_mean, from_main
+from trainer.data.batches import DataState
+from trainer.diffusion.flow import NoisedBatch
+from trainer.distributed import from_main
 from trainer.engine.ema import Ema
 from trainer.engine.engine import build_engine
 from trainer.engine.optim import learning_rate
+from trainer.loop.bad_steps import DivergedError, SkipPolicy
 from trainer.loop.leaving import HeldErrors, all_ranks_arrive, build_arrival_group
-from trainer.loop.prepared import Prepared, build_prepared, next_step
 from trainer.loop.run_lock import LockLostError, RunLock
 from trainer.loop.sample_grid import GridSampler
 from trainer.loop.signals import StopSignal
-from trainer.loop.skips import DivergedError, SkipPolicy
-from trainer.loop.start_checks import Plan
-from trainer.loop.step import StepResult, suspects, train_step
+from trainer.loop.start_checks import CheckedRun
+from trainer.loop.step import StepReport, StepResult, gather_suspects, next_step, noised_batches, train_step
 from trainer.loop.time_budget import TimeBudget
 from trainer.telemetry.reporter import Reporter
 from trainer.telemetry.step_timer import StepTimer
@@ -41,40 +46,34 @@ from trainer.telemetry.step_timer import StepTimer
 logger = logging.getLogger("ec_dit")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Exchange:
-    """What all ranks know at the end of a step."""
-
-    loss: float
-    stop: bool
-    failed: bool
-    lock_lost: bool
-    router: list[float]
-
-
 class Trainer:
-    """The state of a running loop. All ranks build and run it together."""
+    """The state of a running loop. All ranks build and run it together.
 
-    def __init__(self, plan: Plan, device: torch.device, stop: StopSignal, lock: RunLock) -> None:
-        self.plan, self.config, self.device, self.stop, self.lock = plan, plan.config, device, stop, lock
-        info, shape = plan.dataset.info, plan.model_shape
-        self.engine = build_engine(plan.config, plan.deepspeed_config, shape, device)
-        if plan.init_from is not None:
-            load_init(plan.init_from, self.engine, plan.config)
-        self.ema = Ema(self.engine, plan.config.ema)
-        self.state = TrainState(step=0, data=DataState(seed=plan.config.seed, epoch=0, consumed=0, samples_seen=0))
-        self.saver = Saver(plan.config, plan.topology, info, plan.world)
-        if plan.checkpoint is not None:
-            self.state = load_checkpoint(plan.checkpoint, self.engine, self.ema, plan.world)
+    `sound`: weights, average, moments and counters are those of one step, so that they may be saved.
+    `agreed`: all ranks know of the error that ends the run, and come to the last save together.
+    """
+
+    def __init__(self, checked: CheckedRun, device: torch.device, stop: StopSignal, lock: RunLock) -> None:
+        config, world, info = checked.config, checked.world, checked.dataset.info
+        self.checked, self.config, self.device, self.stop, self.lock = checked, config, device, stop, lock
+        self.engine = build_engine(config, checked.deepspeed_config, checked.model_shape, device)
+        if checked.init_from is not None:
+            load_init(checked.init_from, self.engine, config)
+        self.ema = Ema(self.engine, config.ema)  # after the initial weights, from which the average starts
+        self.state = TrainState(step=0, data=DataState(seed=config.seed, epoch=0, consumed=0, samples_seen=0))
+        self.saver = Saver(config, checked.topology, info, world)
+        if checked.checkpoint is not None:
+            self.state = load_checkpoint(checked.checkpoint, self.engine, self.ema, world)
         self.saved_step = self.state.step
-        self.skips = SkipPolicy(plan, self.state)
+        self.skips = SkipPolicy(checked, self.state)
+        # A roll-back to this very checkpoint may have moved on in the data; the batches below start there.
         self.state = replace(self.state, data=self.skips.start)
-        self.grid = GridSampler(plan.config, info, shape, plan.world, device)
-        self.reporter = Reporter(plan, shape, device, self.state.step)
-        self.batches = build_prepared(
-            plan.dataset, plan.config, rank=plan.world.rank, world_size=plan.world.size, state=self.state.data
+        self.grid = GridSampler(config, info, world, device)
+        self.reporter = Reporter(config, info, world, device, self.state.step)
+        self.batches = noised_batches(
+            checked.dataset, config, rank=world.rank, world_size=world.size, state=self.state.data
         )
-        self.upcoming: list[Prepared] = []
+        self.upcoming: list[NoisedBatch] = []
         self.held = HeldErrors()
         self.budget = TimeBudget.from_environment()
         self.timer = StepTimer(device)
@@ -107,113 +106,114 @@ class Trainer:
     def _run_until(self, last: int) -> bool:
         """Step until `last` or a stop; returns whether it was a stop."""
         loop = self.config.train
-        stopping = self._settle(self._prepare_and_exchange(more=True))
+        stopping = self._settle(self._read_and_report(more=True))
         while self.state.step < last and not stopping:
             before, start = self.state.step, time.perf_counter()
             stopping = self._step(last)
             self.budget.stepped(time.perf_counter() - start)
             step = self.state.step
-            applied = step > before
+            applied = step > before  # not skipped, and not back at an older checkpoint
             if applied and loop.sample_every and (step % loop.sample_every == 0 or step == loop.max_steps):
                 self._draw_grid()
             final = stopping or step == last
             if final or (applied and loop.checkpoint_every and step % loop.checkpoint_every == 0):
                 self._save(final=final)
-        self._settle(self._prepare_and_exchange(more=False))
+        # What failed on one rank after the last step's report, such as writing its grid, must not pass in silence.
+        self._settle(self._read_and_report(more=False))
         return stopping
 
     def _step(self, last: int) -> bool:
         """Try one optimizer step; returns whether any rank was asked to stop."""
-        self.sound = False
-        rate = learning_rate(self.state.step, self.config.optim, self.config.train.max_steps)
-        used = self.upcoming
-        set_capacity_factor(self.engine.module, self.config.moe.factor_at(self.state.step))
-        every = self.config.train.profile_every
-        with self.timer.measuring(self.engine, bool(every) and (self.state.step + 1) % every == 0):
-            result = train_step(
-                self.engine, used, rate, self.device, self.timer, patch_size=self.config.model.patch_size,
-                statistics=(self.state.step + 1) % self.config.train.log_every == 0,
-            )  # fmt: skip
+        step, loop, used = self.state.step, self.config.train, self.upcoming
+        # Until all ranks have counted this step alike, what a save would write belongs to two steps.
+        with self._unsound():
+            rate = learning_rate(step, self.config.optim, loop.max_steps)
+            set_capacity_factor(self.engine.module, self.config.moe.factor_at(step))
+            with self.timer.measuring(self.engine, bool(loop.profile_every) and (step + 1) % loop.profile_every == 0):
+                result = train_step(
+                    self.engine, used, rate, self.device, self.timer, patch_size=self.config.model.patch_size,
+                    statistics=(step + 1) % loop.log_every == 0,
+                )  # fmt: skip
+                if result.applied:  # a skipped step left the weights alone, and so must leave the average
+                    with self.timer.section("optimizer"):
+                        self.ema.update(self.engine, step + 1)
+                found = self._read_and_report(more=step + result.applied < last, result=result)
+            # Also a skipped step has used up its samples: tried again, they would be as bad.
+            batch_size = self.checked.global_batch_size
+            data = self.state.data.advance(batch_size, len(self.checked.dataset), batch_size)
             if result.applied:
-                with self.timer.section("optimizer"):
-                    self.ema.update(self.engine, self.state.step + 1)
-            found = self._prepare_and_exchange(more=self.state.step + result.applied < last, result=result)
-        batch_size = self.plan.global_batch_size
-        data = self.state.data.advance(batch_size, len(self.plan.dataset), batch_size)
-        if result.applied:
-            self._advance(data, found, rate, result)
-        else:
-            self._skip(data, found, suspects(result, used))
-        self.sound = True
+                self._advance(data, found, rate, result)
+            else:
+                self._skip(data, found, gather_suspects(result, used))
+        # Only now, so that an error of one rank finds a state that all of them can save.
         return self._settle(found)
 
-    def _prepare_and_exchange(self, *, more: bool, result: StepResult | None = None) -> Exchange:
+    def _read_and_report(self, *, more: bool, result: StepResult | None = None) -> StepReport:
         """Read the data of the next step if there are `more`, then tell all ranks how this one went. Collective.
 
         Reading comes first, so that a rank whose data cannot be read says so before others wait for it.
         """
         if more:
-            with self.held.held():
+            with self.held.held(), self.timer.section("data"):
                 number = self.state.step + (result is not None and result.applied)
-                with self.timer.section("data"):
-                    self.upcoming = next_step(self.batches, self.config, number)
+                self.upcoming = next_step(self.batches, self.config, number)
         if self.lock.lost and self.held.error is None:
             self.held.error = LockLostError(f"run_dir={self.config.run_dir} was taken over by another job")
-        report = torch.zeros(4 + self.reporter.router_size)
-        report[1:4] = torch.tensor(
-            [
-                self.stop.received or self.budget.is_spent(),
-                self.held.error is not None,
-                isinstance(self.held.error, LockLostError),
-            ]
+        collected = result is not None and len(result.router)
+        mine = StepReport(
+            loss=torch.zeros(()) if result is None else result.losses.mean(),
+            stop=self.stop.received or self.budget.is_spent(),
+            failed=self.held.error is not None,
+            lock_lost=isinstance(self.held.error, LockLostError),
+            router=result.router if result is not None and collected else torch.zeros(self.reporter.router_size),
         )
-        report = report.to(self.device)
-        if result is not None:
-            report[0] = result.losses.mean()
-            if len(result.router):
-                report[4:] = result.router
-        loss, stop, failed, lost, *router = all_reduce_mean(report).tolist()
-        return Exchange(loss=loss, stop=stop > 0, failed=failed > 0, lock_lost=lost > 0, router=router)
+        return mine.exchange(self.device)
 
-    def _settle(self, found: Exchange) -> bool:
+    def _settle(self, found: StepReport) -> bool:
         """Raise if a rank failed; returns whether one was asked to stop."""
         if found.failed:
+            # Who lost the lock must not write into the folder, and no rank can save without the others.
             self.sound, self.agreed = self.sound and not found.lock_lost, True
             self.held.raise_everywhere()
         return found.stop
 
-    def _advance(self, data: DataState, found: Exchange, rate: float, result: StepResult) -> None:
+    @contextmanager
+    def _unsound(self) -> Iterator[None]:
+        """The state must not be saved while the block runs, nor ever if an error leaves it."""
+        self.sound = False
+        yield
+        self.sound = True
+
+    def _advance(self, data: DataState, found: StepReport, rate: float, result: StepResult) -> None:
         """Count an applied step, report at the interval."""
         step, every = self.state.step + 1, self.config.train.log_every
-        total = self.state.interval_loss + found.loss
+        total = self.state.interval_loss + float(found.loss)
         self.state = replace(self.state, step=step, data=data, interval_loss=0.0 if step % every == 0 else total)
-        self.skips.step_applied()
-        with self.held.held():
+        self.skips.bad.step_applied()
+        with self.held.held():  # a full disk on the main process, which must not leave the others waiting
             if step % every == 0:
                 self.reporter.report(
                     step, loss=total / every, norm=self.engine.get_global_grad_norm(), rate=rate,
-                    epoch=data.epoch, bad_steps=self.skips.num_skipped, router=found.router,
+                    epoch=data.epoch, bad_steps=self.skips.bad.num_skipped, router=found.router.tolist(),
                     stats=result.stats, times=self.timer.take(),
                 )  # fmt: skip
             self.reporter.advance()
 
-    def _skip(self, data: DataState, found: Exchange, mine: list[int]) -> None:
+    def _skip(self, data: DataState, found: StepReport, suspected: list[int]) -> None:
         """Count a skipped step; go back to the newest checkpoint after too many in a row."""
-        suspected = self.skips.gather_suspects(mine)
         with self.held.held():
-            self.skips.record_skip(self.state, data, loss=found.loss, suspected=suspected)
+            self.skips.record_skip(self.state, data, loss=float(found.loss), suspected=suspected)
         self.state = replace(self.state, data=data)
         if self.skips.must_roll_back:
             self._roll_back()
 
     def _roll_back(self) -> None:
         """Load the newest whole checkpoint, keep the data position."""
-        self.saver.finish()
+        self.saver.finish()  # the newest may still be on its way to the disk
         folder = Path(self.config.run_dir) / "checkpoints"
-        checkpoint = from_main(self.plan.world, lambda: newest_whole(list_checkpoints(folder)))
-        self.skips.check_can_roll_back(checkpoint)
-        assert checkpoint is not None
-        loaded = load_checkpoint(checkpoint, self.engine, self.ema, self.plan.world)
+        newest = from_main(self.checked.world, lambda: newest_whole(list_checkpoints(folder)))
+        checkpoint = self.skips.check_can_roll_back(newest)
+        loaded = load_checkpoint(checkpoint, self.engine, self.ema, self.checked.world)
         self.state = replace(loaded, data=self.state.data)
         self.saved_step = loaded.step
         self.skips.check_rollbacks(loaded.step)
@@ -223,23 +223,22 @@ class Trainer:
 
     def _draw_grid(self) -> None:
         """Draw with the average in place of the weights. If they cannot be brought back, nothing is saved."""
-        start, self.sound = time.perf_counter(), False
+        start = time.perf_counter()
         picture: Tensor | None = None
         failure: Exception | None = None
         try:
-            with self.ema.swapped(self.engine):
+            with self._unsound(), self.ema.swapped(self.engine):
                 try:
                     picture = self.grid.draw(self.engine)
-                except Exception as error:
+                except Exception as error:  # held back: bringing the weights back is collective work, too
                     failure = error
                     self._regroup(error)
-            self.sound = True
         finally:
             if failure is not None:
                 raise failure
         assert picture is not None
         with self.held.held():
-            if self.plan.world.is_main:
+            if self.checked.world.is_main:
                 self.grid.save(picture, Path(self.config.run_dir), self.state.step)
                 self.reporter.add_image(self.state.step, picture)
         self.reporter.pause(time.perf_counter() - start)
@@ -249,7 +248,7 @@ class Trainer:
         if all_ranks_arrive(self.arrivals):
             self.engine.empty_partition_cache()  # a forward pass that was left leaves ZeRO-3's parameters gathered
             return
-        logger.error("rank %d failed while others went on", self.plan.world.rank, exc_info=error)
+        logger.error("rank %d failed while others went on", self.checked.world.rank, exc_info=error)
         end_within(ARRIVAL_SECONDS)  # what follows is collective, and may wait for those others
 
     def _save(self, *, final: bool) -> None:
@@ -260,18 +259,20 @@ class Trainer:
         if self.state.step == self.saved_step:
             self.saver.finish(required=final)
             return
-        start, self.sound = time.perf_counter(), False
-        if self.saver.save(self.engine, self.ema, self.state, required=final):
-            self.saved_step = self.state.step
-        self.sound = True
+        start = time.perf_counter()
+        with self._unsound():  # an error in the middle of a save is no reason to begin another
+            if self.saver.save(self.engine, self.ema, self.state, required=final):
+                self.saved_step = self.state.step
         self.budget.saved(time.perf_counter() - start)
         self.reporter.pause(time.perf_counter() - start, save=True)
 
     def _save_on_the_way_out(self, error: Exception) -> None:
         """After an error: a last checkpoint if the state is sound and every rank gets here. `error` stays the error."""
         step, limit = self.state.step, self.config.train.emergency_save_seconds
-        logger.error("rank %d failed after step %d: %r", self.plan.world.rank, step, error)
-        record_incident(failure(self.plan.world.rank, error))  # now: the launcher may end this process during the save
+        logger.error("rank %d failed after step %d: %r", self.checked.world.rank, step, error)
+        record_incident(
+            failure(self.checked.world.rank, error)
+        )  # now: the launcher may end this process during the save
         try:
             with time_limit(limit):
                 self.saver.finish(required=True)  # copies of an earlier step, sound whatever happened since
@@ -288,5 +289,5 @@ class Trainer:
                 error.add_note(f"The checkpoint of step {step} could not be saved either: {second!r}")
 
     def _say(self, message: str, *values: object) -> None:
-        if self.plan.world.is_main:
+        if self.checked.world.is_main:
             logger.info(message, *values)

@@ -1,7 +1,6 @@
-"""A run from its checks to its end: plan, lock, folder, loop, close."""
+"""A run from its checks to its end: checks, lock, folder, loop, close."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,11 @@ from trainer.cluster.outcome import Outcome
 from trainer.config import ConfigError, TrainConfig, save_config
 from trainer.distributed import World, barrier, check_devices, from_main, init_distributed
 from trainer.engine.determinism import make_deterministic
+from trainer.files import remove_leftovers, replacing
 from trainer.loop.loop import Trainer
 from trainer.loop.run_lock import RunLock
 from trainer.loop.signals import StopSignal
-from trainer.loop.start_checks import Plan, plan_run, rounded_capacities
+from trainer.loop.start_checks import CheckedRun, check_start, rounded_capacities
 from trainer.telemetry.metrics import logger, setup_logging
 
 
@@ -28,13 +28,13 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> Outcome:
     Raises ConfigError for what the user can mend, before anything is written.
     """
     check_devices(world)
-    plan = plan_run(config, world)
+    checked = check_start(config, world)
     if config.train.deterministic:
         make_deterministic()
     device = init_distributed(world)
     try:
         with watch_peers(world):
-            outcome = _train_locked(plan, device, stop)
+            outcome = _train_locked(checked, device, stop)
     except ConfigError:
         # All ranks raise it together. A process that exits with its group alive may abort instead (gloo's threads).
         torch.distributed.destroy_process_group()
@@ -43,28 +43,27 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> Outcome:
     return outcome
 
 
-def _train_locked(plan: Plan, device: torch.device, stop: StopSignal) -> Outcome:
+def _train_locked(checked: CheckedRun, device: torch.device, stop: StopSignal) -> Outcome:
     """Hold the run folder from the choice of the checkpoint to the end of the loop."""
-    config, world = plan.config, plan.world
+    config, world, info = checked.config, checked.world, checked.dataset.info
     lock = RunLock(Path(config.run_dir))
     from_main(world, lock.acquire)
     try:
-        checkpoint, notes = choose_checkpoint(config, plan.topology, plan.dataset.info.fingerprint, world)
-        plan = replace(plan, checkpoint=checkpoint)
-        if plan.init_from is not None:
-            check_init_whole(plan.init_from, world)
-        from_main(
-            world,
-            lambda: prepare_run_folder(plan, [*plan.notes, *notes, *init_notes(config, plan.dataset.info, checkpoint)]),
-        )
-        trainer = Trainer(plan, device, stop, lock)
+        # Chosen again under the lock, and verified whole: another job may have written while `check_start` looked.
+        checkpoint, notes = choose_checkpoint(config, checked.topology, info.fingerprint, world)
+        checked = replace(checked, checkpoint=checkpoint)
+        if checked.init_from is not None:
+            check_init_whole(checked.init_from, world)
+        notes = [*checked.notes, *notes, *init_notes(config, info, checkpoint)]
+        from_main(world, lambda: prepare_run_folder(checked, notes))
+        trainer = Trainer(checked, device, stop, lock)
         try:
             finished = trainer.run()
         except Exception as error:
             _close_after(trainer, error)
             raise
         trainer.close()
-        barrier()
+        barrier()  # no rank gives the lock back, and exits, while another one still writes
         return Outcome(kind="finished" if finished else "stopped", step=trainer.state.step)
     finally:
         lock.release()
@@ -78,19 +77,21 @@ def _close_after(trainer: Trainer, error: Exception) -> None:
         error.add_note(f"The log files could not be closed either: {second!r}")
 
 
-def prepare_run_folder(plan: Plan, notes: Sequence[str] = ()) -> None:
+def prepare_run_folder(checked: CheckedRun, notes: Sequence[str] = ()) -> None:
     """Write the resolved configurations and say what starts, and `notes` on it; main process only."""
-    config, run_dir = plan.config, Path(plan.config.run_dir)
-    save_config(config, run_dir / "config.yaml.tmp")
-    os.replace(run_dir / "config.yaml.tmp", run_dir / "config.yaml")
-    (run_dir / "ds_config.json.tmp").write_text(json.dumps(plan.deepspeed_config, indent=2) + "\n")
-    os.replace(run_dir / "ds_config.json.tmp", run_dir / "ds_config.json")
+    config, topology, run_dir = checked.config, checked.topology, Path(checked.config.run_dir)
+    for name in ("config.yaml", "ds_config.json"):
+        remove_leftovers(run_dir / name)
+    with replacing(run_dir / "config.yaml") as temporary:
+        save_config(config, temporary)
+    with replacing(run_dir / "ds_config.json") as temporary:
+        temporary.write_text(json.dumps(checked.deepspeed_config, indent=2) + "\n")
     setup_logging(run_dir / "train.log")
     logger.info(
         "run %s: %d processes, ep_size %d, ZeRO stage %d, %s",
-        config.run_dir, plan.world.size, plan.topology.ep_size, plan.topology.zero_stage, config.train.precision,
+        config.run_dir, topology.world_size, topology.ep_size, topology.zero_stage, config.train.precision,
     )  # fmt: skip
-    for sentence in (*rounded_capacities(config, plan.dataset.info), *notes):
+    for sentence in (*rounded_capacities(config, checked.dataset.info), *notes):
         logger.info(sentence)
-    start = f"starting from the weights of {plan.init_from}" if plan.init_from else "starting fresh"
-    logger.info(f"resuming from {plan.checkpoint}" if plan.checkpoint else start)
+    start = f"starting from the weights of {checked.init_from}" if checked.init_from else "starting fresh"
+    logger.info(f"resuming from {checked.checkpoint}" if checked.checkpoint else start)

@@ -22,10 +22,8 @@ class GridSampler:
     the prompts are repeated up to a multiple of the world size.
     """
 
-    def __init__(
-        self, config: TrainConfig, info: LatentInfo, shape: ModelShape, world: World, device: torch.device
-    ) -> None:
-        self.config, self.info, self.shape, self.world, self.device = config, info, shape, world, device
+    def __init__(self, config: TrainConfig, info: LatentInfo, world: World, device: torch.device) -> None:
+        self.config, self.info, self.world, self.device = config, info, world, device
         if not config.train.sample_every:
             return
         prompts = config.sample.prompts
@@ -49,11 +47,11 @@ class GridSampler:
     @torch.no_grad()
     def draw(self, engine: Any) -> Tensor:
         """Sample all prompts with the engine's current weights: uint8 [H, W, 3] on every rank. Collective."""
-        text, mask = self.text.text_BLD.to(self.device), self.text.mask_BL.to(self.device)
+        text, mask = (part.to(self.device) for part in self.text)
         engine.eval()
         latent = draw(
             lambda x, t, rows: engine(x, t, text[rows], mask[rows]),
-            self.mine, self.shape, self.config.diffusion, self.device,
+            self.mine, ModelShape.of(self.info), self.config.diffusion, self.device,
         )  # fmt: skip
         engine.train()
         parts = [torch.empty_like(latent) for _ in range(self.world.size)]

@@ -8,21 +8,22 @@ from typing import Any
 from trainer.checkpoint.init_from import check_init
 from trainer.checkpoint.resume import check_resumable, find_candidate
 from trainer.checkpoint.state import Topology, read_state
-from trainer.config import ConfigError, TrainConfig, require
-from trainer.data.dataset import LatentDataset, LatentInfo, open_dataset
-from trainer.diffusion.flow import num_kept_tokens
+from trainer.config import TrainConfig, require
+from trainer.data.dataset import LatentDataset, LatentInfo, check_latent_size, open_dataset
 from trainer.diffusion.model import ModelShape
 from trainer.distributed import World
 from trainer.engine.deepspeed_config import load_deepspeed_config, zero_stage
-from trainer.engine.elastic import fit
+from trainer.engine.elastic import adapt
 from trainer.loop.run_lock import LOCK_NAME
 from trainer.loop.sample_grid import GridSampler
+from trainer.settings.tokens import token_counts
 
+# Put there by batch scripts, or (the first) by a start of an older version that was killed.
 _LEFTOVERS = ("config.yaml.tmp", "logs", "failures.json", "bad_nodes")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class CheckedRun:
     """A run that passed all checks. `checkpoint` is settled when the run folder is this job's.
 
     `notes` says what `parallel.elastic` changed in the configuration.
@@ -49,27 +50,21 @@ class Plan:
     @property
     def model_shape(self) -> ModelShape:
         """Of the data that the model is built for."""
-        info = self.dataset.info
-        return ModelShape(channels=info.channels, height=info.height, width=info.width, text_dim=info.text_dim)
-
-    def num_tokens(self, step: int) -> int:
-        """Image tokens that the model sees in optimizer step number `step`: the kept ones, if masked."""
-        return num_kept_tokens(full_tokens(self.config, self.dataset.info), self.config.diffusion.mask_ratio_at(step))
+        return ModelShape.of(self.dataset.info)
 
 
-def full_tokens(config: TrainConfig, info: LatentInfo) -> int:
-    """Image tokens of an unmasked latent."""
-    patch = config.model.patch_size
-    return (info.height // patch) * (info.width // patch)
+def check_start(config: TrainConfig, world: World) -> CheckedRun:
+    """Check everything a user can get wrong; ConfigError with one sentence.
 
-
-def plan_run(config: TrainConfig, world: World) -> Plan:
-    """Check everything a user can get wrong; ConfigError with one sentence."""
+    Every process calls it by itself, before it knows the others: nothing is allocated or written, nothing collective.
+    """
+    # First the settings that depend on the number of processes, as all that follows is checked with them. The newest
+    # checkpoint may still turn out to be damaged; all of a run have the same global batch, which is all that is read.
     notes: list[str] = []
     if config.parallel.elastic:
         newest = find_candidate(Path(config.run_dir))
         saved_batch = None if newest is None else int(read_state(newest)["global_batch_size"])
-        config, notes = fit(config, world_size=world.size, local_size=world.local_size, saved_batch=saved_batch)
+        config, notes = adapt(config, world_size=world.size, local_size=world.local_size, saved_batch=saved_batch)
     ep_size = config.parallel.ep_size
     require(
         world.size % ep_size == 0,
@@ -77,50 +72,39 @@ def plan_run(config: TrainConfig, world: World) -> Plan:
         "start a multiple of it, or lower parallel.ep_size",
     )
     deepspeed_config = load_deepspeed_config(config, world.size)
+    # Then what needs the data: sizes of latents and of the data set, prompts of the sample grid.
     dataset = open_dataset(config)
-    _check_sizes(config, dataset, world)
+    check_latent_size(config, dataset.info.height, dataset.info.width)
+    _check_batch(config, dataset, world)
     GridSampler.check(config)
+    # Last the run folder: a checkpoint is compared with the topology and the data that were found above.
     topology = Topology(world_size=world.size, ep_size=ep_size, zero_stage=zero_stage(deepspeed_config))
     checkpoint = find_resume(config, topology, dataset.info.fingerprint)
     if config.init_from and checkpoint is None:
         check_init(Path(config.init_from), config, dataset.info)
-    return Plan(
+    return CheckedRun(
         config=config, world=world, deepspeed_config=deepspeed_config, dataset=dataset,
         topology=topology, checkpoint=checkpoint, notes=tuple(notes),
     )  # fmt: skip
 
 
-def _check_sizes(config: TrainConfig, dataset: LatentDataset, world: World) -> None:
-    info, patch = dataset.info, config.model.patch_size
+def _check_batch(config: TrainConfig, dataset: LatentDataset, world: World) -> None:
+    batch = config.global_batch_size(world.size)
     require(
-        info.height % patch == 0 and info.width % patch == 0,
-        f"model.patch_size={patch} does not divide the latent of {info.height} x {info.width}",
-    )
-    try:
-        for count in _pools(config, info):
-            config.moe.capacity(count)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    require(
-        len(dataset) >= config.global_batch_size(world.size),
+        len(dataset) >= batch,
         f"train.micro_batch_size={config.train.micro_batch_size} x gradient_accumulation_steps="
-        f"{config.train.gradient_accumulation_steps} x {world.size} processes is a global batch of "
-        f"{config.global_batch_size(world.size)}, but the data set has {len(dataset)} samples: lower one of them",
+        f"{config.train.gradient_accumulation_steps} x {world.size} processes is a global batch of {batch}, but the "
+        f"data set has {len(dataset)} samples: lower one of them",
     )
-
-
-def _pools(config: TrainConfig, info: LatentInfo) -> list[int]:
-    """Tokens of an image in sampling (all) and in training, largest first: one picture alone is the smallest pool."""
-    if not config.moe.every:
-        return []
-    num_tokens = full_tokens(config, info)
-    return sorted({num_tokens, num_kept_tokens(num_tokens, config.diffusion.mask_ratio)}, reverse=True)
 
 
 def rounded_capacities(config: TrainConfig, info: LatentInfo) -> Iterator[str]:
     """One sentence for each token count at which the experts' capacity had to be rounded down."""
+    if not config.moe.every:
+        return
     per_pool = config.moe.pool_images(config.train.micro_batch_size)
-    for count in (per_pool * tokens for tokens in _pools(config, info)):
+    tokens = token_counts([(info.height, info.width)], config.model.patch_size, config.diffusion.mask_ratio)
+    for count in (per_pool * num_tokens for num_tokens in reversed(tokens)):
         exact, used = config.moe.exact_capacity(count), config.moe.capacity(count)
         if exact != used:
             yield (

@@ -1,7 +1,8 @@
-"""One optimizer step: forward, backward and update over the micro-batches, or a skip that leaves no trace.
+"""One optimizer step: what it is given, what it does with the weights, and what the ranks then tell each other.
 
-A step is bad when its loss or its global gradient norm is not finite. All ranks must take the same decision before any
-weight moves. It costs nothing that a step does not do anyway, no collective and no host synchronisation:
+A step is bad when its loss or its global gradient norm is not finite. Then it must leave no trace, and all ranks must
+decide so before any weight moves. It costs nothing that a step does not do anyway, no collective and no host
+synchronisation:
 
 - A rank whose own loss is not finite makes its gradient NaN (the loss is multiplied by NaN instead of by 1), so that
   one question is left: is the global gradient norm finite? Averaging spreads NaN to all ranks.
@@ -14,7 +15,9 @@ refuses settings that switch it off. `tests/loop_checks.py` shows that a run wit
 samples bitwise.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +25,34 @@ from torch import Tensor
 
 from moe.layer import auxiliary_loss, collect_statistics
 from moe.routing import RoutingStats
-from trainer.diffusion.flow import training_loss
-from trainer.loop.prepared import Prepared
+from trainer.config import TrainConfig
+from trainer.data.batches import DataState
+from trainer.data.latents.interface import LatentDataset
+from trainer.data.loader import load_batches
+from trainer.diffusion.flow import NoisedBatch, draw_noise, mask_at, training_loss
+from trainer.distributed import all_reduce_mean, gather
 from trainer.telemetry.routing_metrics import router_vector
 from trainer.telemetry.step_timer import StepTimer
+
+
+def noised_batches(
+    dataset: LatentDataset, config: TrainConfig, *, rank: int, world_size: int, state: DataState
+) -> Iterator[NoisedBatch]:
+    """This rank's micro-batches for ever, on the host; how many tokens are masked is left open.
+
+    The data workers draw the noise, each sample's from a generator of its own: in this process a GPU would wait for it.
+    """
+    noise = partial(draw_noise, config=config.diffusion, seed=config.seed, patch_size=config.model.patch_size)
+    return load_batches(dataset, config, rank=rank, world_size=world_size, state=state, then=noise)
+
+
+def next_step(batches: Iterator[NoisedBatch], config: TrainConfig, step: int) -> list[NoisedBatch]:
+    """The micro-batches of optimizer step number `step` (from 0), masked as in that step; talks to no other rank.
+
+    Workers read ahead, past steps that are skipped later, so only here is it known which step a batch is for.
+    """
+    taken = [next(batches) for _ in range(config.train.gradient_accumulation_steps)]
+    return [mask_at(batch, config.diffusion, step) for batch in taken]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +74,8 @@ def poisoned(loss: Tensor) -> Tensor:
 
 
 def train_step(
-    engine: Any, micro_batches: list[Prepared], rate: float, device: torch.device, timer: StepTimer, *, patch_size: int,
-    statistics: bool,
+    engine: Any, micro_batches: list[NoisedBatch], rate: float, device: torch.device, timer: StepTimer, *,
+    patch_size: int, statistics: bool,
 ) -> StepResult:  # fmt: skip
     """Run one optimizer step at a learning rate, with router statistics if wanted. Collective over all ranks.
 
@@ -58,9 +85,9 @@ def train_step(
         group["lr"] = rate
     collect_statistics(engine.module, statistics)
     losses, router, last = [], [], []
-    for micro in micro_batches:
+    for batch in micro_batches:
         with timer.section("data"):
-            noised = micro.noised.to(device)
+            noised = batch.to(device)
         with timer.section("forward"):
             prediction, stats = engine(noised.x_BCHW, noised.t_B, noised.text_BLD, noised.text_mask_BL, noised.keep_BS)
             loss = training_loss(prediction, noised, patch_size)
@@ -68,17 +95,52 @@ def train_step(
             total = loss if own is None else loss + own
         with timer.section("backward"):
             engine.backward(poisoned(total))
+        # DeepSpeed counts: clipping, the question for a finite norm and the update happen in the last of these calls.
         with timer.section("optimizer"):
             engine.step()
+        # A router's own loss that is not finite makes the step bad, so it must show in the loss that is recorded.
         losses.append(torch.where(total.isfinite(), loss, total).detach())
         if statistics:
             router.append(router_vector(stats, noised.t_B).to(device))
+        # Detached: the statistics are kept until the report, and must not keep the graph alive so long.
         last = [replace(item, auxiliary_loss=item.auxiliary_loss.detach()) for item in stats]
     mean = torch.stack(router).mean(0) if router else torch.zeros(0)
     return StepResult(applied=engine.was_step_applied(), losses=torch.stack(losses), router=mean, stats=last)
 
 
-def suspects(result: StepResult, micro_batches: list[Prepared]) -> list[int]:
-    """Global indices of this rank's samples in micro-batches whose own loss is not finite."""
+def gather_suspects(result: StepResult, micro_batches: list[NoisedBatch]) -> list[int]:
+    """Indices of the samples, of all ranks, in micro-batches whose own loss is not finite. Collective."""
     bad = (~result.losses.isfinite()).tolist()
-    return [i for micro, is_bad in zip(micro_batches, bad, strict=True) if is_bad for i in micro.index_B.tolist()]
+    mine = [i for batch, is_bad in zip(micro_batches, bad, strict=True) if is_bad for i in batch.index_B.tolist()]
+    return sorted(index for part in gather(mine) for index in part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What the ranks tell each other after each step: one rank's before `exchange`, what all ranks know after it.
+
+    `loss` is the mean of the step, `router` its statistics [router_size], zeros where none were collected. `stop`: a
+    rank was asked to end. `failed`: a rank holds an error. `lock_lost`: the error is that the run folder is another's.
+    """
+
+    loss: Tensor
+    stop: bool
+    failed: bool
+    lock_lost: bool
+    router: Tensor
+
+    def exchange(self, device: torch.device) -> "StepReport":
+        """The means over all ranks, of a flag whether any rank has it. Collective; waits for the device."""
+        return StepReport.unpack(all_reduce_mean(self.pack(device)).cpu())
+
+    def pack(self, device: torch.device) -> Tensor:
+        """As one fp32 vector, so that a step needs one collective only."""
+        flags = torch.tensor([self.stop, self.failed, self.lock_lost], dtype=torch.float32)
+        return torch.cat([self.loss.float().reshape(1).to(device), flags.to(device), self.router.to(device)])
+
+    @classmethod
+    def unpack(cls, vector: Tensor) -> "StepReport":
+        """Inverse of `pack`; of a mean of flags, what is above 0 is set somewhere."""
+        loss, flags, router = vector.split([1, 3, len(vector) - 4])
+        stop, failed, lock_lost = (flags > 0).tolist()
+        return cls(loss=loss.squeeze(), stop=stop, failed=failed, lock_lost=lock_lost, router=router)

@@ -27,8 +27,7 @@ def data_shape(config: TrainConfig, given: Namespace) -> tuple[ModelShape, int]:
         from trainer.data.dataset import open_dataset
 
         info: LatentInfo = open_dataset(config).info
-        shape = ModelShape(channels=info.channels, height=info.height, width=info.width, text_dim=info.text_dim)
-        return shape, info.max_tokens
+        return ModelShape.of(info), info.max_tokens
     channels, factor = _CODECS.get(config.data.codec, (16, 8))
     channels, factor = given.channels or channels, given.factor or factor
     small = config.data.source == "synthetic" or config.data.text_encoder.startswith("minilm")

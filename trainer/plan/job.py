@@ -9,8 +9,8 @@ import torch
 
 from moe.experts import Experts
 from trainer.config import TrainConfig
-from trainer.diffusion.flow import num_kept_tokens
 from trainer.diffusion.model import DitBlock, EcDit, ModelShape
+from trainer.settings.tokens import num_image_tokens, num_kept_tokens
 from trainer.telemetry.flops import training_flops
 
 
@@ -97,8 +97,8 @@ class Job:
     @property
     def num_tokens(self) -> int:
         """Image tokens of a training sample: the kept ones if masked to the end, else all (the heaviest stage)."""
-        patch, diffusion = self.config.model.patch_size, self.config.diffusion
-        whole = (self.shape.height // patch) * (self.shape.width // patch)
+        diffusion = self.config.diffusion
+        whole = num_image_tokens(self.shape.height, self.shape.width, self.config.model.patch_size)
         return num_kept_tokens(whole, 0.0 if diffusion.unmask_at_step else diffusion.mask_ratio)
 
     @property

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from trainer.files import keep_records
 
 logger = logging.getLogger("ec_dit")
 
@@ -27,20 +28,8 @@ def setup_logging(path: Path) -> None:
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:
-    """Drop lines after `last_step` (steps that a killed run logged but did not save), atomically."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:  # the half line of a killed process
-            continue
-        if entry["step"] <= last_step:
-            kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    os.replace(temporary, path)
+    """Drop lines after `last_step`: steps that a killed run logged but did not save."""
+    keep_records(path, lambda record: record["step"] <= last_step)
 
 
 class MetricsLog:

@@ -1,17 +1,19 @@
-"""What a run says of itself while it trains: speed, utilisation, loss and router statistics at each interval."""
+"""What a run reports while it trains: loss, speed, utilisation and router statistics, every `train.log_every` steps."""
 
 import math
 import resource
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moe.routing import RoutingStats
+from trainer.config import TrainConfig
+from trainer.data.latents.interface import LatentInfo
 from trainer.diffusion.model import ModelShape
-from trainer.loop.start_checks import Plan
+from trainer.distributed import World
+from trainer.settings.tokens import num_image_tokens, num_kept_tokens
 from trainer.telemetry.flops import peak_tflops, training_flops
 from trainer.telemetry.metrics import MetricsLog
 from trainer.telemetry.routing_metrics import router_histograms, router_metrics, vector_size
@@ -25,25 +27,22 @@ class Reporter:
     | `loss`               | mean over the steps since the last report and over all samples                |
     | `grad_norm`          | global norm before clipping, of the last step                                 |
     | `images_per_second`  | over all processes; sample grids and checkpoints are not part of the time     |
-    | `tflops_per_second`  | model TFLOP/s per device (trainer/telemetry/flops.py), from the same time               |
+    | `tflops_per_second`  | model TFLOP/s per device (telemetry/flops.py), from the same time             |
     | `mfu`                | its share of the device's dense bf16 peak; only in bf16 on a device we know   |
     | `bad_steps`          | steps skipped since the run's start                                           |
     | `memory_gb`          | largest memory so far: allocated on the device, or of the process on a CPU     |
     | `save_seconds`       | spent in checkpoints since the last report                                    |
     """
 
-    def __init__(self, plan: Plan, shape: ModelShape, device: torch.device, step: int) -> None:
-        config = plan.config
-        self.every, self.batch_size, self.world_size = config.train.log_every, plan.global_batch_size, plan.world.size
-        self.flops_per_image = partial(self._flops, plan, shape)
+    def __init__(self, config: TrainConfig, info: LatentInfo, world: World, device: torch.device, step: int) -> None:
+        self.config, self.info, self.world_size = config, info, world.size
         self.peak = peak_tflops(device) if config.train.precision == "bf16" else None
         self.layers = [i for i in range(config.model.num_layers) if config.moe.has_moe(i)]
-        self.run_dir = Path(config.run_dir)
         self.device, self.save_seconds = device, 0.0
         self.start, self.step = time.perf_counter(), step
         self.log: MetricsLog | None = None
-        if plan.world.is_main:
-            self.log = MetricsLog(self.run_dir, start_step=step, max_steps=config.train.max_steps)
+        if world.is_main:
+            self.log = MetricsLog(Path(config.run_dir), start_step=step, max_steps=config.train.max_steps)
 
     def report(
         self, step: int, *, loss: float, norm: float | Tensor | None, rate: float, epoch: int, bad_steps: int,
@@ -53,12 +52,14 @@ class Reporter:
 
         `times` are the sections of a measured step (trainer/telemetry/step_timer.py), if there was one.
         """
+        # The interval ends here on every rank, also where nothing is written: a roll-back or a pause moves its begin.
         now = time.perf_counter()
-        speed = (step - self.step) * self.batch_size / (now - self.start)
+        speed = (step - self.step) * self.config.global_batch_size(self.world_size) / (now - self.start)
         self.start, self.step = now, step
         if self.log is None:
             return
-        tflops = speed * self.flops_per_image(step - 1) / self.world_size / 1e12
+        # Masking may end in the middle of an interval; the last step stands for it. Steps are counted from 0 there.
+        tflops = speed * self._flops_per_image(step - 1) / self.world_size / 1e12
         values = {
             "loss": loss,
             "grad_norm": float(norm if norm is not None else math.nan),
@@ -76,11 +77,12 @@ class Reporter:
         self.log.write(step, values | times | router_metrics(router, self.layers))
         self.log.write_histograms(step, router_histograms(stats, self.layers))
 
-    @staticmethod
-    def _flops(plan: Plan, shape: ModelShape, step: int) -> int:
-        """Of one image in optimizer step number `step`."""
-        config = plan.config
-        return training_flops(config.model, config.moe, shape, plan.num_tokens(step), plan.dataset.info.max_tokens)
+    def _flops_per_image(self, step: int) -> int:
+        """Forward and backward pass of one image in optimizer step number `step`, with the tokens that it keeps."""
+        config, info = self.config, self.info
+        whole = num_image_tokens(info.height, info.width, config.model.patch_size)
+        num_tokens = num_kept_tokens(whole, config.diffusion.mask_ratio_at(step))
+        return training_flops(config.model, config.moe, ModelShape.of(info), num_tokens, info.max_tokens)
 
     def _memory(self) -> float:
         if self.device.type == "cuda":

@@ -31,7 +31,7 @@ class Pipeline:
         self.config, self.info, self.step = config, info, step
         self.origin = "untrained" if weights is None else origin
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.shape = ModelShape(channels=info.channels, height=info.height, width=info.width, text_dim=info.text_dim)
+        self.shape = ModelShape.of(info)
         self.model = EcDit(config.model, config.moe, self.shape, MoeLayer)
         if weights is None:
             init_weights(self.model, config.seed)
@@ -68,7 +68,7 @@ class Pipeline:
         """
         empty = self.text_encoder.encode([""])[0]
         batch = text_batch(self.text_encoder.encode(captions), empty, self.info.max_tokens)
-        text, mask = batch.text_BLD.to(self.device), batch.mask_BL.to(self.device)
+        text, mask = (part.to(self.device) for part in batch)
         cache = self.model.cache_text(text)
 
         def forward(x: Tensor, t_B: Tensor, rows: slice) -> tuple[Tensor, list[RoutingStats]]:
