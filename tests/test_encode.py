@@ -20,7 +20,7 @@ from tests_launcher import Launcher
 from trainer.config import ConfigError, DataConfig, TrainConfig, TrainLoopConfig
 from trainer.data import encode as e
 from trainer.data.dataset import Batch, DataState, build_loader, open_dataset
-from trainer.data.demo import scenes
+from trainer.data.demo import scene_shards, scenes
 from trainer.data.index import build_index
 from trainer.data.latents.shard_writer import Encoder
 from trainer.data.loader import RawBatch, encode_captions
@@ -37,7 +37,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawn scenes 0 to 19 in three tars, indexed."""
     folder = tmp_path_factory.mktemp("images")
     sizes = ["--num-images", str(NUM_IMAGES), "--shard-size", str(SHARD_SIZE), "--image-size", str(IMAGE_SIZE)]
-    scenes.main(["--out", str(folder), *sizes])
+    scene_shards.main(["--out", str(folder), *sizes])
     build_index(folder)
     return folder
 
@@ -113,7 +113,7 @@ def test_rerun_does_nothing_and_a_killed_run_is_completed(images: Path, latents:
 @pytest.mark.slow
 def test_killed_at_any_time_and_rerun_gives_the_same_bytes(tmp_path: Path, launcher: Launcher) -> None:
     sizes = ["--num-images", "240", "--shard-size", "20", "--image-size", "16"]
-    scenes.main(["--out", str(tmp_path / "images"), *sizes])
+    scene_shards.main(["--out", str(tmp_path / "images"), *sizes])
     assert e.encode(encoder_for(tmp_path / "images", tmp_path / "whole"))
     made = tmp_path / "made"
     arguments = [f"data.images={tmp_path / 'images'}", f"data.latents={made}", f"data.image_size={IMAGE_SIZE}"]
@@ -276,7 +276,7 @@ def test_sidecars_say_what_made_a_shard(latents: Path) -> None:
 
 def test_tars_that_would_give_the_same_shard_are_refused(tmp_path: Path) -> None:
     for folder in ("a/b__c", "a__b/c"):
-        scenes.main(["--out", str(tmp_path / folder), "--num-images", "2", "--image-size", "16"])
+        scene_shards.main(["--out", str(tmp_path / folder), "--num-images", "2", "--image-size", "16"])
     with pytest.raises(ConfigError, match=r"a/b__c/00000\.tar and a__b/c/00000\.tar would both give shard"):
         e.encode(encoder_for(tmp_path, tmp_path / "latents"))
 
@@ -299,7 +299,7 @@ def test_changed_pictures_are_encoded_again(images: Path, latents: Path, tmp_pat
     (pictures / "00001.tar").unlink()
     with pytest.raises(ConfigError, match="made from other tars"):
         e.encode(encoder_for(pictures, made))
-    scenes.main(
+    scene_shards.main(
         ["--out", str(pictures), "--num-images", "20", "--shard-size", "8", "--image-size", "16", "--seed", "1"]
     )
     build_index(pictures)
