@@ -28,12 +28,12 @@ from benchmarks.interleaved import markdown_table, ratio, time_interleaved
 from trainer.checkpoint.folder import fault
 from trainer.checkpoint.load import load_checkpoint
 from trainer.checkpoint.reader import rank_file
-from trainer.checkpoint.save import save_checkpoint
-from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.save import Saver, write_checkpoint
+from trainer.checkpoint.snapshot import take_snapshot
 from trainer.checkpoint.state import Topology, TrainState
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig, TrainLoopConfig
-from trainer.data.batches import DataState
 from trainer.data.dataset import build_loader, open_dataset
+from trainer.data.position import DataState
 from trainer.diffusion.flow import noise_batch, training_loss
 from trainer.diffusion.model import ModelShape
 from trainer.distributed import World, barrier, detect_world, init_distributed
@@ -62,7 +62,8 @@ class Bench:
     def save(self) -> Path:
         """A save for which training waits."""
         info = open_dataset(self.config).info
-        return save_checkpoint(self.engine, self.ema, STATE, self.config, self.topology, info, self.world)
+        snapshot = take_snapshot(self.engine, self.ema, STATE, self.config, self.topology, info)
+        return write_checkpoint(snapshot, self.config, self.world)
 
 
 def build(dim: int, folder: Path, world: World) -> Bench:

@@ -40,17 +40,17 @@ from PIL import Image
 
 from benchmarks.interleaved import markdown_table, ratio, time_interleaved, write_json
 from trainer.config import TrainConfig, TrainLoopConfig, require, run_cli
-from trainer.data.batches import DataState
 from trainer.data.encode import build_encoder, encode_tar, shard_names
 from trainer.data.index import build_index
 from trainer.data.latents.dataset_file import read_dataset_file
 from trainer.data.latents.format import signed_json
-from trainer.data.latents.interface import LatentInfo
+from trainer.data.latents.samples import LatentInfo
 from trainer.data.latents.shard_dataset import ShardDataset
 from trainer.data.latents.shard_file import ShardEntry
 from trainer.data.latents.shard_writer import pack_shard, picture_batches, save_shard
 from trainer.data.loader import build_loader
 from trainer.data.order import SampleLayout, build_layout
+from trainer.data.position import DataState
 from trainer.settings.data import DataConfig
 
 CHANNELS, SIDE, TOKENS, WIDTH, PER_SHARD = 4, 32, 20, 1280, 1000

@@ -23,10 +23,9 @@ from torch import Tensor
 
 from benchmarks.interleaved import markdown_table, wait_for_gpu, write_json
 from trainer.config import TrainConfig, require, run_cli
-from trainer.data.batches import DataState
-from trainer.data.latents.interface import LatentInfo
-from trainer.data.latents.shard_file import Sample
+from trainer.data.latents.samples import LatentInfo, Sample
 from trainer.data.order import SampleLayout
+from trainer.data.position import DataState
 from trainer.distributed import World, all_reduce_mean, detect_world, init_distributed
 from trainer.encoders.build import TextEncoder
 from trainer.engine.deepspeed_config import load_deepspeed_config

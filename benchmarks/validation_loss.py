@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from trainer.data.demo.scenes import held_out_scenes, render
+from trainer.data.latents.samples import pad_text
 from trainer.diffusion.flow import interpolate
 from trainer.diffusion.pipeline import Pipeline
-from trainer.diffusion.sampling import pad_text
 from trainer.randomness import keyed_generator
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -21,9 +21,9 @@ import torch
 
 from trainer.checkpoint.folder import list_checkpoints
 from trainer.config import load_config
-from trainer.data.batches import DataState, micro_batches
 from trainer.data.dataset import LatentDataset
-from trainer.data.latents.shard_file import Sample
+from trainer.data.latents.samples import Sample
+from trainer.data.position import DataState, micro_batches
 from trainer.distributed import World, detect_world, from_main, init_distributed
 from trainer.engine.zero_state import gather_master
 from trainer.loop import loop

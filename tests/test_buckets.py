@@ -20,11 +20,11 @@ from tests_launcher import Launcher
 from moe.config import MoeConfig
 from trainer.config import ConfigError, DataConfig, DiffusionConfig, ModelConfig, TrainConfig, TrainLoopConfig
 from trainer.data import encode
-from trainer.data.batches import DataState
 from trainer.data.dataset import Batch, build_loader, open_dataset
-from trainer.data.demo import scenes
+from trainer.data.demo import scene_shards
 from trainer.data.latents.dataset_file import read_dataset_file
 from trainer.data.latents.shard_file import DamagedShardError
+from trainer.data.position import DataState
 from trainer.diffusion.flow import NoisedBatch, noise_batch
 
 SHAPES = [(16, 16), (24, 12), (10, 20), (17, 16), (12, 23)]  # height, width
@@ -166,7 +166,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     folder = tmp_path_factory.mktemp("mixed")
     for seed, count in ((0, 40), (1, 25)):
         sizes = ["--num-images", str(count), "--shard-size", "15", "--image-size", "8", "--seed", str(seed)]
-        scenes.main(["--out", str(folder / f"images{seed}"), *sizes])
+        scene_shards.main(["--out", str(folder / f"images{seed}"), *sizes])
         data = DataConfig(images=str(folder / f"images{seed}"), latents=str(folder / f"latents{seed}"), image_size=8)
         assert encode.encode(encode.build_encoder(data))
     return {str(folder / "latents0"): 1.0, str(folder / "latents1"): 3.0}

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from trainer.config import ConfigError, DataConfig, TrainConfig, load_config
 from trainer.data import encode
-from trainer.data.batches import DataState
 from trainer.data.dataset import Batch, LatentDataset, build_loader, open_dataset
-from trainer.data.demo import scenes
+from trainer.data.demo import scene_shards, scenes
 from trainer.data.latents.format import signed_json
-from trainer.data.latents.shard_file import Sample
+from trainer.data.latents.samples import Sample
 from trainer.data.order import EpochOrder
+from trainer.data.position import DataState
 from trainer.encoders.build import build_text_encoder
 from trainer.randomness import sample_generator
 
@@ -30,7 +30,7 @@ START = DataState(seed=3, epoch=0, consumed=0, samples_seen=0)
 def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """26 drawn scenes in four latent shards."""
     folder = tmp_path_factory.mktemp("data")
-    scenes.main(["--out", str(folder / "images"), "--num-images", "26", "--shard-size", "7", "--image-size", "8"])
+    scene_shards.main(["--out", str(folder / "images"), "--num-images", "26", "--shard-size", "7", "--image-size", "8"])
     data = DataConfig(images=str(folder / "images"), latents=str(folder / "latents"), image_size=8)
     assert encode.encode(encode.build_encoder(data))
     return folder / "latents"

@@ -8,10 +8,11 @@ import torch
 
 from trainer.config import DiffusionConfig, OptimConfig
 from trainer.data.dataset import Batch
-from trainer.diffusion.flow import interpolate, noise_batch, num_kept_tokens, shift_time, training_loss
+from trainer.diffusion.flow import interpolate, noise_batch, shift_time, training_loss
 from trainer.diffusion.layers import patchify
 from trainer.diffusion.solver import guided, initial_noise, solve_euler, solve_heun, time_grid
 from trainer.engine.optim import learning_rate
+from trainer.settings.tokens import num_kept_tokens
 
 CONFIG = DiffusionConfig()
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from trainer.config import DataConfig
 from trainer.data import encode, inspect
-from trainer.data.demo import scenes
+from trainer.data.demo import scene_shards, scenes
 
 NUM_IMAGES = 18
 
@@ -24,7 +24,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eighteen drawn scenes in three shards, as pixels."""
     folder = tmp_path_factory.mktemp("inspect")
     sizes = ["--num-images", str(NUM_IMAGES), "--shard-size", "7", "--image-size", "16"]
-    scenes.main(["--out", str(folder / "images"), *sizes])
+    scene_shards.main(["--out", str(folder / "images"), *sizes])
     encode.encode(encode.build_encoder(data_for(folder)))
     return folder
 

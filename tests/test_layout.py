@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from trainer.data.batches import DataState, micro_batches
 from trainer.data.order import EpochOrder, SampleLayout, build_layout
+from trainer.data.position import DataState, micro_batches
 from trainer.errors import ConfigError
 
 # Nine shards of two data sets and three buckets.

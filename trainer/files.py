@@ -1,11 +1,15 @@
-"""Files written whole or not at all, and files inside installed packages."""
+"""Files written whole or not at all, files inside installed packages, and the commit of this source tree."""
 
 import importlib.util
+import json
 import os
 import secrets
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from trainer.errors import ConfigError
 
@@ -31,6 +35,23 @@ def remove_leftovers(path: Path) -> None:
     """Remove temporary files that killed writers of `path` left; only for the one process that may write it."""
     for temporary in path.parent.glob(f".{path.name}.*.tmp"):
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON in one step, as the one process that may write `path`."""
+    remove_leftovers(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+@cache
+def git_commit() -> str:
+    """Commit of the source tree when the process first asked; empty outside a git checkout or without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def package_file(module: str, relative: str) -> Path:

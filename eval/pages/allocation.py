@@ -15,9 +15,9 @@ from torch import Tensor
 
 from eval.pages.page import escape
 from moe.routing import RoutingStats
+from trainer.data.latents.samples import pad_text
 from trainer.diffusion.flow import interpolate
 from trainer.diffusion.pipeline import Pipeline
-from trainer.diffusion.sampling import pad_text
 from trainer.diffusion.solver import initial_noise
 
 TIMES = (0.3, 0.6, 0.9)

@@ -19,7 +19,8 @@ import xxhash
 
 from trainer.checkpoint.state import STATE
 from trainer.checkpoint.tensorfile import Written
-from trainer.config import ConfigError, require
+from trainer.errors import ConfigError, require
+from trainer.files import remove_leftovers, replacing
 
 MANIFEST = "MANIFEST.json"
 LATEST = "latest"
@@ -157,8 +158,8 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
-def publish(temporary: Path, final: Path, *, latest: bool = True) -> None:
-    """Make a complete temporary folder the checkpoint `final`, and point `latest` at it unless told otherwise.
+def publish(temporary: Path, final: Path) -> None:
+    """Make a complete temporary folder the checkpoint `final`, and point `latest` at it.
 
     A crash at any point leaves the new checkpoint or the old state; `clean` puts back an older version of the
     same step whose replacement did not happen.
@@ -172,16 +173,14 @@ def publish(temporary: Path, final: Path, *, latest: bool = True) -> None:
         os.replace(final, replaced)
     os.replace(temporary, final)
     flush(final.parent)
-    if latest:
-        point_latest(final)
+    point_latest(final)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def point_latest(final: Path) -> None:
     """Replace the pointer `latest` atomically."""
-    pointer = final.with_name(f"{LATEST}.tmp")
-    write_durable(pointer, final.name + "\n")
-    os.replace(pointer, final.with_name(LATEST))
+    with replacing(final.with_name(LATEST)) as temporary:
+        temporary.write_text(final.name + "\n")
     flush(final.parent)
 
 
@@ -208,4 +207,4 @@ def clean(folder: Path) -> None:
             os.replace(path, final)
         else:
             shutil.rmtree(path)
-    (folder / f"{LATEST}.tmp").unlink(missing_ok=True)
+    remove_leftovers(folder / LATEST)

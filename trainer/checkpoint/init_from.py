@@ -19,11 +19,11 @@ from trainer.checkpoint.folder import fault
 from trainer.checkpoint.load import fill
 from trainer.checkpoint.upcycle import Upcycled, check_upcycle
 from trainer.config import ConfigError, TrainConfig, config_from_dict, require
-from trainer.data.dataset import LatentInfo
-from trainer.diffusion.flow import num_kept_tokens
+from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.model import EcDit, ModelShape
 from trainer.distributed import World
 from trainer.engine.zero_state import master_shards, publish_master
+from trainer.settings.tokens import token_counts
 
 _DATA_KEYS = {"codec": "data.codec", "text_encoder": "data.text_encoder"}
 
@@ -68,7 +68,9 @@ def _is_upcycled(old: TrainConfig, config: TrainConfig) -> bool:
 
 def _check_moe(folder: Path, old: TrainConfig, config: TrainConfig, info: LatentInfo) -> None:
     if _is_upcycled(old, config):
-        check_upcycle(config.moe, _token_counts(config, info), f"init_from={folder}")
+        sizes = [(height, width) for height, width in info.buckets or [[info.height, info.width]]]
+        counts = token_counts(sizes, config.model.patch_size, config.diffusion.mask_ratio)
+        check_upcycle(config.moe, counts, f"init_from={folder}")
         return
     require(
         _moe_blocks(old) == _moe_blocks(config),
@@ -85,13 +87,6 @@ def _check_moe(folder: Path, old: TrainConfig, config: TrainConfig, info: Latent
             "dense model",
         ),
     )  # fmt: skip
-
-
-def _token_counts(config: TrainConfig, info: LatentInfo) -> list[int]:
-    """Among how many tokens experts choose: of every bucket, in sampling and in training."""
-    patch = config.model.patch_size
-    full = {(height // patch) * (width // patch) for height, width in info.buckets or [[info.height, info.width]]}
-    return sorted(full | {num_kept_tokens(count, config.diffusion.mask_ratio) for count in full})
 
 
 def _check_shapes(folder: Path, config: TrainConfig, info: LatentInfo) -> None:

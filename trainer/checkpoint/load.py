@@ -10,12 +10,11 @@ from torch import Tensor
 
 from trainer.checkpoint.agree import agree, refused
 from trainer.checkpoint.reader import CheckpointReader, Piece, rank_file
-from trainer.checkpoint.rng import restore_rng
-from trainer.checkpoint.save import engine_pieces
+from trainer.checkpoint.snapshot import engine_pieces, restore_rng
 from trainer.checkpoint.state import TrainState, describe_parameters, read_state, restore_counters
 from trainer.checkpoint.tensorfile import CHUNK_BYTES, TensorFile
 from trainer.config import require
-from trainer.data.dataset import DataState
+from trainer.data.position import DataState
 from trainer.distributed import World
 from trainer.engine.ema import Ema
 from trainer.engine.zero_state import prepare_moments, publish_master
@@ -85,9 +84,9 @@ def _reader(checkpoint: Path, pieces: list[Piece], world: World) -> CheckpointRe
 def _rng_tensors(path: Path) -> dict[str, Tensor]:
     file = TensorFile(path)
     tensors = {}
-    for name, (length, _) in file.tensors.items():
+    for name in file.places:
         if name.startswith("rng/"):
-            tensors[name] = torch.empty(length, dtype=torch.uint8)
+            tensors[name] = torch.empty(file.length(name), dtype=torch.uint8)
             file.read_into(name, 0, tensors[name])
     file.close()
     return tensors

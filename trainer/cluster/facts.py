@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from trainer.checkpoint.state import git_commit
 from trainer.cluster.fit import job_of, memory_need
 from trainer.config import ConfigError, TrainConfig, require
 from trainer.distributed import World
+from trainer.files import git_commit
 from trainer.loop.start_checks import Plan, plan_run
 from trainer.plan.memory import checkpoint_bytes
 

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import TrainConfig
-from trainer.data.batches import DataState
 from trainer.data.latents.dataset_file import LatentFolder, check_settings, check_shards, read_dataset_file
-from trainer.data.latents.interface import Batch, LatentDataset, LatentInfo
+from trainer.data.latents.samples import Batch, LatentDataset, LatentInfo
 from trainer.data.latents.shard_dataset import ShardDataset
 from trainer.data.latents.staging import build_stage
 from trainer.data.loader import build_loader, load_batches
 from trainer.data.order import build_layout
+from trainer.data.position import DataState
+from trainer.data.synthetic import SyntheticDataset
 from trainer.encoders.build import TextEncoder, build_codec, build_text_encoder
 from trainer.errors import ConfigError, require
 from trainer.settings.data import DataConfig
+from trainer.settings.tokens import token_counts
 
 __all__ = ["Batch", "DataState", "LatentDataset", "LatentInfo", "build_loader", "load_batches", "open_dataset"]
 
@@ -29,8 +31,6 @@ def open_dataset(config: TrainConfig) -> LatentDataset:
     """
     data = config.data
     if data.source == "synthetic":
-        from trainer.data.synthetic import SyntheticDataset
-
         return SyntheticDataset(data.image_size, config.seed)
     weights = data.mix or {data.latents: 1.0}
     codec, text_encoder = build_codec(data.codec), build_text_encoder(data.text_encoder)
@@ -63,16 +63,14 @@ def open_dataset(config: TrainConfig) -> LatentDataset:
 
 def _check_bucket(config: TrainConfig, height: int, width: int) -> None:
     """Refuse a latent size that the model cannot take."""
-    from trainer.diffusion.flow import num_kept_tokens  # imports this module
-
     patch = config.model.patch_size
     require(
         height % patch == 0 and width % patch == 0,
         f"model.patch_size={patch} does not divide the latent of {height} x {width} of data.buckets",
     )
-    num_tokens = (height // patch) * (width // patch)
+    counts = token_counts([(height, width)], patch, config.diffusion.mask_ratio) if config.moe.every else []
     try:
-        for count in {num_tokens, num_kept_tokens(num_tokens, config.diffusion.mask_ratio)} if config.moe.every else ():
+        for count in counts:
             config.moe.capacity(count)
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -27,8 +27,7 @@ from trainer.data.images import img2dataset
 from trainer.data.images.download_report import PartReport, finished_tars, remove_damaged, summarize, total
 from trainer.data.images.img2dataset import DISTRIBUTORS, DownloadSettings
 from trainer.data.images.url_list import UrlList, open_url_list, read_slice, split_http, table_digest
-from trainer.data.latents.shard_writer import write_json
-from trainer.files import replacing
+from trainer.files import replacing, write_json
 
 # Columns that img2dataset fills itself.
 _RESERVED = (

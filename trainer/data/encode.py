@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import math
 import os
-import subprocess
 import time
 from functools import cache
 from pathlib import Path
@@ -35,10 +34,10 @@ from trainer.data.latents.format import (
     encoding_fingerprint,
     signed_json,
 )
-from trainer.data.latents.shard_writer import Encoder, write_json, write_shard
+from trainer.data.latents.shard_writer import Encoder, write_shard
 from trainer.distributed import World, detect_world
 from trainer.encoders.build import TextEncoder, build_codec, build_text_encoder
-from trainer.files import replacing
+from trainer.files import git_commit, replacing, write_json
 
 _TOKEN_MULTIPLE = 8  # text is padded to a multiple of this length
 Sidecar = dict[str, Any]
@@ -105,13 +104,11 @@ def read_sidecar(encoder: Encoder, name: str, entry: TarEntry) -> Sidecar | None
 @cache
 def code_version() -> str:
     """Version of the package and, in a checkout, its commit."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         version = importlib.metadata.version("ec-dit")
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except (importlib.metadata.PackageNotFoundError, FileNotFoundError):
+    except importlib.metadata.PackageNotFoundError:
         return "unknown"
-    return f"{version}+{done.stdout.strip()}" if done.returncode == 0 else version
+    return f"{version}+{git_commit()}" if git_commit() else version
 
 
 def encode_tar(encoder: Encoder, index: Index, name: str, entry: TarEntry) -> Sidecar:

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from trainer.data.latents.interface import LatentInfo
-from trainer.data.latents.shard_file import Sample
+from trainer.data.latents.samples import LatentInfo, Sample
 from trainer.data.order import SampleLayout
 from trainer.encoders.build import TextEncoder
 from trainer.randomness import keyed_generator

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from trainer.config import DiffusionConfig
-from trainer.data.dataset import Batch
+from trainer.data.latents.samples import Batch
 from trainer.diffusion.layers import patchify
 from trainer.randomness import sample_generator
+from trainer.settings.tokens import num_kept_tokens
 
 Time = TypeVar("Time", float, Tensor)
 
@@ -55,11 +56,6 @@ def interpolate(x0: Tensor, x1: Tensor, t_B: Tensor) -> Tensor:
 def shift_time(t: Time, shift: float) -> Time:
     """Move times in [0, 1] towards 1 (noise); 0 and 1 stay. For logit-normal t it adds log(shift) to the logit."""
     return shift * t / (1 + (shift - 1) * t)
-
-
-def num_kept_tokens(num_tokens: int, mask_ratio: float) -> int:
-    """Image tokens that masked training keeps, at least 1."""
-    return max(1, num_tokens - round(num_tokens * mask_ratio))
 
 
 def noise_batch(batch: Batch, config: DiffusionConfig, *, seed: int, patch_size: int, step: int = 0) -> NoisedBatch:

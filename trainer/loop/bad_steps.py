@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.data.batches import DataState
+from trainer.data.position import DataState
 
 FILE_NAME = "bad_steps.jsonl"
 

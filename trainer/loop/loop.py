@@ -17,7 +17,7 @@ from moe.layer import set_capacity_factor
 from trainer.checkpoint.folder import list_checkpoints, newest_whole
 from trainer.checkpoint.init_from import load_init
 from trainer.checkpoint.load import load_checkpoint
-from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.save import Saver
 from trainer.checkpoint.state import TrainState
 from trainer.data.dataset import DataState
 from trainer.distributed import all_reduce_mean, from_main

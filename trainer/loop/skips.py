@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from trainer.checkpoint.state import TrainState
-from trainer.data.batches import DataState, MicroBatch, micro_batches
+from trainer.data.position import DataState, MicroBatch, micro_batches
 from trainer.distributed import from_main
 from trainer.loop.bad_steps import FILE_NAME, BadSteps, Event, count_rollbacks, position_after_rollback, read_events
 from trainer.loop.start_checks import Plan

@@ -10,13 +10,13 @@ from trainer.checkpoint.resume import check_resumable, find_candidate
 from trainer.checkpoint.state import Topology, read_state
 from trainer.config import ConfigError, TrainConfig, require
 from trainer.data.dataset import LatentDataset, LatentInfo, open_dataset
-from trainer.diffusion.flow import num_kept_tokens
 from trainer.diffusion.model import ModelShape
 from trainer.distributed import World
 from trainer.engine.deepspeed_config import load_deepspeed_config, zero_stage
 from trainer.engine.elastic import fit
 from trainer.loop.run_lock import LOCK_NAME
 from trainer.loop.sample_grid import GridSampler
+from trainer.settings.tokens import num_kept_tokens
 
 _LEFTOVERS = ("config.yaml.tmp", "logs", "failures.json", "bad_nodes")
 

@@ -9,8 +9,8 @@ import torch
 
 from moe.experts import Experts
 from trainer.config import TrainConfig
-from trainer.diffusion.flow import num_kept_tokens
 from trainer.diffusion.model import DitBlock, EcDit, ModelShape
+from trainer.settings.tokens import num_kept_tokens
 from trainer.telemetry.flops import training_flops
 
 

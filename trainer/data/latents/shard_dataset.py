@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from trainer.data.latents.interface import LatentInfo
-from trainer.data.latents.shard_file import DamagedShardError, Sample, ShardEntry, ShardFile
+from trainer.data.latents.samples import LatentInfo, Sample
+from trainer.data.latents.shard_file import DamagedShardError, ShardEntry, ShardFile
 from trainer.data.latents.staging import Stage
 from trainer.data.order import SampleLayout
 from trainer.encoders.build import TextEncoder

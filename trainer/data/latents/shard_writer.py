@@ -6,7 +6,6 @@ Shapes: B pictures, C x h x w latent, D text width.
 """
 
 import hashlib
-import json
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,8 @@ from trainer.data.images.decode import UNREADABLE, cover_crop, read_rgb
 from trainer.data.images.tar_scan import IndexRow
 from trainer.data.latents.format import INDEX_TENSORS, check_of, index_digest
 from trainer.encoders.build import ImageCodec, TextEncoder
-from trainer.files import remove_leftovers, replacing
+from trainer.files import remove_leftovers, replacing, write_json
+from trainer.safetensors_header import read_header
 
 BATCH_SIZE = 64  # pictures through the codec at a time
 MAX_SHARD_BYTES = 1 << 29  # about; the samples of a tar that need more go to several shards
@@ -175,8 +175,7 @@ def save_shard(path: Path, tensors: dict[str, Tensor], fingerprint: str) -> dict
         save_file(tensors, temporary, metadata={"fingerprint": fingerprint})
         temporary.chmod(0o644)
     with path.open("rb") as file:
-        header = file.read(int.from_bytes(file.read(8), "little"))
-        file.seek(0)
+        header = read_header(file.fileno()).text
         whole = hashlib.file_digest(file, "sha256").hexdigest()
     index = {name: bytes(_bytes(tensors[name])) for name in INDEX_TENSORS}
     return {"size": path.stat().st_size, "sha256": whole, "index_sha256": index_digest(header, index)}
@@ -207,10 +206,3 @@ def write_shard(encoder: Encoder, name: str, rows: Sequence[IndexRow], height: i
         "latent_square_sum": latents.square_sums.tolist(),
         **hashes,
     }
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON in one step."""
-    remove_leftovers(path)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
