@@ -40,9 +40,9 @@ from PIL import Image
 
 from benchmarks.interleaved import markdown_table, ratio, time_interleaved, write_json
 from trainer.config import TrainConfig, TrainLoopConfig, require, run_cli
-from trainer.data.encode import build_encoder, encode_tar, shard_names
 from trainer.data.index import build_index
 from trainer.data.latents.dataset_file import read_dataset_file
+from trainer.data.latents.encode_folder import build_encoder, encode_tar, shard_names
 from trainer.data.latents.format import signed_json
 from trainer.data.latents.samples import LatentInfo
 from trainer.data.latents.shard_dataset import ShardDataset

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer.config import ConfigError, DataConfig, TrainConfig, load_config
-from trainer.data import encode
 from trainer.data.dataset import Batch, LatentDataset, build_loader, open_dataset
 from trainer.data.demo import scene_shards, scenes
+from trainer.data.latents import encode_folder
 from trainer.data.latents.format import signed_json
 from trainer.data.latents.samples import Sample
 from trainer.data.order import EpochOrder
@@ -32,7 +32,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     scene_shards.main(["--out", str(folder / "images"), "--num-images", "26", "--shard-size", "7", "--image-size", "8"])
     data = DataConfig(images=str(folder / "images"), latents=str(folder / "latents"), image_size=8)
-    assert encode.encode(encode.build_encoder(data))
+    assert encode_folder.encode(encode_folder.build_encoder(data))
     return folder / "latents"
 
 
