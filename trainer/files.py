@@ -14,6 +14,15 @@ from typing import Any
 from trainer.errors import ConfigError
 
 
+def flush(path: Path) -> None:
+    """fsync of a file or folder: what was written is on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path to write; at the end, flush it to disk and rename it to `path`.
@@ -23,9 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")  # unique over nodes too
     try:
         yield temporary
-        handle = os.open(temporary, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        flush(temporary)  # or after a power failure the name could stand before empty content
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

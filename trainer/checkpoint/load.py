@@ -29,7 +29,7 @@ def load_checkpoint(checkpoint: Path, engine: Any, ema: Ema, world: World) -> Tr
     saved = read_state(checkpoint)
     with refused(f"{checkpoint} cannot be loaded"):
         agree(lambda: _fill(checkpoint, engine, ema, saved, world))
-    publish_master(engine)
+    publish_master(engine)  # the model computes with rounded copies, which still are the initial values
     restore_counters(engine, saved)
     if saved["topology"]["world_size"] == world.size and (rng := _rng_tensors(checkpoint / rank_file(world.rank))):
         restore_rng(rng)
@@ -44,6 +44,7 @@ def _fill(checkpoint: Path, engine: Any, ema: Ema, saved: dict[str, Any], world:
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         old, new = (each.get(name, "absent") for each in shapes)
         require(old == new, f"{checkpoint} is of another model: {name} is {old} there and {new} here")
+    # Moments come into being in an optimizer's first step; without this there would be nothing to fill.
     prepare_moments(engine, saved["optimizer"]["moments"], saved["optimizer"]["step"])
     pieces = list(engine_pieces(engine, ema))
     reader = _reader(checkpoint, pieces, world)
@@ -62,7 +63,7 @@ def fill(targets: Iterable[tuple[Tensor, int, Callable[[int, Tensor], None]]]) -
         if values.device.type == "cpu":
             read(offset, values)
             continue
-        if buffer is None:
+        if buffer is None:  # one for all tensors: pinned memory is slow to get, and the copies of one are in order
             buffer = torch.empty(CHUNK_BYTES // 4, dtype=torch.float32, pin_memory=True)
         for start in range(0, values.numel(), buffer.numel()):
             part = values[start : start + buffer.numel()]
@@ -71,7 +72,10 @@ def fill(targets: Iterable[tuple[Tensor, int, Callable[[int, Tensor], None]]]) -
 
 
 def _reader(checkpoint: Path, pieces: list[Piece], world: World) -> CheckpointReader:
-    """On the topology that saved, a reader of this rank's file alone; else of all files."""
+    """On the topology that saved, a reader of this rank's file alone; else of all files.
+
+    Then N ranks open N files and not N * N, which is what network file systems are slow at.
+    """
     own = checkpoint / rank_file(world.rank)
     if own.exists():
         reader = CheckpointReader(checkpoint, [own])

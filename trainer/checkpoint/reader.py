@@ -20,7 +20,7 @@ from trainer.checkpoint.tensorfile import CHUNK_BYTES, TensorFile, Written, tens
 from trainer.config import ConfigError
 
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
-_MAX_OPEN = 64
+_MAX_OPEN = 64  # files: thousands of processes have written a checkpoint, and a process may open about 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,8 @@ class CheckpointReader:
             raise ConfigError(f"{folder} holds no rank_*.safetensors file: is it a checkpoint?")
         for path in paths:
             self._index(path)
+        # With all files at hand each tensor must be there in full and once, so that a file too few or of another
+        # checkpoint is named before anything is loaded.
         for kind, tensors in self._places.items():
             for name, places in tensors.items():
                 places.sort(key=lambda place: place.start)
@@ -150,6 +152,7 @@ class CheckpointReader:
         end = start + out.numel()
         if not 0 <= start <= end <= self._count(name):
             raise ValueError(f"{name} has {self._count(name)} elements, not {start} to {end}")
+        # Pieces follow each other: find the one that holds `start`, then take what is wanted of it and of those after.
         places = self._places[kind][name]
         number = max(bisect_right(places, start, key=lambda place: place.start) - 1, 0)
         position = start

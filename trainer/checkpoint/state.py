@@ -24,7 +24,7 @@ _HYPER_PARAMETERS = ("role", "lr", "weight_decay", "betas", "eps")
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Over what the state is partitioned."""
+    """How the state is divided: processes in all, how many share the experts of a layer, and the ZeRO stage."""
 
     world_size: int
     ep_size: int
@@ -79,7 +79,7 @@ def group_settings(engine: Any) -> list[dict[str, Any]]:
 
 
 def describe_parameters(engine: Any) -> list[dict[str, Any]]:
-    """Name, full shape, weight decay and kind of each parameter, in the model's order: what a partition follows."""
+    """Name, full shape, weight decay and kind of each parameter, in the model's order; ZeRO divides them by these."""
     experts = {
         f"{prefix}.{name}"
         for prefix, module in engine.module.named_modules()

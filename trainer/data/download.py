@@ -38,7 +38,7 @@ _RESERVED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The places of slice `number` of `count` under the output folder."""
+    """Slice `number` of `count` of the list, and where its files are under the output folder."""
 
     out: Path
     number: int
@@ -56,7 +56,7 @@ class Part:
 
     @property
     def record(self) -> Path:
-        """What it was made from."""
+        """The settings and the hash of the list that it was begun with, as JSON."""
         return self.out / "lists" / f"{self.name}-of-{self.count:05d}.json"
 
     @property
@@ -66,7 +66,7 @@ class Part:
 
     @property
     def report(self) -> Path:
-        """Its counts."""
+        """Its counts of pictures and failures, as JSON."""
         return self.out / "reports" / f"{self.name}.json"
 
 

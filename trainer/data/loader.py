@@ -33,7 +33,7 @@ class RawBatch:
 def build_loader(
     dataset: LatentDataset, config: TrainConfig, *, rank: int, world_size: int, state: DataState
 ) -> Iterator[Batch]:
-    """`load_batches` as they are."""
+    """This rank's micro-batches for ever: `load_batches` without a further step."""
     return load_batches(dataset, config, rank=rank, world_size=world_size, state=state, then=_unchanged)
 
 
@@ -50,10 +50,10 @@ def load_batches(
     state: DataState,
     then: Callable[[Batch], T],
 ) -> Iterator[T]:
-    """`then` of this rank's micro-batches for ever, from `state` on; reads nothing that came before it.
+    """This rank's micro-batches for ever, each given to `then`; begins at `state` and reads nothing before it.
 
-    With `data.num_workers` all of it happens in worker processes, and where there is a GPU a thread pins what they
-    send. Only captions that are encoded while training come first to this process.
+    With `data.num_workers` all of it, `then` too, happens in worker processes, and where there is a GPU a thread pins
+    what they send. Only where captions are encoded while training do workers read, and this process does the rest.
 
     ConfigError if the data set is smaller than one global batch, or a global batch would lie in two buckets.
     """
@@ -102,7 +102,7 @@ def _run(make: Callable[[MicroBatch], T], positions: Iterator[MicroBatch], num_w
 
 
 class _Reader(Dataset[object]):
-    """Lets DataLoader workers make whole micro-batches."""
+    """A map-style data set whose keys are micro-batches, so that a DataLoader's workers make whole ones."""
 
     def __init__(self, make: Callable[[MicroBatch], object]) -> None:
         self.make = make
@@ -112,7 +112,7 @@ class _Reader(Dataset[object]):
 
 
 class _Positions(Sampler[MicroBatch]):
-    """Micro-batches in order, for ever."""
+    """The keys: micro-batches in order, for ever."""
 
     def __init__(self, positions: Iterator[MicroBatch]) -> None:
         self.positions = positions

@@ -1,7 +1,7 @@
-"""The order in which samples are used, as a function of a small state: exact on any number of processes.
+"""Where a run is in its data, and which samples each rank reads next: exact on any number of processes.
 
-Global batch t is a slice of the epoch's order; ranks, accumulation steps and workers only divide it up. What the
-order is, layout.py says.
+A global batch is a slice of the epoch's order (order.py); ranks, accumulation steps and workers only divide it up. So
+the position is a few numbers, the same for all, and a run resumes from them on other processes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ class DataState:
         return cls(**content)
 
     def start_of_batch(self, dataset_size: int, global_batch_size: int) -> "DataState":
-        """The state at which the next global batch begins: the next epoch if this one's rest is too small.
+        """The state at which the next global batch begins: in the next epoch, if too few samples of this one are left.
 
         After a change of the global batch size the position is first rounded up to a multiple of it, so that no
         batch lies across two blocks of buckets: at most one batch is left out of that epoch, none is repeated.
@@ -68,9 +68,10 @@ def micro_batches(
     world_size: int,
     group_size: int,
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches for ever, of a layout or of shards of these sizes.
+    """This rank's micro-batches for ever, of a layout or of one data set in shards of these sizes.
 
-    Sample a * world * micro + rank * micro + j of a global batch is row j of accumulation step a.
+    Sample a * world * micro + rank * micro + j of a global batch is row j of accumulation step a: the global batch is
+    the same whatever the numbers of ranks and steps, if their product is.
     """
     if not isinstance(layout, SampleLayout):
         layout = SampleLayout.of_shards(layout)

@@ -135,14 +135,6 @@ def _held_out_parts(content: _Content) -> tuple[bool, bool]:
     return bool(content.object_colors() & HELD_OUT_COLORS), pair in HELD_OUT_PAIRS
 
 
-def uses_held_out(scene: Scene) -> bool:
-    """Whether the scene contains an object-colour or object-object combination kept out of training."""
-    names = sorted({item.name for item in scene.objects})
-    return any((item.name, item.background) in HELD_OUT_COLORS for item in scene.objects) or any(
-        pair in HELD_OUT_PAIRS for pair in combinations(names, 2)
-    )
-
-
 def _all_contents(category: str) -> Iterator[_Content]:
     """Every content a category can have, held out or not."""
     if category in ("single_object", "colors"):

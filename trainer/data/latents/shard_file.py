@@ -76,6 +76,8 @@ class ShardFile:
         size = os.fstat(self.handle).st_size
         if size != self.entry.size:
             raise self._damage(f"has {size} bytes instead of {self.entry.size}")
+        # Each check needs the one before: the header has to parse before its tensors are read, and these are trusted
+        # only when their hash is right; then positions and counts must fit together, whatever a writer did.
         try:
             header = read_header(self.handle)
         except ValueError as error:
@@ -167,7 +169,7 @@ class ShardFile:
             return f"in row {row}"
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         os.close(self.handle)
 
 

@@ -1,6 +1,6 @@
 """The samples of one tar -> latent shards. Format: format.py.
 
-Pictures are decoded by threads while the codec works on the batch before; nothing is held but one shard.
+Pictures are decoded by threads while the codec works on the batch before. No more than one shard is in memory.
 
 Shapes: B pictures, C x h x w latent, D text width.
 """
@@ -87,6 +87,8 @@ def picture_batches(
         def picture(row: IndexRow) -> Tensor:
             return read_picture(os.pread(tar.fileno(), row.size, row.offset), row, height, width)
 
+        # Batches in the queue are being decoded while the one given out is encoded. More than two ahead would only
+        # hold more pictures in memory: the slower of the two sides sets the pace.
         ahead: deque[list[Future[Tensor]]] = deque()
         for start in range(0, len(rows), batch_size):
             ahead.append([pool.submit(picture, row) for row in rows[start : start + batch_size]])
@@ -183,12 +185,14 @@ def save_shard(path: Path, tensors: dict[str, Tensor], fingerprint: str) -> dict
 
 def write_shard(encoder: Encoder, name: str, rows: Sequence[IndexRow], height: int, width: int) -> dict[str, Any]:
     """Write NAME.safetensors and NAME.samples.json; returns what the sidecar says of the shard."""
+    # Each distinct caption is encoded and stored once, in sorted order: the bytes depend on the samples alone.
     captions = sorted({row.caption for row in rows})
     number = {caption: i for i, caption in enumerate(captions)}
     texts, latents = _texts(encoder, captions), _latents(encoder, rows, height, width)
     tensors = pack_shard(latents.mean, latents.std, texts, [number[row.caption] for row in rows])
     path = encoder.latents / f"{name}.safetensors"
     hashes = save_shard(path, tensors, encoder.fingerprint)
+    # People and the inspector read this list; training needs only the shard, so keys and captions stay out of it.
     samples = {
         "keys": [row.key for row in rows],
         "captions": captions,
