@@ -19,7 +19,8 @@ from trainer.checkpoint.save import Saver, write_checkpoint
 from trainer.checkpoint.snapshot import take_snapshot
 from trainer.checkpoint.state import Topology, TrainState
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig, TrainLoopConfig
-from trainer.data.dataset import build_loader, open_dataset
+from trainer.data.dataset import open_dataset
+from trainer.data.loader import build_loader
 from trainer.data.position import DataState
 from trainer.diffusion.flow import noise_batch, training_loss
 from trainer.diffusion.model import ModelShape

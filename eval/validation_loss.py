@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trainer.data.dataset import Batch, LatentDataset
+from trainer.data.latents.samples import Batch, LatentDataset
 from trainer.data.loader import encode_captions, pad_batch, read_batch
 from trainer.data.position import MicroBatch
 from trainer.diffusion.flow import interpolate

@@ -21,8 +21,7 @@ import torch
 
 from trainer.checkpoint.folder import list_checkpoints
 from trainer.config import load_config
-from trainer.data.dataset import LatentDataset
-from trainer.data.latents.samples import Sample
+from trainer.data.latents.samples import LatentDataset, Sample
 from trainer.data.position import DataState, micro_batches
 from trainer.distributed import World, detect_world, from_main, init_distributed
 from trainer.engine.zero_state import gather_master

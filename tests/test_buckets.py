@@ -19,11 +19,13 @@ from tests_launcher import Launcher
 
 from moe.config import MoeConfig
 from trainer.config import ConfigError, DataConfig, DiffusionConfig, ModelConfig, TrainConfig, TrainLoopConfig
-from trainer.data.dataset import Batch, build_loader, open_dataset
+from trainer.data.dataset import open_dataset
 from trainer.data.demo import scene_shards
 from trainer.data.latents import encode_folder
 from trainer.data.latents.dataset_file import read_dataset_file
+from trainer.data.latents.samples import Batch
 from trainer.data.latents.shard_file import DamagedShardError
+from trainer.data.loader import build_loader
 from trainer.data.position import DataState
 from trainer.diffusion.flow import NoisedBatch, noise_batch
 

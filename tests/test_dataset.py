@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer.config import ConfigError, DataConfig, TrainConfig, load_config
-from trainer.data.dataset import Batch, LatentDataset, build_loader, open_dataset
+from trainer.data.dataset import open_dataset
 from trainer.data.demo import scene_shards, scenes
 from trainer.data.latents import encode_folder
 from trainer.data.latents.format import signed_json
-from trainer.data.latents.samples import Sample
+from trainer.data.latents.samples import Batch, LatentDataset, Sample
+from trainer.data.loader import build_loader
 from trainer.data.order import EpochOrder
 from trainer.data.position import DataState
 from trainer.encoders.build import build_text_encoder

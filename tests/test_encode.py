@@ -18,14 +18,16 @@ from safetensors.torch import load_file, save_file
 from tests_launcher import Launcher
 
 from trainer.config import ConfigError, DataConfig, TrainConfig, TrainLoopConfig
-from trainer.data.dataset import Batch, DataState, build_loader, open_dataset
+from trainer.data.dataset import open_dataset
 from trainer.data.demo import scene_shards, scenes
 from trainer.data.encode import main
 from trainer.data.index import build_index
 from trainer.data.latents.encode_folder import build_encoder, encode
+from trainer.data.latents.samples import Batch
 from trainer.data.latents.shard_writer import Encoder
-from trainer.data.loader import RawBatch, encode_captions
+from trainer.data.loader import RawBatch, build_loader, encode_captions
 from trainer.data.order import EpochOrder
+from trainer.data.position import DataState
 from trainer.encoders.build import PixelCodec, build_codec, build_text_encoder
 from trainer.encoders.vae import SmallVae
 from trainer.randomness import sample_generator

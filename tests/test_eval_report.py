@@ -24,8 +24,8 @@ from eval.pictures.prompts import demo_prompts, render_prompts
 from eval.report import read_metrics
 from eval.run import EvalConfig, main, parse, run_folder, score
 from trainer.config import ConfigError, load_config
-from trainer.data.dataset import LatentInfo
 from trainer.data.demo.scenes import CATEGORIES
+from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.pipeline import Pipeline
 
 PER_TAG = 2

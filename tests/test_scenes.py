@@ -25,11 +25,8 @@ def combinations_of(scene: s.Scene) -> tuple[set[tuple[str, str]], set[tuple[str
 
 
 def uses_held_out(scene: s.Scene) -> bool:
-    """Whether the scene contains an object-colour or object-object combination kept out of training."""
-    names = sorted({item.name for item in scene.objects})
-    return any((item.name, item.background) in s.HELD_OUT_COLORS for item in scene.objects) or any(
-        pair in s.HELD_OUT_PAIRS for pair in combinations(names, 2)
-    )
+    colors, pairs = combinations_of(scene)
+    return bool(colors & s.HELD_OUT_COLORS or pairs & s.HELD_OUT_PAIRS)
 
 
 def test_training_scenes_contain_nothing_held_out() -> None:

@@ -9,19 +9,15 @@ from typing import Any
 
 from trainer.config import TrainConfig
 from trainer.data.latents.dataset_file import LatentFolder, check_settings, check_shards, read_dataset_file
-from trainer.data.latents.samples import Batch, LatentDataset, LatentInfo
+from trainer.data.latents.samples import LatentDataset, LatentInfo
 from trainer.data.latents.shard_dataset import ShardDataset
 from trainer.data.latents.staging import build_stage
-from trainer.data.loader import build_loader, load_batches
 from trainer.data.order import build_layout
-from trainer.data.position import DataState
 from trainer.data.synthetic import SyntheticDataset
 from trainer.encoders.build import TextEncoder, build_codec, build_text_encoder
 from trainer.errors import ConfigError, require
 from trainer.settings.data import DataConfig
 from trainer.settings.tokens import token_counts
-
-__all__ = ["Batch", "DataState", "LatentDataset", "LatentInfo", "build_loader", "load_batches", "open_dataset"]
 
 
 def open_dataset(config: TrainConfig) -> LatentDataset:

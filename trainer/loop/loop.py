@@ -19,7 +19,7 @@ from trainer.checkpoint.init_from import load_init
 from trainer.checkpoint.load import load_checkpoint
 from trainer.checkpoint.save import Saver
 from trainer.checkpoint.state import TrainState
-from trainer.data.dataset import DataState
+from trainer.data.position import DataState
 from trainer.distributed import all_reduce_mean, from_main
 from trainer.engine.ema import Ema
 from trainer.engine.engine import build_engine

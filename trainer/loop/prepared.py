@@ -7,7 +7,8 @@ from functools import partial
 from torch import Tensor
 
 from trainer.config import TrainConfig
-from trainer.data.dataset import Batch, LatentDataset, load_batches
+from trainer.data.latents.samples import Batch, LatentDataset
+from trainer.data.loader import load_batches
 from trainer.data.position import DataState
 from trainer.diffusion.flow import NoisedBatch, draw_noise, mask_at
 
