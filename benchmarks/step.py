@@ -101,8 +101,7 @@ class RandomData:
 
     def __init__(self, job: Job, size: int) -> None:
         generator, shape, tokens = torch.Generator().manual_seed(0), job.shape, job.text_tokens
-        self.shard_sizes = [size]
-        self.layout = SampleLayout.of_shards(self.shard_sizes)
+        self.layout = SampleLayout.of_shards([size])
         self.info = LatentInfo(
             channels=shape.channels, height=shape.height, width=shape.width, text_dim=shape.text_dim,
             max_tokens=tokens, codec="", text_encoder="", fingerprint="random",

@@ -49,7 +49,7 @@ class DoctoredData:
 
     def __init__(self, dataset: LatentDataset, values: dict[int, float | Exception]) -> None:
         self.dataset, self.values = dataset, values
-        self.info, self.shard_sizes, self.layout = dataset.info, dataset.shard_sizes, dataset.layout
+        self.info, self.layout = dataset.info, dataset.layout
         self.empty_text, self.online_encoder = dataset.empty_text, dataset.online_encoder
 
     def __len__(self) -> int:

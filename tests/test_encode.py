@@ -26,7 +26,6 @@ from trainer.data.latents.encode_folder import build_encoder, encode
 from trainer.data.latents.samples import Batch
 from trainer.data.latents.shard_writer import Encoder
 from trainer.data.loader import RawBatch, build_loader, encode_captions
-from trainer.data.order import EpochOrder
 from trainer.data.position import DataState
 from trainer.encoders.build import PixelCodec, build_codec, build_text_encoder
 from trainer.encoders.vae import SmallVae
@@ -188,7 +187,7 @@ def test_latents_are_drawn_from_a_stored_posterior(images: Path, tmp_path: Path)
         state = DataState(seed=3, epoch=0, consumed=0, samples_seen=samples_seen)
         return next(build_loader(dataset, config, rank=0, world_size=1, state=state))
 
-    order = EpochOrder(dataset.shard_sizes, seed=3, epoch=0, group_size=config.data.shuffle_group)
+    order = dataset.layout.order(3, 0, config.data.shuffle_group)
     rows = [order[i] for i in range(NUM_IMAGES)]
     noise = torch.stack(
         [torch.randn(mean[0].shape, generator=sample_generator(3, 100 + i, "posterior")) for i in range(NUM_IMAGES)]

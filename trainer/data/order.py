@@ -41,42 +41,6 @@ def _generator(seed: int, epoch: int, group: int, stream: int = 0) -> np.random.
     return np.random.Generator(np.random.Philox(key=key))
 
 
-class EpochOrder:
-    """The order of one data set in one bucket, computed group by group.
-
-    `starts` are the numbers of the first samples of its shards (by default they follow each other from 0).
-    """
-
-    def __init__(
-        self,
-        shard_sizes: Sequence[int] | Ints,
-        *,
-        seed: int,
-        epoch: int,
-        group_size: int,
-        starts: Sequence[int] | Ints | None = None,
-        stream: int = 0,
-    ) -> None:
-        self.key = (seed, epoch, stream)
-        self.sizes = np.asarray(shard_sizes, dtype=np.int64)
-        self.starts = np.asarray(starts) if starts is not None else np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
-        order = _generator(seed, epoch, 0, stream).permutation(len(self.sizes))
-        self.groups = [order[i : i + group_size] for i in range(0, len(order), group_size)]
-        self.ends: list[int] = np.cumsum(np.add.reduceat(self.sizes[order], range(0, len(order), group_size))).tolist()
-        self.cache: dict[int, Ints] = {}
-
-    def __getitem__(self, position: int) -> int:
-        number = bisect_right(self.ends, position)  # of the group that holds the position
-        if number not in self.cache:  # draw the whole group: its neighbours are asked for next
-            if len(self.cache) >= _KEPT:
-                self.cache.pop(next(iter(self.cache)))
-            members = [np.arange(self.starts[s], self.starts[s] + self.sizes[s]) for s in self.groups[number]]
-            seed, epoch, stream = self.key
-            self.cache[number] = _generator(seed, epoch, number + 1, stream).permutation(np.concatenate(members))
-        start = self.ends[number - 1] if number else 0
-        return int(self.cache[number][position - start])
-
-
 @dataclass(frozen=True, kw_only=True)
 class Stream:
     """The samples of one data set in one bucket: the sizes of their shards and each shard's first sample number.
@@ -93,6 +57,30 @@ class Stream:
     def size(self) -> int:
         """Samples in all."""
         return int(self.sizes.sum())
+
+
+class EpochOrder:
+    """The order of one data set in one bucket, computed group of shards by group of shards."""
+
+    def __init__(self, stream: Stream, seed: int, epoch: int, group_size: int) -> None:
+        self.stream, self.key = stream, (seed, epoch)
+        order = _generator(seed, epoch, 0, stream.number).permutation(len(stream.sizes))
+        self.groups = [order[i : i + group_size] for i in range(0, len(order), group_size)]
+        sizes = np.add.reduceat(stream.sizes[order], range(0, len(order), group_size))
+        self.ends: list[int] = np.cumsum(sizes).tolist()
+        self.cache: dict[int, Ints] = {}
+
+    def __getitem__(self, position: int) -> int:
+        number = bisect_right(self.ends, position)  # of the group that holds the position
+        if number not in self.cache:  # draw the whole group: its neighbours are asked for next
+            if len(self.cache) >= _KEPT:
+                self.cache.pop(next(iter(self.cache)))
+            starts, sizes = self.stream.starts, self.stream.sizes
+            members = [np.arange(starts[s], starts[s] + sizes[s]) for s in self.groups[number]]
+            generator = _generator(*self.key, number + 1, self.stream.number)
+            self.cache[number] = generator.permutation(np.concatenate(members))
+        start = self.ends[number - 1] if number else 0
+        return int(self.cache[number][position - start])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +110,7 @@ class SampleLayout:
         """The order of an epoch."""
         if self.block == 0:
             (stream,) = self.buckets[0]
-            return EpochOrder(stream.sizes, seed=seed, epoch=epoch, group_size=group_size, starts=stream.starts)
+            return EpochOrder(stream, seed, epoch, group_size)
         return BlockOrder(self, seed, epoch, group_size)
 
 
@@ -171,10 +159,7 @@ class BlockOrder:
         if key not in self.orders:
             for old in [k for k in self.orders if k[0] == stream.number and k[1] < epoch - 1]:
                 del self.orders[old]  # a block may lie across the end of the turn before
-            self.orders[key] = EpochOrder(
-                stream.sizes, seed=self.seed, epoch=epoch, group_size=self.group_size,
-                starts=stream.starts, stream=stream.number,
-            )  # fmt: skip
+            self.orders[key] = EpochOrder(stream, self.seed, epoch, self.group_size)
         return self.orders[key]
 
 
@@ -206,27 +191,22 @@ def build_layout(
         # Drawing from data sets by weight and within each uniformly, this part of all draws is of this bucket and set.
         part = {d: float(share[d]) * count / totals[d] for d, count in found.items()}
         # One data set: as many blocks as it fills. A mix: an epoch has as many samples as all data sets together.
-        wanted = sum(found.values()) if len(weights) == 1 else sum(totals) * sum(part.values())
-        count = int(wanted) // block
-        unused[bucket] = found[0] - count * block if len(weights) == 1 else 0
+        alone, held = len(weights) == 1, sum(found.values())
+        count = (held if alone else int(sum(totals) * sum(part.values()))) // block
+        unused[bucket] = held if count == 0 else held - count * block if alone else 0
         if count == 0:
             require(
                 drop_small,
-                f"a bucket has {sum(found.values())} samples, too few for data.bucket_block={block}: lower it, set "
+                f"a bucket has {held} samples, too few for data.bucket_block={block}: lower it, set "
                 "data.small_buckets=drop to leave such buckets out, or encode with fewer data.buckets",
             )
-            unused[bucket] = sum(found.values())
             continue
-        quotas = _quotas(part, block)
+        # Stream 0 is that of a data set without blocks.
+        numbers = {d: int(1 + d * (int(bucket_s.max()) + 1) + bucket) for d in found}
         streams.append(
             [
-                Stream(  # number 0 is that of a data set without blocks
-                    number=int(1 + d * (int(bucket_s.max()) + 1) + bucket),
-                    sizes=size_s[members[d]],
-                    starts=start_s[members[d]],
-                    quota=quotas[d],
-                )
-                for d in found
+                Stream(number=numbers[d], sizes=size_s[members[d]], starts=start_s[members[d]], quota=quota)
+                for d, quota in _quotas(part, block).items()
             ]
         )
         counts.append(count)

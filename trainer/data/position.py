@@ -4,7 +4,7 @@ A global batch is a slice of the epoch's order (order.py); ranks, accumulation s
 the position is a few numbers, the same for all, and a run resumes from them on other processes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -59,7 +59,7 @@ class MicroBatch:
 
 
 def micro_batches(
-    layout: SampleLayout | Sequence[int],
+    layout: SampleLayout,
     state: DataState,
     *,
     micro_batch_size: int,
@@ -68,13 +68,11 @@ def micro_batches(
     world_size: int,
     group_size: int,
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches for ever, of a layout or of one data set in shards of these sizes.
+    """This rank's micro-batches for ever.
 
     Sample a * world * micro + rank * micro + j of a global batch is row j of accumulation step a: the global batch is
     the same whatever the numbers of ranks and steps, if their product is.
     """
-    if not isinstance(layout, SampleLayout):
-        layout = SampleLayout.of_shards(layout)
     size, global_batch_size = layout.size, micro_batch_size * num_micro_batches * world_size
     order, epoch = None, -1
     while True:

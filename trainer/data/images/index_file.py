@@ -108,6 +108,7 @@ def source_of(rows: list[IndexRow]) -> str:
 
 
 def write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema, note: dict[str, Any]) -> None:
+    """Write rows as a parquet file in one step, with the version of the format and `note` in its metadata."""
     content = {"format_version": FORMAT_VERSION, **note}
     schema = schema.with_metadata({_METADATA_KEY: json.dumps(content, sort_keys=True)})
     remove_leftovers(path)

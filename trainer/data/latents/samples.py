@@ -78,13 +78,11 @@ def pad_text(tokens: Sequence[Tensor], length: int, dtype: torch.dtype = torch.f
 class LatentDataset(Protocol):
     """Samples by number; its length is that of an epoch, which may leave some out.
 
-    `layout` says which samples an epoch has and in what order, `shard_sizes` how many each file holds. `empty_text` is
-    the empty caption, which replaces those that are dropped. `online_encoder` is set where captions are stored as text
-    and encoded while training.
+    `layout` says which samples an epoch has and in what order. `empty_text` is the empty caption, which replaces those
+    that are dropped. `online_encoder` is set where captions are stored as text and encoded while training.
     """
 
     info: LatentInfo
-    shard_sizes: list[int]
     layout: SampleLayout
     empty_text: Tensor | str
     online_encoder: TextEncoder | None

@@ -34,8 +34,7 @@ class ShardDataset:
         stage: Stage | None = None,
     ) -> None:
         self.info, self.shards, self.fingerprint, self.layout = info, shards, fingerprint, layout
-        self.shard_sizes = [entry.num_samples for _, entry in shards]
-        self.first = [0, *accumulate(self.shard_sizes)]
+        self.first = [0, *accumulate(entry.num_samples for _, entry in shards)]
         self.empty_text, self.online_encoder, self.stage = empty_text, online_encoder, stage
         self.open_files: dict[int, ShardFile] = {}
 
