@@ -1,4 +1,4 @@
-"""Starting a run from the weights of an export: what fits, and how each rank reads what it keeps.
+"""Starting a run from the weights of an export: which exports fit, and how each rank reads its share of one.
 
 Master weights and EMA start from the exported values, at step 0 with a fresh optimizer, on any topology. An export of a
 dense model can also start one with experts (trainer/checkpoint/upcycle.py).

@@ -98,7 +98,7 @@ class Saver:
         self.config, self.topology, self.info, self.world = config, topology, info, world
         self.in_background = config.train.async_save
         self.group: Any = torch.distributed.new_group(backend="gloo") if self.in_background else None
-        self.copies: dict[tuple[str, str], Tensor] = {}
+        self.copies: dict[tuple[str, str], Tensor] = {}  # host buffers, kept from save to save
         self.pending: Future[Path] | None = None
 
     def save(self, engine: Any, ema: Ema, state: TrainState, *, required: bool) -> bool:
@@ -114,7 +114,7 @@ class Saver:
             return self._settle(lambda: write_checkpoint(snapshot, self.config, self.world), start, required=required)
         snapshot = replace(snapshot, pieces=[self._copied(piece) for piece in snapshot.pieces])
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # the copies are only queued, and the next step changes what they read
         if self.world.is_main:
             logger.info("copied step %d in %.1f s, writing it", state.step, time.perf_counter() - start)
         self.pending = self._start(snapshot)
@@ -128,6 +128,7 @@ class Saver:
         return self._settle(pending.result, time.perf_counter(), required=required)
 
     def _settle(self, result: Callable[[], Path], start: float, *, required: bool) -> bool:
+        """Log how a save ended; returns whether it succeeded. Only what the disk refuses may cost just a checkpoint."""
         try:
             path = result()
         except CheckpointError as error:

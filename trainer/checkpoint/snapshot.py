@@ -33,7 +33,7 @@ def take_snapshot(
     engine: Any, ema: Ema, state: TrainState, config: TrainConfig, topology: Topology, info: LatentInfo
 ) -> Snapshot:
     """The state of the engine as live views; valid until the next step. Collective over all ranks."""
-    pieces = list(engine_pieces(engine, ema))
+    pieces = list(engine_pieces(engine, ema))  # views, not copies: a save for which training waits needs no memory
     content = describe(engine, state, config, topology, info)
     _check_complete(pieces, content["parameters"], engine.device)
     return Snapshot(pieces=pieces, rng=rng_tensors(), content=content)

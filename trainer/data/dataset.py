@@ -28,6 +28,7 @@ def open_dataset(config: TrainConfig) -> LatentDataset:
     data = config.data
     if data.source == "synthetic":
         return SyntheticDataset(data.image_size, config.seed)
+    # What headers can tell is checked here, before a run allocates anything or its ranks wait for each other.
     weights = data.mix or {data.latents: 1.0}
     codec, text_encoder = build_codec(data.codec), build_text_encoder(data.text_encoder)
     folders = [read_dataset_file(Path(name)) for name in weights]
@@ -76,6 +77,8 @@ def _describe(
     data: DataConfig, folders: list[LatentFolder], weights: list[float], text_encoder: TextEncoder
 ) -> LatentInfo:
     """The description, with what is decided when latents are read: mix, online text, normalisation."""
+    # Each of these decisions changes what a model is trained on, so each is added to the fingerprint, which a resume
+    # compares. The plain case adds nothing and keeps the fingerprint of the encoded data.
     first = folders[0].info
     info = LatentInfo(**{f.name: first[f.name] for f in fields(LatentInfo) if f.name in first})
     info = replace(info, codec=data.codec, text_encoder=data.text_encoder, buckets=list(map(list, folders[0].buckets)))

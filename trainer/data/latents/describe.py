@@ -42,7 +42,7 @@ def _open(folder: LatentFolder, number: int) -> ShardFile:
 
 @dataclass(frozen=True, kw_only=True)
 class _Captions:
-    """Of each sample of the shards read: characters and, where text is stored, tokens of its caption."""
+    """Lengths of the captions in the shards that were read, one a sample: characters and, if stored encoded, tokens."""
 
     num_shards: int
     num_distinct: int

@@ -109,7 +109,7 @@ def code_version() -> str:
 
 def encode_tar(encoder: Encoder, index: Index, name: str, entry: TarEntry) -> Sidecar:
     """Write the shards of one tar, and last their sidecar; returns the sidecar."""
-    check_unchanged(index, entry)
+    check_unchanged(index, entry)  # its places in the tar would point at other bytes
     sizes = encoder.data.picture_sizes()
     groups: list[list[IndexRow]] = [[] for _ in sizes]
     for row in index.rows_of(entry):
@@ -213,6 +213,8 @@ def encode(encoder: Encoder, *, rank: int = 0, world_size: int = 1) -> bool:
         pictures, captions = (sum(shard[key] for shard in shards) for key in ("num_samples", "num_captions"))
         seconds = time.perf_counter() - start
         tqdm.write(f"{name}: {pictures} pictures, {captions} captions, {seconds:.1f} s")
+    # Other processes may have ended meanwhile: whoever finds every sidecar writes the list. Several may, and write the
+    # same bytes, so they need not talk to each other.
     sidecars = [read_sidecar(encoder, name, entry) for name, entry in tars.items()]
     whole = [sidecar for sidecar in sidecars if sidecar is not None]
     if len(whole) < len(tars):
