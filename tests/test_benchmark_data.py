@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.data_work import CHANNELS, SIDE, TOKENS, WIDTH, open_samples, write_samples
+from benchmarks.data_loading import CHANNELS, SIDE, TOKENS, WIDTH, open_samples, write_samples
 
 
 def test_both_formats_hold_the_same_samples(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def open_dataset(config: TrainConfig) -> LatentDataset:
         check_settings(folder, data, codec, text_encoder)
         check_shards(folder)
     for bucket in folders[0].buckets[1:]:
-        _check_bucket(config, *bucket)
+        check_latent_size(config, *bucket, where=" of data.buckets")
     shards = [(folder.path / shard.file, shard) for folder in folders for shard in folder.shards]
     layout, _ = build_layout(
         [shard.num_samples for _, shard in shards],
@@ -58,16 +58,16 @@ def open_dataset(config: TrainConfig) -> LatentDataset:
     )
 
 
-def _check_bucket(config: TrainConfig, height: int, width: int) -> None:
-    """Refuse a latent size that the model cannot take."""
+def check_latent_size(config: TrainConfig, height: int, width: int, where: str = "") -> None:
+    """Raise ConfigError if a latent cannot be cut into patches, or has too few of them for the experts."""
     patch = config.model.patch_size
     require(
         height % patch == 0 and width % patch == 0,
-        f"model.patch_size={patch} does not divide the latent of {height} x {width} of data.buckets",
+        f"model.patch_size={patch} does not divide the latent of {height} x {width}{where}",
     )
     counts = token_counts([(height, width)], patch, config.diffusion.mask_ratio) if config.moe.every else []
     try:
-        for count in counts:
+        for count in reversed(counts):
             config.moe.capacity(count)
     except ValueError as error:
         raise ConfigError(str(error)) from error
