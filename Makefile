@@ -59,7 +59,7 @@ test: $(STAMP)
 
 DEMO := trainer/configs/demo.yaml
 demo: $(STAMP)
-	python -m trainer.data.demo.scenes --out data/demo/images --num-images 16000
+	python -m trainer.data.demo.scene_shards --out data/demo/images --num-images 16000
 	python -m trainer.data.index data/demo/images
 	torchrun --standalone --nproc-per-node 2 -m trainer.data.encode $(DEMO)
 	torchrun --standalone --nproc-per-node 2 -m trainer.train $(DEMO) train.stop_at_step=300

@@ -10,6 +10,23 @@ plain seconds / seconds: 1 is the speed of the disk.
 """
 
 import argparse
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Options; see the module docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dim", type=int, default=512, help="width of the model; bytes grow with its square")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", help="a folder on the disk to measure; default: the system's temporary one")
+    parser.add_argument("--resume", action="store_true", help="time the start of a resumed run instead")
+    parser.add_argument("--recipe", default="debug", help="recipe of --resume")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of --resume")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse_known_args()  # --help and mistakes are answered before torch is imported
+
 import os
 import re
 import shutil
@@ -28,12 +45,13 @@ from benchmarks.interleaved import markdown_table, ratio, time_interleaved
 from trainer.checkpoint.folder import fault
 from trainer.checkpoint.load import load_checkpoint
 from trainer.checkpoint.reader import rank_file
-from trainer.checkpoint.save import save_checkpoint
-from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.save import Saver, write_checkpoint
+from trainer.checkpoint.snapshot import take_snapshot
 from trainer.checkpoint.state import Topology, TrainState
 from trainer.config import ModelConfig, ParallelConfig, TrainConfig, TrainLoopConfig
-from trainer.data.batches import DataState
-from trainer.data.dataset import build_loader, open_dataset
+from trainer.data.dataset import open_dataset
+from trainer.data.loader import build_loader
+from trainer.data.position import DataState
 from trainer.diffusion.flow import noise_batch, training_loss
 from trainer.diffusion.model import ModelShape
 from trainer.distributed import World, barrier, detect_world, init_distributed
@@ -62,7 +80,8 @@ class Bench:
     def save(self) -> Path:
         """A save for which training waits."""
         info = open_dataset(self.config).info
-        return save_checkpoint(self.engine, self.ema, STATE, self.config, self.topology, info, self.world)
+        snapshot = take_snapshot(self.engine, self.ema, STATE, self.config, self.topology, info)
+        return write_checkpoint(snapshot, self.config, self.world)
 
 
 def build(dim: int, folder: Path, world: World) -> Bench:
@@ -87,7 +106,10 @@ def build(dim: int, folder: Path, world: World) -> Bench:
 
 
 def plain_write(path: Path, size: int, block: memoryview) -> None:
-    """`size` bytes in large blocks, flushed; the old file goes when the new one is there, as with a checkpoint."""
+    """`size` bytes in large blocks, flushed; the old file goes when the new one is there, as with a checkpoint.
+
+    By hand, for it is what saves are measured against: nothing but the writes.
+    """
     new = path.with_suffix(".new")
     with new.open("wb", buffering=0) as file:
         for start in range(0, size, len(block)):
@@ -218,14 +240,7 @@ def time_to_first_step(recipe: str, overrides: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Print one of the two measurements."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dim", type=int, default=512, help="width of the model; bytes grow with its square")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--folder", help="a folder on the disk to measure; default: the system's temporary one")
-    parser.add_argument("--resume", action="store_true", help="time the start of a resumed run instead")
-    parser.add_argument("--recipe", default="debug", help="recipe of --resume")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of --resume")
-    arguments = parser.parse_args(argv)
+    arguments = command_line().parse_args(argv)
     if arguments.resume:
         time_to_first_step(arguments.recipe, arguments.overrides)
     else:

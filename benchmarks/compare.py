@@ -122,7 +122,8 @@ def prepare_data(config: CompareConfig) -> None:
     """Draw and encode the embedded scenes, as `make demo` does, unless they are there."""
     if not (LATENTS / "dataset.json").is_file():
         command(
-            ["-m", "trainer.data.demo.scenes", "--out", str(IMAGES), "--num-images", "16000"], config.out / "data.log"
+            ["-m", "trainer.data.demo.scene_shards", "--out", str(IMAGES), "--num-images", "16000"],
+            config.out / "data.log",
         )
         command(["-m", "trainer.data.encode", RECIPE], config.out / "data.log")
 

@@ -14,12 +14,30 @@ encode   a tar of JPEGs, 128 pixels: `encode` is trainer.data.encode with its de
 scale    10^9 samples in 10^5 shards: set-up, look-up and memory of the order of an epoch
 """
 
+import argparse
+from pathlib import Path
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Options; see the module docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["reader", "encode", "scale"], help="one of the tables")
+    parser.add_argument("--samples", type=int, default=4000, help="samples of the reader's table")
+    parser.add_argument("--pictures", type=int, default=192, help="pictures of the encoders' table")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse_known_args()  # --help and mistakes are answered before torch is imported
+
 import os
 
 # Read by the OpenMP runtime that torch loads: waiting threads sleep, so CPU time counts work only.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import argparse
 import io
 import json
 import resource
@@ -31,7 +49,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from itertools import islice
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,17 +57,17 @@ from PIL import Image
 
 from benchmarks.interleaved import markdown_table, ratio, time_interleaved, write_json
 from trainer.config import TrainConfig, TrainLoopConfig, require, run_cli
-from trainer.data.batches import DataState
-from trainer.data.encode import build_encoder, encode_tar, shard_names
 from trainer.data.index import build_index
 from trainer.data.latents.dataset_file import read_dataset_file
+from trainer.data.latents.encode_folder import build_encoder, encode_tar, shard_names
 from trainer.data.latents.format import signed_json
-from trainer.data.latents.interface import LatentInfo
+from trainer.data.latents.samples import LatentInfo
 from trainer.data.latents.shard_dataset import ShardDataset
 from trainer.data.latents.shard_file import ShardEntry
 from trainer.data.latents.shard_writer import pack_shard, picture_batches, save_shard
 from trainer.data.loader import build_loader
 from trainer.data.order import SampleLayout, build_layout
+from trainer.data.position import DataState
 from trainer.settings.data import DataConfig
 
 CHANNELS, SIDE, TOKENS, WIDTH, PER_SHARD = 4, 32, 20, 1280, 1000
@@ -247,14 +264,7 @@ def scale_table(folder: Path) -> tuple[str, dict[str, float]]:
 
 
 def _main(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["reader", "encode", "scale"], help="one of the tables")
-    parser.add_argument("--samples", type=int, default=4000, help="samples of the reader's table")
-    parser.add_argument("--pictures", type=int, default=192, help="pictures of the encoders' table")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    args = parser.parse_args(argv)
+    args = command_line().parse_args(argv)
     require(args.samples >= 32, f"--samples is {args.samples}: use 32 or more")
     for name in ("pictures", "rounds"):
         require(getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}: use 1 or more")

@@ -27,8 +27,9 @@ from moe.layer import auxiliary_loss
 from moe.oracle.layer import ReferenceMoe
 from trainer.config import DataConfig, DiffusionConfig, OptimConfig, ParallelConfig, TrainConfig, TrainLoopConfig
 from trainer.config import ModelConfig as Size
-from trainer.data.batches import DataState
-from trainer.data.dataset import build_loader, open_dataset
+from trainer.data.dataset import open_dataset
+from trainer.data.loader import build_loader
+from trainer.data.position import DataState
 from trainer.diffusion.flow import noise_batch, training_loss
 from trainer.diffusion.model import EcDit, ModelShape
 from trainer.distributed import World, all_reduce_mean, detect_world, init_distributed

@@ -23,10 +23,9 @@ from torch import Tensor
 
 from benchmarks.interleaved import markdown_table, wait_for_gpu, write_json
 from trainer.config import TrainConfig, require, run_cli
-from trainer.data.batches import DataState
-from trainer.data.latents.interface import LatentInfo
-from trainer.data.latents.shard_file import Sample
+from trainer.data.latents.samples import LatentInfo, Sample
 from trainer.data.order import SampleLayout
+from trainer.data.position import DataState
 from trainer.diffusion.flow import NoisedBatch
 from trainer.distributed import World, all_reduce_mean, detect_world, init_distributed
 from trainer.encoders.build import TextEncoder
@@ -102,8 +101,7 @@ class RandomData:
 
     def __init__(self, job: Job, size: int) -> None:
         generator, shape, tokens = torch.Generator().manual_seed(0), job.shape, job.text_tokens
-        self.shard_sizes = [size]
-        self.layout = SampleLayout.of_shards(self.shard_sizes)
+        self.layout = SampleLayout.of_shards([size])
         self.info = LatentInfo(
             channels=shape.channels, height=shape.height, width=shape.width, text_dim=shape.text_dim,
             max_tokens=tokens, codec="", text_encoder="", fingerprint="random",

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from trainer.data.demo.scenes import held_out_scenes, render
+from trainer.data.latents.samples import pad_text
 from trainer.diffusion.flow import interpolate
-from trainer.diffusion.sampling import pad_text
 from trainer.pipeline import Pipeline
 from trainer.randomness import keyed_generator
 

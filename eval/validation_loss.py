@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trainer.data.batches import MicroBatch
-from trainer.data.dataset import Batch, LatentDataset
+from trainer.data.latents.samples import Batch, LatentDataset
 from trainer.data.loader import encode_captions, pad_batch, read_batch
+from trainer.data.position import MicroBatch
 from trainer.diffusion.flow import interpolate
 from trainer.pipeline import Pipeline
 from trainer.randomness import sample_generator
@@ -34,7 +34,7 @@ def fixed_samples(dataset: LatentDataset, count: int, batch_size: int) -> list[B
             raw = read_batch(dataset, MicroBatch(samples=part, indices=part), caption_dropout=0.0, seed=SEED)
             if dataset.online_encoder is not None:
                 raw = encode_captions(dataset.online_encoder, raw)
-            batches.append(pad_batch(raw, max_tokens=dataset.info.max_tokens, dim=dataset.info.text_dim))
+            batches.append(pad_batch(raw, max_tokens=dataset.info.max_tokens))
     return batches
 
 

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from checkpoint_layout import layout_places, tensor_hashes
 
-from trainer.checkpoint.layout import layout_places
-from trainer.checkpoint.reader import CheckpointReader, tensor_hashes
 from trainer.checkpoint.resume import choose_checkpoint
-from trainer.checkpoint.save import save_checkpoint
+from trainer.checkpoint.save import write_checkpoint
+from trainer.checkpoint.snapshot import take_snapshot
 from trainer.checkpoint.state import Topology, group_settings, read_state
+from trainer.checkpoint.tensorfile import TensorFile
 from trainer.config import load_config
 from trainer.distributed import World, barrier, detect_world, init_distributed
 from trainer.engine.zero_state import flat_masters
@@ -88,9 +89,8 @@ def load(world: World, folder: Path, origin: str, ep_size: str, stage: str, *ove
     check_optimizer(trainer, saved)
     again = replace(trainer.config, run_dir=str(run_dir / "again"))
     plan = trainer.checked
-    path = save_checkpoint(
-        trainer.engine, trainer.ema, trainer.state, again, plan.topology, plan.dataset.info, plan.world
-    )
+    snapshot = take_snapshot(trainer.engine, trainer.ema, trainer.state, again, plan.topology, plan.dataset.info)
+    path = write_checkpoint(snapshot, again, plan.world)
     if world.is_main:
         assert tensor_hashes(path) == tensor_hashes(folder / origin / step)
         check_places(path, plan.topology)
@@ -131,12 +131,12 @@ def check_optimizer(trainer: Trainer, saved: dict) -> None:  # type: ignore[type
 
 def check_places(path: Path, topology: Topology) -> None:
     """The pieces are where the pure function says that ZeRO puts them."""
-    reader = CheckpointReader(path)
-    written = {
-        (place.path.name, name, place.start, place.length)
-        for name, places in reader.places("weight")
-        for place in places
-    }
+    written = set()
+    for file in map(TensorFile, sorted(path.glob("rank_*.safetensors"))):
+        places = json.loads(file.metadata["places"])
+        for kind, _, name in (key.partition("/") for key in file.places):
+            if kind == "weight":
+                written.add((file.path.name, name, places[name][0], file.length(f"weight/{name}")))
     expected = {
         (f"rank_{rank:05d}.safetensors", place.name, place.offset, place.length)
         for rank, places in enumerate(layout_places(read_state(path)["parameters"], topology))

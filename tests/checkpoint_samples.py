@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoint_layout import layout_places
 from torch import Tensor
 
 from trainer.checkpoint.folder import checkpoint_dir, publish, temporary_dir, write_durable, write_manifest
-from trainer.checkpoint.layout import layout_places
 from trainer.checkpoint.reader import KINDS, Piece, rank_file, write_pieces
 from trainer.checkpoint.state import FORMAT, Topology
 from trainer.config import TrainConfig, TrainLoopConfig, config_to_dict
-from trainer.data.dataset import LatentInfo
+from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.model import EcDit, ModelShape
 
 TOPOLOGY = Topology(world_size=4, ep_size=2, zero_stage=3)

@@ -19,20 +19,21 @@ from typing import Any
 import deepspeed
 import deepspeed.comm
 import torch
+from checkpoint_layout import tensor_hashes
 
 from benchmarks.parity import ROUTERS, SHAPE, parity_config, random_value
 from benchmarks.whole_weights import gather_master
 from moe.deepspeed_expert import build_expert_group
 from moe.layer import MoeLayer
-from trainer.checkpoint import saver as saver_module
+from trainer.checkpoint import save as save_module
 from trainer.checkpoint.agree import CheckpointError, agree
 from trainer.checkpoint.folder import checkpoint_dir, fault, list_checkpoints
-from trainer.checkpoint.reader import tensor_hashes
-from trainer.checkpoint.save import save_checkpoint
+from trainer.checkpoint.save import write_checkpoint
+from trainer.checkpoint.snapshot import take_snapshot
 from trainer.checkpoint.state import Topology, TrainState
 from trainer.config import EmaConfig, TrainConfig
-from trainer.data.batches import DataState
 from trainer.data.dataset import open_dataset
+from trainer.data.position import DataState
 from trainer.diffusion.model import EcDit
 from trainer.distributed import World, barrier, detect_world, init_distributed
 from trainer.engine.deepspeed_config import load_deepspeed_config
@@ -245,7 +246,8 @@ def one_rank_cannot_write(world: World) -> None:
 
         def save(step: int) -> Path:
             settings = replace(config, run_dir=str(folder))
-            return save_checkpoint(engine, ema, replace(START, step=step), settings, topology, info, world)
+            snapshot = take_snapshot(engine, ema, replace(START, step=step), settings, topology, info)
+            return write_checkpoint(snapshot, settings, world)
 
         first = save(1)
         if world.rank == 1:
@@ -281,7 +283,7 @@ def background_save_keeps_its_step(world: World) -> None:
                 engine.step()
             ema.update(engine, step)
 
-    held, original = threading.Event(), saver_module.write_checkpoint
+    held, original = threading.Event(), save_module.write_checkpoint
 
     def late(*arguments: Any) -> Path:
         held.wait()
@@ -289,13 +291,13 @@ def background_save_keeps_its_step(world: World) -> None:
 
     with shared_folder(world) as folder:
         config = replace(config, run_dir=str(folder / "background"), train=replace(config.train, async_save=True))
-        saver_module.write_checkpoint = late
-        saver = saver_module.Saver(config, topology, info, world)
+        save_module.write_checkpoint = late
+        saver = save_module.Saver(config, topology, info, world)
         for step in (1, 2):  # the second save uses the first one's buffers again
             train(1)
-            now = save_checkpoint(
-                engine, ema, replace(START, step=step), replace(config, run_dir=str(folder)), topology, info, world
-            )
+            settings = replace(config, run_dir=str(folder))
+            snapshot = take_snapshot(engine, ema, replace(START, step=step), settings, topology, info)
+            now = write_checkpoint(snapshot, settings, world)
             held.clear()
             assert saver.save(engine, ema, replace(START, step=step), required=False)
             train(2)

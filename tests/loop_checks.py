@@ -22,9 +22,8 @@ import torch
 from benchmarks.whole_weights import gather_master
 from trainer.checkpoint.folder import list_checkpoints
 from trainer.config import ConfigError, load_config
-from trainer.data.batches import DataState, micro_batches
-from trainer.data.dataset import LatentDataset
-from trainer.data.latents.shard_file import Sample
+from trainer.data.latents.samples import LatentDataset, Sample
+from trainer.data.position import DataState, micro_batches
 from trainer.diffusion.flow import NoisedBatch
 from trainer.distributed import PeerError, World, detect_world, from_main, init_distributed, on_all
 from trainer.loop import loop
@@ -50,7 +49,7 @@ class DoctoredData:
 
     def __init__(self, dataset: LatentDataset, values: dict[int, float | Exception]) -> None:
         self.dataset, self.values = dataset, values
-        self.info, self.shard_sizes, self.layout = dataset.info, dataset.shard_sizes, dataset.layout
+        self.info, self.layout = dataset.info, dataset.layout
         self.empty_text, self.online_encoder = dataset.empty_text, dataset.online_encoder
 
     def __len__(self) -> int:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trainer.data.batches import DataState
+from trainer.data.position import DataState
 from trainer.loop.bad_steps import BadSteps, Event, count_rollbacks, count_streak, position_after_rollback, read_events
 
 BATCH = 8

@@ -19,12 +19,14 @@ from tests_launcher import Launcher
 
 from moe.config import MoeConfig
 from trainer.config import ConfigError, DataConfig, DiffusionConfig, ModelConfig, TrainConfig, TrainLoopConfig
-from trainer.data import encode
-from trainer.data.batches import DataState
-from trainer.data.dataset import Batch, build_loader, open_dataset
-from trainer.data.demo import scenes
+from trainer.data.dataset import open_dataset
+from trainer.data.demo import scene_shards
+from trainer.data.latents import encode_folder
 from trainer.data.latents.dataset_file import read_dataset_file
+from trainer.data.latents.samples import Batch
 from trainer.data.latents.shard_file import DamagedShardError
+from trainer.data.loader import build_loader
+from trainer.data.position import DataState
 from trainer.diffusion.flow import NoisedBatch, noise_batch
 
 SHAPES = [(16, 16), (24, 12), (10, 20), (17, 16), (12, 23)]  # height, width
@@ -55,7 +57,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 pictures of five shapes in three tars, encoded into three buckets."""
     folder = tmp_path_factory.mktemp("buckets")
     write_pictures(folder / "images", 120, 50)
-    assert encode.encode(encode.build_encoder(data_for(folder)))
+    assert encode_folder.encode(encode_folder.build_encoder(data_for(folder)))
     return folder
 
 
@@ -140,7 +142,7 @@ def test_five_chained_resumes_keep_values_and_noise(root: Path, expected: list[d
 
 def test_settings_of_buckets_are_checked(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.buckets is 9x8: use multiples of 4, as data\.codec=dct needs"):
-        encode.build_encoder(data_for(root, codec="dct", buckets=["8x8", "9x8"]))
+        encode_folder.build_encoder(data_for(root, codec="dct", buckets=["8x8", "9x8"]))
     with pytest.raises(ConfigError, match=r"data\.buckets names 8: write HEIGHTxWIDTH in pixels"):
         data_for(root, buckets=["8"])
     with pytest.raises(ConfigError, match=r"data\.bucket_block is 0, but data\.buckets or data\.mix names several"):
@@ -166,9 +168,9 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     folder = tmp_path_factory.mktemp("mixed")
     for seed, count in ((0, 40), (1, 25)):
         sizes = ["--num-images", str(count), "--shard-size", "15", "--image-size", "8", "--seed", str(seed)]
-        scenes.main(["--out", str(folder / f"images{seed}"), *sizes])
+        scene_shards.main(["--out", str(folder / f"images{seed}"), *sizes])
         data = DataConfig(images=str(folder / f"images{seed}"), latents=str(folder / f"latents{seed}"), image_size=8)
-        assert encode.encode(encode.build_encoder(data))
+        assert encode_folder.encode(encode_folder.build_encoder(data))
     return {str(folder / "latents0"): 1.0, str(folder / "latents1"): 3.0}
 
 

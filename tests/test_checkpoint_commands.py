@@ -1,4 +1,4 @@
-"""The command line of checkpoints, other topologies' pieces, and which settings may change at a resume."""
+"""The command line of checkpoints, the pieces of other topologies, and which settings may change at a resume."""
 
 import shutil
 from collections.abc import Iterator
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_layout import layout_places, tensor_hashes
 from checkpoint_samples import PARAMETERS, TOPOLOGY, sample_config, sample_tensor, write_sample
 
 from moe.config import MoeConfig
 from trainer.checkpoint.__main__ import main
 from trainer.checkpoint.folder import fault
-from trainer.checkpoint.layout import layout_places
-from trainer.checkpoint.reader import CheckpointReader, tensor_hashes
+from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.resume import RULES, check_resumable, compare_configs, rule_of
 from trainer.checkpoint.state import Topology, read_state
 from trainer.config import ConfigError, OptimConfig, TrainConfig, config_to_dict
@@ -59,42 +59,19 @@ TOPOLOGIES = [
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
-def test_reshape_keeps_every_tensor(tmp_path: Path, capsys: pytest.CaptureFixture[str], topology: Topology) -> None:
-    source = write_sample(tmp_path, 10)
-    before = tensor_hashes(source)
-    code, out, _ = run(
-        capsys, "reshape", tmp_path, "--world-size", topology.world_size, "--ep-size", topology.ep_size,
-        "--zero-stage", topology.zero_stage, "--verify",
-    )  # fmt: skip
-    assert code == 0 and out.count(" equal  ") == 4 * len(PARAMETERS)
-    assert out.splitlines()[-1].endswith(f"{TOPOLOGY} -> {topology}, {4 * len(PARAMETERS)} tensors equal")
-    assert tensor_hashes(source) == before and fault(source) == ""
-    assert read_state(source)["topology"]["world_size"] == topology.world_size
-    reader = CheckpointReader(source)
+def test_every_topology_holds_and_reads_the_same_tensors(tmp_path: Path, topology: Topology) -> None:
+    """What one topology wrote has the full tensors of any other, and gives each rank of that the pieces it asks for."""
+    source, other = write_sample(tmp_path / "run", 10), write_sample(tmp_path / "other", 10, topology)
+    assert tensor_hashes(source) == tensor_hashes(other) and fault(other) == ""
+    assert read_state(other)["topology"]["world_size"] == topology.world_size
+    readers = CheckpointReader(source), CheckpointReader(other)
     for kind in ("weight", "ema"):
         for entry in PARAMETERS:
-            assert reader.read(kind, entry["name"]).equal(sample_tensor(kind, entry["name"], 10))
-
-
-def test_reshape_writes_elsewhere_and_refuses_what_cannot_be(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for step in (10, 20):
-        write_sample(tmp_path / "run", step)
-    common = ["reshape", tmp_path / "run", "--world-size", 2]
-    assert run(capsys, *common, "--ep-size", 2, "--step", 10, "--out", tmp_path / "other")[0] == 0
-    other = tmp_path / "other" / "checkpoints"
-    assert tensor_hashes(other / "step_00000010") == tensor_hashes(tmp_path / "run/checkpoints/step_00000010")
-    assert (tmp_path / "other/config.yaml").is_file() and (other / "latest").read_text() == "step_00000010\n"
-    assert run(capsys, *common, "--ep-size", 1, "--step", 10)[0] == 0
-    assert (tmp_path / "run/checkpoints/latest").read_text() == "step_00000020\n", "an older step is not the latest"
-    for extra, words in (
-        (["--ep-size", 4], "--ep-size 4 does not divide --world-size 2"),
-        (["--ep-size", 1, "--step", 7], "no such run folder or checkpoint"),
-        (["--ep-size", 1, "--zero-stage", 5], "--zero-stage 5: use 1, 2 or 3"),
-    ):
-        code, _, err = run(capsys, *common, *extra)
-        assert code == 2 and words in err and err.count("\n") == 1
+            full = sample_tensor(kind, entry["name"], 10)
+            assert all(reader.read(kind, entry["name"]).equal(full) for reader in readers)
+        for place in (place for places in layout_places(PARAMETERS, topology) for place in places):
+            part = sample_tensor(kind, place.name, 10).flatten()[place.offset : place.offset + place.length]
+            assert readers[0].read_range(kind, place.name, place.offset, place.offset + place.length).equal(part)
 
 
 def test_experts_go_to_consecutive_ranks() -> None:

@@ -23,7 +23,7 @@ from trainer.checkpoint.export import split_shards
 from trainer.checkpoint.export_reader import read_export, read_export_config
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.config import ConfigError, TrainConfig, load_config
-from trainer.data.dataset import LatentInfo
+from trainer.data.latents.samples import LatentInfo
 from trainer.pipeline import Pipeline
 from trainer.sample import main as sample_main
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
+from checkpoint_layout import tensor_hashes
 from safetensors.torch import load_file
 from torch import Tensor
 
-from trainer.checkpoint.reader import CheckpointReader, Piece, rank_file, read_ema, tensor_hashes, write_pieces
+from trainer.checkpoint.reader import CheckpointReader, Piece, rank_file, read_ema, write_pieces
 from trainer.checkpoint.tensorfile import TensorFile
 from trainer.config import ConfigError
 

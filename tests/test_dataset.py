@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer.config import ConfigError, DataConfig, TrainConfig, load_config
-from trainer.data import encode
-from trainer.data.batches import DataState
-from trainer.data.dataset import Batch, LatentDataset, build_loader, open_dataset
-from trainer.data.demo import scenes
+from trainer.data.dataset import open_dataset
+from trainer.data.demo import scene_shards, scenes
+from trainer.data.latents import encode_folder
 from trainer.data.latents.format import signed_json
-from trainer.data.latents.shard_file import Sample
-from trainer.data.order import EpochOrder
+from trainer.data.latents.samples import Batch, LatentDataset, Sample
+from trainer.data.loader import build_loader
+from trainer.data.order import EpochOrder, SampleLayout
+from trainer.data.position import DataState
 from trainer.encoders.build import build_text_encoder
 from trainer.randomness import sample_generator
 
@@ -30,9 +31,9 @@ START = DataState(seed=3, epoch=0, consumed=0, samples_seen=0)
 def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """26 drawn scenes in four latent shards."""
     folder = tmp_path_factory.mktemp("data")
-    scenes.main(["--out", str(folder / "images"), "--num-images", "26", "--shard-size", "7", "--image-size", "8"])
+    scene_shards.main(["--out", str(folder / "images"), "--num-images", "26", "--shard-size", "7", "--image-size", "8"])
     data = DataConfig(images=str(folder / "images"), latents=str(folder / "latents"), image_size=8)
-    assert encode.encode(encode.build_encoder(data))
+    assert encode_folder.encode(encode_folder.build_encoder(data))
     return folder / "latents"
 
 
@@ -65,7 +66,7 @@ def test_epoch_order_is_a_permutation_that_stays_within_groups_of_shards() -> No
     shard_of = np.repeat(np.arange(len(SHARDS)), SHARDS)
     seen = []
     for seed, epoch in ((0, 0), (0, 1), (1, 0)):
-        order = EpochOrder(SHARDS, seed=seed, epoch=epoch, group_size=2)
+        order = EpochOrder(SampleLayout.of_shards(SHARDS).buckets[0][0], seed, epoch, group_size=2)
         samples = [order[i] for i in range(first[-1])]
         assert sorted(samples) == list(range(first[-1]))
         assert [order[i] for i in reversed(range(first[-1]))] == samples[::-1]  # any position, in any order
@@ -86,7 +87,7 @@ def test_global_batches_follow_the_epoch_order_and_drop_its_tail() -> None:
     batches = global_batches(dataset, config, START, steps=12)
     expected: list[int] = []
     for epoch in range(3):
-        order = EpochOrder(dataset.shard_sizes, seed=3, epoch=epoch, group_size=2)
+        order = dataset.layout.order(3, epoch, group_size=2)
         expected += [order[i] for i in range(60)]  # 64 samples, 5 batches of 12
     whole = join(batches)
     assert whole.index_B.tolist() == list(range(144)) and whole.index_B.dtype == torch.int64
@@ -159,7 +160,7 @@ class CountingDataset:
     """A data set that counts its reads."""
 
     def __init__(self, inner: LatentDataset) -> None:
-        self.info, self.shard_sizes, self.layout, self.inner = inner.info, inner.shard_sizes, inner.layout, inner
+        self.info, self.layout, self.inner = inner.info, inner.layout, inner
         self.empty_text, self.online_encoder = inner.empty_text, inner.online_encoder
         self.num_reads = 0
 
@@ -186,7 +187,7 @@ def test_latents_are_normalised_and_text_is_the_encoders(latents: Path) -> None:
     assert (batch.latent_BCHW.dtype, batch.text_BLD.dtype) == (torch.float32, torch.float16)
     torch.testing.assert_close(batch.latent_BCHW.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(batch.latent_BCHW.std((0, 2, 3), unbiased=False), torch.ones(3), atol=1e-4, rtol=0)
-    order = EpochOrder(dataset.shard_sizes, seed=3, epoch=0, group_size=2)
+    order = dataset.layout.order(3, 0, group_size=2)
     features = build_text_encoder("minilm").encode([scenes.training_scene(0, order[i]).caption for i in range(26)])
     for row, feature in enumerate(features):
         real = batch.text_BLD[row][batch.text_mask_BL[row]].float()

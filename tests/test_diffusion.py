@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trainer.config import DiffusionConfig, OptimConfig
-from trainer.data.dataset import Batch
+from trainer.data.latents.samples import Batch
 from trainer.diffusion.flow import interpolate, noise_batch, shift_time, training_loss
 from trainer.diffusion.layers import patchify
 from trainer.diffusion.solver import guided, initial_noise, solve_euler, solve_heun, time_grid

@@ -18,13 +18,15 @@ from safetensors.torch import load_file, save_file
 from tests_launcher import Launcher
 
 from trainer.config import ConfigError, DataConfig, TrainConfig, TrainLoopConfig
-from trainer.data import encode as e
-from trainer.data.dataset import Batch, DataState, build_loader, open_dataset
-from trainer.data.demo import scenes
+from trainer.data.dataset import open_dataset
+from trainer.data.demo import scene_shards, scenes
+from trainer.data.encode import main
 from trainer.data.index import build_index
+from trainer.data.latents.encode_folder import build_encoder, encode
+from trainer.data.latents.samples import Batch
 from trainer.data.latents.shard_writer import Encoder
-from trainer.data.loader import RawBatch, encode_captions
-from trainer.data.order import EpochOrder
+from trainer.data.loader import RawBatch, build_loader, encode_captions
+from trainer.data.position import DataState
 from trainer.encoders.build import PixelCodec, build_codec, build_text_encoder
 from trainer.encoders.vae import SmallVae
 from trainer.randomness import sample_generator
@@ -37,7 +39,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawn scenes 0 to 19 in three tars, indexed."""
     folder = tmp_path_factory.mktemp("images")
     sizes = ["--num-images", str(NUM_IMAGES), "--shard-size", str(SHARD_SIZE), "--image-size", str(IMAGE_SIZE)]
-    scenes.main(["--out", str(folder), *sizes])
+    scene_shards.main(["--out", str(folder), *sizes])
     build_index(folder)
     return folder
 
@@ -49,7 +51,7 @@ def data_for(images: Path, latents: Path, **settings: Any) -> DataConfig:
 
 
 def encoder_for(images: Path, latents: Path, image_size: int = IMAGE_SIZE) -> Encoder:
-    return e.build_encoder(data_for(images, latents, image_size=image_size))
+    return build_encoder(data_for(images, latents, image_size=image_size))
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -59,7 +61,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def latents(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "latents"
-    assert e.encode(encoder_for(images, folder))
+    assert encode(encoder_for(images, folder))
     return folder
 
 
@@ -99,22 +101,22 @@ def test_rerun_does_nothing_and_a_killed_run_is_completed(images: Path, latents:
     copy = tmp_path / "latents"
     shutil.copytree(latents, copy)
     times = {path.name: path.stat().st_mtime_ns for path in copy.glob("0*")}
-    assert e.encode(encoder_for(images, copy))
+    assert encode(encoder_for(images, copy))
     assert {path.name: path.stat().st_mtime_ns for path in copy.glob("0*")} == times
     # killed between tensors and sidecar, half-way through another file, and before the last shard
     (copy / "00001.json").unlink()
     (copy / "00000.safetensors").write_bytes(before["00000.safetensors"][:1000])
     for path in (*copy.glob("00002*"), copy / "dataset.json"):
         path.unlink()
-    assert e.encode(encoder_for(images, copy))
+    assert encode(encoder_for(images, copy))
     assert files_in(copy) == before
 
 
 @pytest.mark.slow
 def test_killed_at_any_time_and_rerun_gives_the_same_bytes(tmp_path: Path, launcher: Launcher) -> None:
     sizes = ["--num-images", "240", "--shard-size", "20", "--image-size", "16"]
-    scenes.main(["--out", str(tmp_path / "images"), *sizes])
-    assert e.encode(encoder_for(tmp_path / "images", tmp_path / "whole"))
+    scene_shards.main(["--out", str(tmp_path / "images"), *sizes])
+    assert encode(encoder_for(tmp_path / "images", tmp_path / "whole"))
     made = tmp_path / "made"
     arguments = [f"data.images={tmp_path / 'images'}", f"data.latents={made}", f"data.image_size={IMAGE_SIZE}"]
     for count, delay in ((2, 0.0), (4, 0.003), (7, 0.01)):
@@ -141,7 +143,7 @@ def test_large_tars_become_several_shards(
     images: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.data.latents.shard_writer.MAX_SHARD_BYTES", 3 * (2 * 3 * 16 * 16 + 2 * 384 * 20))
-    assert e.encode(encoder_for(images, tmp_path))
+    assert encode(encoder_for(images, tmp_path))
     names = [path.name for path in sorted(tmp_path.glob("*.safetensors"))][:-1]
     counts = {"00000": 3, "00001": 3, "00002": 2}  # of 8, 8 and 4 samples at 3 a shard
     assert names == [f"{tar}-{i:03d}.safetensors" for tar, count in counts.items() for i in range(count)]
@@ -155,7 +157,7 @@ def test_large_tars_become_several_shards(
 
 
 def test_threads_change_nothing(images: Path, latents: Path, tmp_path: Path) -> None:
-    assert e.encode(e.build_encoder(data_for(images, tmp_path), num_threads=3))
+    assert encode(build_encoder(data_for(images, tmp_path), num_threads=3))
     assert files_in(tmp_path) == files_in(latents)
 
 
@@ -168,7 +170,7 @@ def small_vae(path: Path) -> str:
 def test_latents_are_drawn_from_a_stored_posterior(images: Path, tmp_path: Path) -> None:
     codec = small_vae(tmp_path / "vae.safetensors")
     data = data_for(images, tmp_path / "latents", codec=codec, latent_std=True, caption_dropout=0.0)
-    assert e.encode(e.build_encoder(data))
+    assert encode(build_encoder(data))
     config = TrainConfig(data=data, seed=3, train=TrainLoopConfig(micro_batch_size=NUM_IMAGES))
     dataset = open_dataset(config)
     pictures = np.stack([scenes.render(scenes.training_scene(0, i), IMAGE_SIZE) for i in range(NUM_IMAGES)])
@@ -185,7 +187,7 @@ def test_latents_are_drawn_from_a_stored_posterior(images: Path, tmp_path: Path)
         state = DataState(seed=3, epoch=0, consumed=0, samples_seen=samples_seen)
         return next(build_loader(dataset, config, rank=0, world_size=1, state=state))
 
-    order = EpochOrder(dataset.shard_sizes, seed=3, epoch=0, group_size=config.data.shuffle_group)
+    order = dataset.layout.order(3, 0, config.data.shuffle_group)
     rows = [order[i] for i in range(NUM_IMAGES)]
     noise = torch.stack(
         [torch.randn(mean[0].shape, generator=sample_generator(3, 100 + i, "posterior")) for i in range(NUM_IMAGES)]
@@ -197,14 +199,14 @@ def test_latents_are_drawn_from_a_stored_posterior(images: Path, tmp_path: Path)
     with pytest.raises(
         ConfigError, match=r"data\.latent_std is true, but data\.codec=pixel gives no standard deviation"
     ):
-        e.build_encoder(data_for(images, tmp_path, latent_std=True))
+        build_encoder(data_for(images, tmp_path, latent_std=True))
     with pytest.raises(ConfigError, match=r"data\.latent_std is False but .* was encoded with True"):
         open_dataset(TrainConfig(data=replace(data, latent_std=False)))
 
 
 def test_online_text_is_what_cached_text_is(images: Path, latents: Path, tmp_path: Path) -> None:
     online = data_for(images, tmp_path / "latents", text="online", caption_dropout=0.4)
-    assert e.encode(e.build_encoder(online))
+    assert encode(build_encoder(online))
     assert not (tmp_path / "latents" / "empty.safetensors").exists()
     configs = [
         TrainConfig(data=data, train=TrainLoopConfig(micro_batch_size=10), seed=1)
@@ -252,7 +254,7 @@ def test_codecs_own_normalisation(images: Path, tmp_path: Path) -> None:
     data = data_for(images, tmp_path, normalize="codec")
     codec = PixelCodec()
     codec.shift, codec.scale = 0.25, 4.0
-    assert e.encode(replace(e.build_encoder(data), codec=codec))
+    assert encode(replace(build_encoder(data), codec=codec))
     info = open_dataset(TrainConfig(data=data)).info
     assert info.mean == [0.25] * 3 and info.std == [0.25] * 3
     measured = open_dataset(TrainConfig(data=data_for(images, tmp_path))).info
@@ -276,19 +278,19 @@ def test_sidecars_say_what_made_a_shard(latents: Path) -> None:
 
 def test_tars_that_would_give_the_same_shard_are_refused(tmp_path: Path) -> None:
     for folder in ("a/b__c", "a__b/c"):
-        scenes.main(["--out", str(tmp_path / folder), "--num-images", "2", "--image-size", "16"])
+        scene_shards.main(["--out", str(tmp_path / folder), "--num-images", "2", "--image-size", "16"])
     with pytest.raises(ConfigError, match=r"a/b__c/00000\.tar and a__b/c/00000\.tar would both give shard"):
-        e.encode(encoder_for(tmp_path, tmp_path / "latents"))
+        encode(encoder_for(tmp_path, tmp_path / "latents"))
 
 
 def test_ranks_share_the_shards(images: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     overrides = [f"data.images={images}", f"data.latents={tmp_path}", f"data.image_size={IMAGE_SIZE}"]
     monkeypatch.setenv("RANK", "1")
-    e.main(["debug", *overrides])
+    main(["debug", *overrides])
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["00001.safetensors"]
     monkeypatch.setenv("RANK", "0")
-    e.main(["debug", *overrides])
+    main(["debug", *overrides])
     assert files_in(tmp_path) == files_in(latents)
 
 
@@ -298,12 +300,12 @@ def test_changed_pictures_are_encoded_again(images: Path, latents: Path, tmp_pat
     shutil.copytree(latents, made)
     (pictures / "00001.tar").unlink()
     with pytest.raises(ConfigError, match="made from other tars"):
-        e.encode(encoder_for(pictures, made))
-    scenes.main(
+        encode(encoder_for(pictures, made))
+    scene_shards.main(
         ["--out", str(pictures), "--num-images", "20", "--shard-size", "8", "--image-size", "16", "--seed", "1"]
     )
     build_index(pictures)
-    assert e.encode(encoder_for(pictures, made))
+    assert encode(encoder_for(pictures, made))
     assert not files_in(made).keys() - files_in(latents).keys()
     assert files_in(made)["00001.safetensors"] != files_in(latents)["00001.safetensors"]
 
@@ -311,7 +313,7 @@ def test_changed_pictures_are_encoded_again(images: Path, latents: Path, tmp_pat
 def test_other_settings_are_refused_before_anything_is_written(images: Path, latents: Path) -> None:
     before = files_in(latents)
     with pytest.raises(ConfigError, match="shards made with other encoders or another"):
-        e.encode(encoder_for(images, latents, image_size=8))
+        encode(encoder_for(images, latents, image_size=8))
     assert files_in(latents) == before
 
 
@@ -332,13 +334,13 @@ def test_user_errors_exit_with_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
-        e.main(["debug", *overrides])
+        main(["debug", *overrides])
     assert caught.value.code == 2 and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_larger_pictures_are_resized_and_cropped(images: Path, tmp_path: Path) -> None:
-    assert e.encode(encoder_for(images, tmp_path, image_size=8))
+    assert encode(encoder_for(images, tmp_path, image_size=8))
     latent = load_file(tmp_path / "00000.safetensors")["latent"]
     assert latent.shape == (SHARD_SIZE, 3, 8, 8)
     drawn = torch.tensor(scenes.render(scenes.training_scene(0, 0), IMAGE_SIZE)).permute(2, 0, 1).float()

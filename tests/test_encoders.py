@@ -11,7 +11,7 @@ from trainer import files
 from trainer.config import ConfigError, load_config
 from trainer.data import encode, train_vae
 from trainer.data.dataset import open_dataset
-from trainer.data.demo import scenes
+from trainer.data.demo import scene_shards, scenes
 from trainer.encoders import minilm
 from trainer.encoders.build import build_codec, build_text_encoder
 
@@ -103,7 +103,7 @@ def test_unknown_encoders_are_refused() -> None:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
-    scenes.main(["--out", str(folder), "--num-images", "60", "--shard-size", "40", "--image-size", "16"])
+    scene_shards.main(["--out", str(folder), "--num-images", "60", "--shard-size", "40", "--image-size", "16"])
     return folder
 
 

@@ -8,7 +8,7 @@ from eval.pages.charts import moved_chart
 from eval.pages.compute_map import ComputeMaps, trace_compute
 from eval.pictures.prompts import demo_prompts
 from trainer.config import load_config
-from trainer.data.dataset import LatentInfo
+from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.model import EcDit, ModelShape
 from trainer.pipeline import Pipeline
 

@@ -24,8 +24,8 @@ from eval.pictures.prompts import demo_prompts, render_prompts
 from eval.report import read_metrics
 from eval.run import EvalConfig, main, parse, run_folder, score
 from trainer.config import ConfigError, load_config
-from trainer.data.dataset import LatentInfo
 from trainer.data.demo.scenes import CATEGORIES
+from trainer.data.latents.samples import LatentInfo
 from trainer.pipeline import Pipeline
 
 PER_TAG = 2
@@ -239,7 +239,7 @@ def test_a_real_run_is_scored_alike_by_one_and_by_two_processes(tmp_path: Path, 
         "model.patch_size=4",
     ]
     for command in (
-        ["-m", "trainer.data.demo.scenes", "--out", str(images), "--num-images", "64"],
+        ["-m", "trainer.data.demo.scene_shards", "--out", str(images), "--num-images", "64"],
         ["-m", "trainer.data.encode", "debug", *overrides],
         ["-m", "trainer.train", "debug", *overrides],
         ["-m", "eval.run", str(run), "--suite", "geneval", "--per-category", "3"],

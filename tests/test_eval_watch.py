@@ -14,7 +14,7 @@ from eval.watch import finished_steps, log_file, main, parse
 from trainer.config import ConfigError, load_config
 from trainer.data import encode
 from trainer.data.dataset import open_dataset
-from trainer.data.demo import scenes
+from trainer.data.demo import scene_shards
 from trainer.pipeline import Pipeline
 
 
@@ -76,7 +76,7 @@ def test_a_run_is_watched_and_scored_on_a_file_of_prompts(tmp_path: Path, launch
     ]  # fmt: skip
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     real = tmp_path / "real"
-    scenes.main(["--out", str(images), "--num-images", "64"])
+    scene_shards.main(["--out", str(images), "--num-images", "64"])
     encode.main(["debug", *overrides])
     done = launcher.run("-m", "trainer.train", "debug", *overrides)
     assert done.returncode == 0, done.stderr[-3000:]

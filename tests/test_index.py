@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from trainer.config import ConfigError
 from trainer.data import index as index_module
-from trainer.data.demo import scenes
+from trainer.data.demo import scene_shards, scenes
 from trainer.data.images import decode as images
 from trainer.data.images.index_file import INDEX_NAME, Index, check_unchanged, open_index, tar_index_path
 from trainer.data.images.tar_scan import IndexRow, ScanResult, scan_tar
@@ -60,7 +60,7 @@ def scan(folder: Path, tar: str) -> ScanResult:
 
 
 def test_drawn_scenes_are_all_kept_in_order_and_found_again(tmp_path: Path) -> None:
-    scenes.main(["--out", str(tmp_path), "--num-images", "7", "--shard-size", "3", "--image-size", "16"])
+    scene_shards.main(["--out", str(tmp_path), "--num-images", "7", "--shard-size", "3", "--image-size", "16"])
     index = build_index(tmp_path)
     assert index is not None and not index.rejected
     rows = read_index(tmp_path)

@@ -18,7 +18,7 @@ from trainer.checkpoint.export_reader import ExportReader, read_export
 from trainer.checkpoint.init_from import check_init, init_notes
 from trainer.checkpoint.upcycle import Upcycled
 from trainer.config import ConfigError, TrainConfig, load_config
-from trainer.data.dataset import LatentInfo
+from trainer.data.latents.samples import LatentInfo
 from trainer.data.synthetic import SyntheticDataset
 from trainer.diffusion.model import EcDit, ModelShape
 

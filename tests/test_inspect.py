@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 
 from trainer.config import DataConfig
-from trainer.data import encode, inspect
-from trainer.data.demo import scenes
+from trainer.data import inspect
+from trainer.data.demo import scene_shards, scenes
+from trainer.data.images.contact_sheet import Figure, contact_sheet
+from trainer.data.latents import encode_folder
 
 NUM_IMAGES = 18
 
@@ -24,8 +26,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eighteen drawn scenes in three shards, as pixels."""
     folder = tmp_path_factory.mktemp("inspect")
     sizes = ["--num-images", str(NUM_IMAGES), "--shard-size", "7", "--image-size", "16"]
-    scenes.main(["--out", str(folder / "images"), *sizes])
-    encode.encode(encode.build_encoder(data_for(folder)))
+    scene_shards.main(["--out", str(folder / "images"), *sizes])
+    encode_folder.encode(encode_folder.build_encoder(data_for(folder)))
     return folder
 
 
@@ -66,7 +68,7 @@ def test_sheet_shows_the_samples_with_their_captions(
 
 def test_buckets_and_online_captions(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = data_for(root, latents=str(tmp_path / "latents"), text="online", buckets=["16x16", "8x16"], bucket_block=4)
-    encode.encode(encode.build_encoder(data))
+    encode_folder.encode(encode_folder.build_encoder(data))
     inspect.main([data.latents, "--out", str(tmp_path / "sheet.html"), "--bucket-block", "4"])
     printed = capsys.readouterr().out
     assert "text encoder online, captions are stored" in printed and "tokens," not in printed
@@ -113,5 +115,5 @@ def test_image_shards_give_their_index(root: Path, capsys: pytest.CaptureFixture
 
 def test_captions_cannot_break_the_page(root: Path) -> None:
     picture = np.zeros((4, 4, 3), dtype=np.uint8)
-    page = inspect.contact_sheet("a<b", "x & y", [inspect.Figure(picture=picture, caption='"<script>', origin="&")])
+    page = contact_sheet("a<b", "x & y", [Figure(picture=picture, caption='"<script>', origin="&")])
     assert "<script" not in page and "&lt;script&gt;" in page and "a&lt;b" in page and "x &amp; y" in page

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from trainer.data.batches import DataState, micro_batches
 from trainer.data.order import EpochOrder, SampleLayout, build_layout
+from trainer.data.position import DataState, micro_batches
 from trainer.errors import ConfigError
 
 # Nine shards of two data sets and three buckets.
@@ -41,7 +41,7 @@ def blocks_of(samples: list[int], block: int = BLOCK) -> list[list[int]]:
 
 def test_one_bucket_of_one_data_set_is_the_plain_order() -> None:
     layout, unused = build_layout([5, 3, 4], [0, 0, 0], [0, 0, 0], [1.0], 0, drop_small=False)
-    order = EpochOrder([5, 3, 4], seed=7, epoch=2, group_size=2)
+    order = EpochOrder(SampleLayout.of_shards([5, 3, 4]).buckets[0][0], 7, 2, group_size=2)
     assert epoch_of(layout, 2, seed=7) == [order[i] for i in range(12)] and unused == {0: 0}
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from trainer.config import DiffusionConfig, TrainConfig, load_config
-from trainer.data.dataset import DataState, build_loader, open_dataset
+from trainer.data.dataset import open_dataset
+from trainer.data.loader import build_loader
+from trainer.data.position import DataState
 from trainer.diffusion.flow import NoisedBatch, noise_batch
 from trainer.loop.step import next_step, noised_batches
 

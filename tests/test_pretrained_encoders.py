@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer.config import ConfigError, DataConfig, TrainConfig
-from trainer.data import encode
 from trainer.data.dataset import open_dataset
-from trainer.data.demo import scenes
+from trainer.data.demo import scene_shards, scenes
+from trainer.data.latents import encode_folder
 from trainer.encoders.build import build_codec, build_text_encoder
 from trainer.encoders.pretrained import files_digest
 
@@ -257,7 +257,7 @@ def test_large_files_are_hashed_in_blocks(tmp_path: Path) -> None:
 
 def test_real_format_encoders_through_encode_and_loader(clip: Path, tmp_path: Path) -> None:
     tiny_autoencoder("AutoencoderKL").save_pretrained(tmp_path / "vae")
-    scenes.main(["--out", str(tmp_path / "images"), "--num-images", "6", "--image-size", "16"])
+    scene_shards.main(["--out", str(tmp_path / "images"), "--num-images", "6", "--image-size", "16"])
     data = DataConfig(
         source="shards",
         images=str(tmp_path / "images"),
@@ -266,7 +266,7 @@ def test_real_format_encoders_through_encode_and_loader(clip: Path, tmp_path: Pa
         codec=f"diffusers:{tmp_path / 'vae'}",
         text_encoder=f"open_clip:{clip}",
     )
-    assert encode.encode(encode.build_encoder(data))
+    assert encode_folder.encode(encode_folder.build_encoder(data))
     dataset = open_dataset(TrainConfig(data=data))
     sample = dataset.read(0)
     drawn = scenes.training_scene(0, 0)

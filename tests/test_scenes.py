@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from trainer.data.demo import scene_shards
 from trainer.data.demo import scenes as s
 
 TRAINING = [s.training_scene(0, i) for i in range(4000)] + [s.training_scene(7, i) for i in range(1000)]
@@ -23,18 +24,23 @@ def combinations_of(scene: s.Scene) -> tuple[set[tuple[str, str]], set[tuple[str
     return {(item.name, item.background) for item in scene.objects}, set(combinations(names, 2))
 
 
+def uses_held_out(scene: s.Scene) -> bool:
+    colors, pairs = combinations_of(scene)
+    return bool(colors & s.HELD_OUT_COLORS or pairs & s.HELD_OUT_PAIRS)
+
+
 def test_training_scenes_contain_nothing_held_out() -> None:
     for scene in TRAINING:
         colors, pairs = combinations_of(scene)
         assert not colors & s.HELD_OUT_COLORS and not pairs & s.HELD_OUT_PAIRS
-        assert not s.uses_held_out(scene)
+        assert not uses_held_out(scene)
 
 
 def test_held_out_scenes_are_new_in_one_way() -> None:
     for scene in HELD_OUT:
         colors, pairs = combinations_of(scene)
         by_pair = scene.category in ("two_object", "position", "color_attr")
-        assert s.uses_held_out(scene)
+        assert uses_held_out(scene)
         assert bool(pairs & s.HELD_OUT_PAIRS) == by_pair
         assert bool(colors & s.HELD_OUT_COLORS) != by_pair
 
@@ -119,8 +125,8 @@ def test_rendered_background_and_objects() -> None:
 
 def test_shards_have_the_layout_of_img2dataset(tmp_path: Path) -> None:
     arguments = ["--num-images", "5", "--shard-size", "3", "--image-size", "16", "--seed", "4"]
-    s.main(["--out", str(tmp_path / "a"), *arguments])
-    s.main(["--out", str(tmp_path / "b"), *arguments])
+    scene_shards.main(["--out", str(tmp_path / "a"), *arguments])
+    scene_shards.main(["--out", str(tmp_path / "b"), *arguments])
     names = [f"{i:05d}{suffix}" for i in (0, 1) for suffix in (".parquet", ".tar", "_stats.json")]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(names)
     for name in names:
@@ -139,7 +145,7 @@ def test_shards_have_the_layout_of_img2dataset(tmp_path: Path) -> None:
 
 def test_bad_arguments_exit_with_2_and_write_nothing(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as caught:
-        s.main(["--out", str(tmp_path / "a"), "--num-images", "0"])
+        scene_shards.main(["--out", str(tmp_path / "a"), "--num-images", "0"])
     assert caught.value.code == 2 and not (tmp_path / "a").exists()
 
 

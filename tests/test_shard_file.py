@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer.config import ConfigError, DataConfig, TrainConfig
-from trainer.data import encode
 from trainer.data.dataset import open_dataset
-from trainer.data.demo import scenes
+from trainer.data.demo import scene_shards
+from trainer.data.latents import encode_folder
 from trainer.data.latents.format import signed_json
 from trainer.data.latents.shard_file import DamagedShardError
 
@@ -27,8 +27,8 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve drawn scenes in three shards."""
     folder = tmp_path_factory.mktemp("data")
     sizes = ["--num-images", str(NUM_IMAGES), "--shard-size", str(SHARD_SIZE), "--image-size", "8"]
-    scenes.main(["--out", str(folder / "images"), *sizes])
-    assert encode.encode(encode.build_encoder(data_of(folder / "latents", str(folder / "images"))))
+    scene_shards.main(["--out", str(folder / "images"), *sizes])
+    assert encode_folder.encode(encode_folder.build_encoder(data_of(folder / "latents", str(folder / "images"))))
     return folder / "latents"
 
 

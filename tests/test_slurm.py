@@ -68,7 +68,7 @@ def test_encode_train_shrink_and_evaluate_by_themselves(cluster: Cluster, tmp_pa
     images, latents, run, alone = (tmp_path / name for name in ("images", "latents", "run", "alone"))
     launcher = Launcher()
     done = launcher.run(
-        "-m", "trainer.data.demo.scenes", "--out", str(images), "--num-images", "64", "--shard-size", "16"
+        "-m", "trainer.data.demo.scene_shards", "--out", str(images), "--num-images", "64", "--shard-size", "16"
     )
     assert done.returncode == 0, done.stderr[-2000:]
     data = ["debug", *TINY, "data.source=shards", f"data.images={images}", f"data.latents={latents}",

@@ -1,15 +1,26 @@
-"""Files written whole or not at all, records of one JSON object a line, and files inside installed packages."""
+"""Files written whole or not at all, records of one JSON object a line, files of installed packages, the commit."""
 
 import importlib.util
 import json
 import os
 import secrets
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigError
+
+
+def flush(path: Path) -> None:
+    """fsync of a file or folder: what was written is on the disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -21,9 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")  # unique over nodes too
     try:
         yield temporary
-        handle = os.open(temporary, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        flush(temporary)  # or after a power failure the name could stand before empty content
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -55,6 +64,23 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
             yield json.loads(line), line
         except json.JSONDecodeError:
             continue
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON in one step, as the one process that may write `path`."""
+    remove_leftovers(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+@cache
+def git_commit() -> str:
+    """Commit of the source tree when the process first asked; empty outside a git checkout or without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def package_file(module: str, relative: str) -> Path:

@@ -13,7 +13,7 @@ from trainer.checkpoint.folder import find_checkpoint
 from trainer.checkpoint.reader import read_ema
 from trainer.checkpoint.state import read_state
 from trainer.config import TrainConfig, config_from_dict
-from trainer.data.dataset import LatentInfo
+from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.model import EcDit, ModelShape, init_weights
 from trainer.diffusion.sampling import Observer, draw, text_batch, to_pictures
 from trainer.encoders.build import build_codec, build_text_encoder

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from eval.pages.page import escape
 from moe.routing import RoutingStats
+from trainer.data.latents.samples import pad_text
 from trainer.diffusion.flow import interpolate
-from trainer.diffusion.sampling import pad_text
 from trainer.diffusion.solver import initial_noise
 from trainer.pipeline import Pipeline
 

@@ -66,7 +66,16 @@ class Story:
         images = self.folder / f"images_{size}"
         data = ["data.source=shards", f"data.images={images}", f"data.latents={self.folder / f'latents_{size}'}",
                 f"data.image_size={size}"]  # fmt: skip
-        draw = ["-m", "trainer.data.demo.scenes", "--out", str(images), "--num-images", "32", "--image-size", str(size)]
+        draw = [
+            "-m",
+            "trainer.data.demo.scene_shards",
+            "--out",
+            str(images),
+            "--num-images",
+            "32",
+            "--image-size",
+            str(size),
+        ]
         for command in (draw, ["-m", "trainer.data.encode", "debug", *data]):
             assert Launcher().run(*command).returncode == 0, command
         return data

@@ -1,33 +1,49 @@
-"""Command line of checkpoints: what is there, is it whole, the pieces of another topology, weights to give away.
+"""Command line of checkpoints: what is there, is it whole, weights to give away.
 
     python -m trainer.checkpoint list RUN
     python -m trainer.checkpoint verify RUN_OR_STEP
-    python -m trainer.checkpoint reshape RUN --world-size 8 --ep-size 4 --verify
     python -m trainer.checkpoint export RUN_OR_STEP OUT --weights ema --dtype bf16
 
 `list` compares names and sizes, `verify` reads everything; both exit with code 1 if a checkpoint is broken.
-`reshape` rewrites the newest whole checkpoint, or that of `--step`, in the pieces of another topology, in
-place or into another run folder (`--out`). Resuming does not need it. `export` writes plain safetensors files, which
-`trainer.sample`, `eval.run` and `init_from` of a new run take; it needs no GPU and little memory.
+`export` writes plain safetensors files, which `trainer.sample`, `eval.run` and `init_from` of a new run take; it
+needs no GPU and little memory. Resuming on other processes needs no command: any topology reads any checkpoint.
 """
 
 import argparse
 import sys
+from pathlib import Path
 
-from trainer.checkpoint.commands import add_export, add_list, add_reshape, add_verify
 from trainer.config import run_cli
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    listing = commands.add_parser("list", help="checkpoints of a run, checked by size")
+    listing.add_argument("path", type=Path, metavar="RUN", help="run folder")
+    verify = commands.add_parser("verify", help="read every byte and compare checksums")
+    verify.add_argument("path", type=Path, metavar="RUN_OR_STEP", help="run folder, step folder or export")
+    export = commands.add_parser("export", help="write the weights as safetensors files")
+    export.add_argument("path", type=Path, metavar="RUN_OR_STEP", help="run folder (newest whole one) or step folder")
+    export.add_argument("out", type=Path, metavar="OUT", help="new or empty folder")
+    export.add_argument("--weights", default="ema", help="ema (the average, default) or model (the live weights)")
+    export.add_argument("--dtype", default="bf16", help="bf16 (default) or fp32, of all tensors")
+    export.add_argument("--shard-gb", type=float, default=4.0, help="largest file in GB (10^9 bytes); default 4")
+    return parser
+
+
+def _main(argv: list[str] | None) -> None:
+    arguments = _parser().parse_args(argv)
+    from trainer.checkpoint import commands  # torch takes seconds, and --help needs none of it
+
+    sys.exit(commands.COMMANDS[arguments.command](arguments))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one subcommand and exit with its code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m trainer.checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (add_list, add_verify, add_reshape, add_export):
-        add(commands)
-    arguments = parser.parse_args(argv)
-    run_cli(lambda: sys.exit(arguments.run(arguments)))
+    run_cli(lambda: _main(argv))
 
 
 if __name__ == "__main__":

@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.folder import fault, flush, write_durable, write_manifest
+from trainer.checkpoint.folder import fault, write_durable, write_manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.state import read_state
 from trainer.checkpoint.tensorfile import Source, Written, write_tensors
-from trainer.config import ConfigError, require
+from trainer.errors import ConfigError, require
+from trainer.files import flush
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 FORMAT = 2  # of 1 the weights meant another pairing of channels in the rotary embedding
@@ -70,6 +71,8 @@ def export(source: Path, out: Path, options: ExportOptions) -> int:
     out = Path(os.path.abspath(out))
     check_target(out)
     temporary = out.with_name(f".{out.name}.export.tmp")
+    # A folder is not replaced as a file is (`trainer.files.replacing`): the target must be absent or empty, and is
+    # looked at again just before the rename, which the system refuses for one that has been filled meanwhile.
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)  # of a job that died

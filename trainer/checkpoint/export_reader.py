@@ -59,31 +59,31 @@ class ExportReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._places: dict[str, TensorFile] = {}
+        self._holder: dict[str, TensorFile] = {}
         try:
             weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"{folder / INDEX} is missing or unreadable: export it anew") from error
         self._files = {name: TensorFile(folder / name) for name in sorted(set(weight_map.values()))}
         for name, file in weight_map.items():
-            require(name in self._files[file].tensors, f"{folder / file} is damaged: it has no {name}")
-            self._places[name] = self._files[file]
+            require(name in self._files[file].places, f"{folder / file} is damaged: it has no {name}")
+            self._holder[name] = self._files[file]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Full shape of each tensor."""
-        return {name: file.shapes[name] for name, file in self._places.items()}
+        return {name: file.places[name].shape for name, file in self._holder.items()}
 
     def read(self, name: str) -> Tensor:
         """A full tensor, fp32."""
-        out = torch.empty(self._places[name].shapes[name])
+        out = torch.empty(self._holder[name].places[name].shape)
         self.read_into(name, 0, out.view(-1))
         return out
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Fill the flat fp32 host tensor `out` with the elements from `start` on of a flattened tensor."""
-        file = self._places[name]
-        dtype = _DTYPE_OF[file.dtypes[name]]
+        file = self._holder[name]
+        dtype = _DTYPE_OF[file.places[name].dtype]
         if dtype == out.dtype:
             file.read_into(name, start, out)
             return

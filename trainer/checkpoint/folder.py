@@ -19,11 +19,12 @@ import xxhash
 
 from trainer.checkpoint.state import STATE
 from trainer.checkpoint.tensorfile import Written
-from trainer.config import ConfigError, require
+from trainer.errors import ConfigError, require
+from trainer.files import flush, remove_leftovers, replacing
 
 MANIFEST = "MANIFEST.json"
 LATEST = "latest"
-_NAME = re.compile(r"step_\d{8,}")
+_NAME = re.compile(r"step_\d{8,}")  # numbers are padded so that a listing sorts; more digits are allowed
 _REPLACED, _DELETED = ".replaced.tmp", ".deleted.tmp"
 _HASH_THREADS, _HASH_BYTES = 4, 1 << 22
 logger = logging.getLogger("ec_dit")
@@ -49,17 +50,8 @@ def temporary_dir(final: Path) -> Path:
     return final.with_name(f"{final.name}.tmp")
 
 
-def flush(path: Path) -> None:
-    """fsync of a file or folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_durable(path: Path, text: str) -> Written:
-    """Write a small file and flush it to disk."""
+    """Write a small file of a folder that is not published yet, and flush it to disk."""
     content = text.encode()
     with path.open("wb") as file:
         file.write(content)
@@ -157,8 +149,8 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
-def publish(temporary: Path, final: Path, *, latest: bool = True) -> None:
-    """Make a complete temporary folder the checkpoint `final`, and point `latest` at it unless told otherwise.
+def publish(temporary: Path, final: Path) -> None:
+    """Make a complete temporary folder the checkpoint `final`, and point `latest` at it.
 
     A crash at any point leaves the new checkpoint or the old state; `clean` puts back an older version of the
     same step whose replacement did not happen.
@@ -166,22 +158,22 @@ def publish(temporary: Path, final: Path, *, latest: bool = True) -> None:
     problem = fault(temporary, checksums=False)
     if problem:
         raise OSError(f"{temporary} is not complete on disk: {problem}")
+    # A folder cannot be renamed onto one that is not empty, so `trainer.files.replacing` does not serve here: an older
+    # version of the step steps aside first, and only the new one's name makes it go.
     flush(temporary)
     replaced = final.with_name(final.name + _REPLACED)
     if final.exists():
         os.replace(final, replaced)
     os.replace(temporary, final)
     flush(final.parent)
-    if latest:
-        point_latest(final)
+    point_latest(final)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def point_latest(final: Path) -> None:
     """Replace the pointer `latest` atomically."""
-    pointer = final.with_name(f"{LATEST}.tmp")
-    write_durable(pointer, final.name + "\n")
-    os.replace(pointer, final.with_name(LATEST))
+    with replacing(final.with_name(LATEST)) as temporary:
+        temporary.write_text(final.name + "\n")
     flush(final.parent)
 
 
@@ -195,7 +187,7 @@ def prune(folder: Path, saved: Path, *, keep_last: int, keep_every: int) -> None
     for old in past[:-keep_last]:
         if keep_every and step_of(old) % keep_every == 0:
             continue
-        deleted = old.with_name(old.name + _DELETED)
+        deleted = old.with_name(old.name + _DELETED)  # renamed first: half of a checkpoint has no checkpoint's name
         os.replace(old, deleted)
         shutil.rmtree(deleted)
 
@@ -208,4 +200,4 @@ def clean(folder: Path) -> None:
             os.replace(path, final)
         else:
             shutil.rmtree(path)
-    (folder / f"{LATEST}.tmp").unlink(missing_ok=True)
+    remove_leftovers(folder / LATEST)

@@ -1,4 +1,4 @@
-"""Starting a run from the weights of an export: what fits, and how each rank reads what it keeps.
+"""Starting a run from the weights of an export: which exports fit, and how each rank reads its share of one.
 
 Master weights and EMA start from the exported values, at step 0 with a fresh optimizer, on any topology. An export of a
 dense model can also start one with experts (trainer/checkpoint/upcycle.py).
@@ -19,7 +19,7 @@ from trainer.checkpoint.folder import fault
 from trainer.checkpoint.load import fill
 from trainer.checkpoint.upcycle import Upcycled, check_upcycle
 from trainer.config import ConfigError, TrainConfig, config_from_dict, require
-from trainer.data.dataset import LatentInfo
+from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.model import EcDit, ModelShape
 from trainer.distributed import World
 from trainer.engine.zero_state import master_pieces, publish_master

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from trainer.checkpoint.agree import agree, refused
 from trainer.checkpoint.reader import CheckpointReader, Piece, rank_file
-from trainer.checkpoint.rng import restore_rng
-from trainer.checkpoint.save import engine_pieces
+from trainer.checkpoint.snapshot import engine_pieces, restore_rng
 from trainer.checkpoint.state import TrainState, describe_parameters, read_state, restore_counters
 from trainer.checkpoint.tensorfile import CHUNK_BYTES, TensorFile
 from trainer.config import require
-from trainer.data.dataset import DataState
+from trainer.data.position import DataState
 from trainer.distributed import World
 from trainer.engine.ema import Ema
 from trainer.engine.zero_state import prepare_moments, publish_master
@@ -30,7 +29,7 @@ def load_checkpoint(checkpoint: Path, engine: Any, ema: Ema, world: World) -> Tr
     saved = read_state(checkpoint)
     with refused(f"{checkpoint} cannot be loaded"):
         agree(lambda: _fill(checkpoint, engine, ema, saved, world))
-    publish_master(engine)
+    publish_master(engine)  # the model computes with rounded copies, which still are the initial values
     restore_counters(engine, saved)
     if saved["topology"]["world_size"] == world.size and (rng := _rng_tensors(checkpoint / rank_file(world.rank))):
         restore_rng(rng)
@@ -45,6 +44,7 @@ def _fill(checkpoint: Path, engine: Any, ema: Ema, saved: dict[str, Any], world:
     for name in sorted(shapes[0].keys() | shapes[1].keys()):
         old, new = (each.get(name, "absent") for each in shapes)
         require(old == new, f"{checkpoint} is of another model: {name} is {old} there and {new} here")
+    # Moments come into being in an optimizer's first step; without this there would be nothing to fill.
     prepare_moments(engine, saved["optimizer"]["moments"], saved["optimizer"]["step"])
     pieces = list(engine_pieces(engine, ema))
     reader = _reader(checkpoint, pieces, world)
@@ -63,7 +63,7 @@ def fill(targets: Iterable[tuple[Tensor, int, Callable[[int, Tensor], None]]]) -
         if values.device.type == "cpu":
             read(offset, values)
             continue
-        if buffer is None:
+        if buffer is None:  # one for all tensors: pinned memory is slow to get, and the copies of one are in order
             buffer = torch.empty(CHUNK_BYTES // 4, dtype=torch.float32, pin_memory=True)
         for start in range(0, values.numel(), buffer.numel()):
             part = values[start : start + buffer.numel()]
@@ -72,7 +72,10 @@ def fill(targets: Iterable[tuple[Tensor, int, Callable[[int, Tensor], None]]]) -
 
 
 def _reader(checkpoint: Path, pieces: list[Piece], world: World) -> CheckpointReader:
-    """On the topology that saved, a reader of this rank's file alone; else of all files."""
+    """On the topology that saved, a reader of this rank's file alone; else of all files.
+
+    Then N ranks open N files and not N * N, which is what network file systems are slow at.
+    """
     own = checkpoint / rank_file(world.rank)
     if own.exists():
         reader = CheckpointReader(checkpoint, [own])
@@ -85,9 +88,9 @@ def _reader(checkpoint: Path, pieces: list[Piece], world: World) -> CheckpointRe
 def _rng_tensors(path: Path) -> dict[str, Tensor]:
     file = TensorFile(path)
     tensors = {}
-    for name, (length, _) in file.tensors.items():
+    for name in file.places:
         if name.startswith("rng/"):
-            tensors[name] = torch.empty(length, dtype=torch.uint8)
+            tensors[name] = torch.empty(file.length(name), dtype=torch.uint8)
             file.read_into(name, 0, tensors[name])
     file.close()
     return tensors

@@ -1,4 +1,4 @@
-"""Reads the logical tensors of a checkpoint, whichever topology wrote it, and hashes them.
+"""Reads the logical tensors of a checkpoint, whichever topology wrote it.
 
 Each rank's file holds flat pieces of logical tensors (all experts, fp32). A piece says which tensor it is of,
 the tensor's full shape and where in the flattened tensor it begins; that is all a reader needs. An expert
@@ -14,14 +14,13 @@ from math import prod
 from pathlib import Path
 
 import torch
-import xxhash
 from torch import Tensor
 
 from trainer.checkpoint.tensorfile import CHUNK_BYTES, TensorFile, Written, tensor_source, write_tensors
 from trainer.config import ConfigError
 
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
-_MAX_OPEN = 64
+_MAX_OPEN = 64  # files: thousands of processes have written a checkpoint, and a process may open about 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +47,10 @@ def write_pieces(path: Path, pieces: Iterable[Piece], extra: Mapping[str, Tensor
     pieces = list(pieces)
     sources = {f"{piece.kind}/{piece.name}": tensor_source(piece.values) for piece in pieces}
     sources |= {name: tensor_source(tensor) for name, tensor in extra.items()}
-    return write_tensors(path, sources, piece_metadata({piece.name: (piece.offset, piece.shape) for piece in pieces}))
-
-
-def piece_metadata(places: Mapping[str, tuple[int, tuple[int, ...]]]) -> dict[str, str]:
-    """What a rank's file says about itself: {name: (where its piece begins, full shape)}."""
-    return {"format": "ec_dit.pieces", "places": json.dumps(places, separators=(",", ":"))}
+    places = {piece.name: (piece.offset, piece.shape) for piece in pieces}
+    return write_tensors(
+        path, sources, {"format": "ec_dit.pieces", "places": json.dumps(places, separators=(",", ":"))}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +79,8 @@ class CheckpointReader:
             raise ConfigError(f"{folder} holds no rank_*.safetensors file: is it a checkpoint?")
         for path in paths:
             self._index(path)
+        # With all files at hand each tensor must be there in full and once, so that a file too few or of another
+        # checkpoint is named before anything is loaded.
         for kind, tensors in self._places.items():
             for name, places in tensors.items():
                 places.sort(key=lambda place: place.start)
@@ -91,7 +90,7 @@ class CheckpointReader:
     def _index(self, path: Path) -> None:
         file = self._file(path)
         places = json.loads(file.metadata.get("places", "{}"))
-        for key, (length, _) in file.tensors.items():
+        for key in file.places:
             kind, _, name = key.partition("/")
             if kind not in KINDS:
                 continue
@@ -100,7 +99,7 @@ class CheckpointReader:
             offset, shape = places[name]
             if self._shapes.setdefault(name, tuple(shape)) != tuple(shape):
                 raise ConfigError(f"{path}: {name} has shape {tuple(shape)}, elsewhere {self._shapes[name]}")
-            self._places[kind].setdefault(name, []).append(FilePlace(start=offset, length=length, path=path))
+            self._places[kind].setdefault(name, []).append(FilePlace(start=offset, length=file.length(key), path=path))
 
     def _check_cover(self, kind: str, name: str, places: list[FilePlace]) -> None:
         end = 0
@@ -129,10 +128,6 @@ class CheckpointReader:
         """Names of the tensors of a kind, sorted; empty for moments that the optimizer does not have."""
         return sorted(self._places[kind])
 
-    def places(self, kind: str) -> list[tuple[str, list[FilePlace]]]:
-        """(name, its pieces in order) of the tensors of a kind."""
-        return sorted(self._places[kind].items())
-
     def shape(self, name: str) -> tuple[int, ...]:
         """Full shape of a logical tensor, all experts included."""
         return self._shapes[name]
@@ -157,6 +152,7 @@ class CheckpointReader:
         end = start + out.numel()
         if not 0 <= start <= end <= self._count(name):
             raise ValueError(f"{name} has {self._count(name)} elements, not {start} to {end}")
+        # Pieces follow each other: find the one that holds `start`, then take what is wanted of it and of those after.
         places = self._places[kind][name]
         number = max(bisect_right(places, start, key=lambda place: place.start) - 1, 0)
         position = start
@@ -168,33 +164,16 @@ class CheckpointReader:
             self._file(place.path).read_into(f"{kind}/{name}", position - place.start, part)
             position, number = stop, number + 1
 
-    def chunks(
-        self, kind: str, name: str, start: int = 0, end: int | None = None, *, chunk_bytes: int = CHUNK_BYTES
-    ) -> Iterator[Tensor]:
-        """Elements `start` to `end` of the flattened logical tensor in order, in parts of at most 64 MiB."""
-        stop = self._count(name) if end is None else end
-        step = chunk_bytes // 4
-        for first in range(start, stop, step):
-            yield self.read_range(kind, name, first, min(first + step, stop))
+    def chunks(self, kind: str, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Tensor]:
+        """The flattened logical tensor in order, in parts of at most `chunk_bytes`."""
+        count, step = self._count(name), chunk_bytes // 4
+        for first in range(0, count, step):
+            yield self.read_range(kind, name, first, min(first + step, count))
 
     def close(self) -> None:
         """Close all files; the reader opens them again when asked."""
         while self._open:
             self._open.popitem()[1].close()
-
-
-def tensor_hashes(folder: Path) -> dict[tuple[str, str], str]:
-    """{(kind, name): XXH3-128 of the full logical fp32 tensor}: equal for equal content on any topology."""
-    reader = CheckpointReader(folder)
-    hashes = {}
-    for kind in KINDS:
-        for name in reader.names(kind):
-            hasher = xxhash.xxh3_128(repr(reader.shape(name)).encode())
-            for part in reader.chunks(kind, name):
-                hasher.update(part.numpy().data)
-            hashes[kind, name] = hasher.hexdigest()
-    reader.close()
-    return hashes
 
 
 def read_ema(folder: Path) -> dict[str, Tensor]:

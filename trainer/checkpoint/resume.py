@@ -61,6 +61,8 @@ def choose_checkpoint(
 
     with refused(f"{folder} cannot be prepared"):
         paths: list[Path] = agree(tidy)[0]  # one listing for all: a network file system may show each rank another
+    # The newest first. A broken one is no reason to stop: an older one costs steps, not the run. But a whole one that
+    # does not fit the configuration is: falling back would silently train something else.
     notes: list[str] = []
     for path in reversed(paths):
         problems = agree(lambda path=path: fault(path, part=world.rank, num_parts=world.size))  # type: ignore[misc]
@@ -81,6 +83,7 @@ def check_resumable(checkpoint: Path, config: TrainConfig, topology: Topology, f
 
     Raises ConfigError naming the first breaking difference, its old and new value and the remedy.
     """
+    # The global batch is compared, not the micro-batch: other processes divide it up in another way.
     saved = read_state(checkpoint)
     old_batch, batch = saved["global_batch_size"], config.global_batch_size(topology.world_size)
     require(

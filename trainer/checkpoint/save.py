@@ -1,11 +1,19 @@
-"""Writing a checkpoint: every rank its pieces, all of it published at once or not at all."""
+"""Saving: every rank writes its pieces, all of it is published at once or not at all.
+
+Training waits for a save, or goes on while a thread writes host copies (`train.async_save`). Both take the same steps
+with the same guarantees. The thread has a process group of its own, so that its agreements do not mix with those of
+training; one save is under way at a time.
+"""
 
 import json
+import logging
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from math import prod
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -21,79 +29,30 @@ from trainer.checkpoint.folder import (
     write_durable,
     write_manifest,
 )
-from trainer.checkpoint.reader import KINDS, Piece, rank_file, write_pieces
-from trainer.checkpoint.rng import rng_tensors
-from trainer.checkpoint.state import STATE, Topology, TrainState, describe
+from trainer.checkpoint.reader import Piece, rank_file, write_pieces
+from trainer.checkpoint.snapshot import Snapshot, take_snapshot
+from trainer.checkpoint.state import STATE, Topology, TrainState
 from trainer.checkpoint.tensorfile import Written
-from trainer.config import TrainConfig
-from trainer.data.dataset import LatentInfo
-from trainer.distributed import World, all_reduce_sum
+from trainer.config import ConfigError, TrainConfig
+from trainer.data.latents.samples import LatentInfo
+from trainer.distributed import World
 from trainer.engine.ema import Ema
-from trainer.engine.zero_state import MOMENTS, TensorPiece, master_pieces, moment_pieces
 
-
-def engine_pieces(engine: Any, ema: Ema) -> Iterator[Piece]:
-    """This rank's pieces of weights, average and moments: live views, in the order of the file."""
-    for name, piece in master_pieces(engine):
-        yield _piece("weight", name, piece)
-    for name, piece in master_pieces(engine):
-        yield _piece("ema", name, replace(piece, values=ema.average[name]))
-    for kind, name, piece in moment_pieces(engine):
-        yield _piece(kind, name, piece)
-
-
-def _piece(kind: str, name: str, piece: TensorPiece) -> Piece:
-    return Piece(kind=kind, name=name, offset=piece.offset, shape=piece.logical_shape, values=piece.values)
-
-
-def check_complete(pieces: list[Piece], parameters: list[dict[str, Any]], device: torch.device) -> None:
-    """Assert that the pieces of all ranks make up each tensor: ZeRO left nothing out. Collective."""
-    held = {(piece.kind, piece.name): piece.values.numel() for piece in pieces}
-    counts = [[held.get((kind, entry["name"]), 0) for entry in parameters] for kind in KINDS]
-    totals = all_reduce_sum(torch.tensor(counts, device=device)).tolist()
-    for kind, row in zip(KINDS, totals, strict=True):
-        if kind in MOMENTS and not any(row):
-            continue
-        for entry, total in zip(parameters, row, strict=True):
-            expected = prod(entry["shape"])
-            assert total == expected, f"{kind} {entry['name']}: the ranks hold {total} of {expected} elements"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """What one rank writes: its pieces, its random generators, and the content of `state.json`."""
-
-    pieces: list[Piece]
-    rng: dict[str, Tensor]
-    content: dict[str, Any]
-
-
-def take_snapshot(
-    engine: Any, ema: Ema, state: TrainState, config: TrainConfig, topology: Topology, info: LatentInfo
-) -> Snapshot:
-    """The state of the engine as live views; valid until the next step. Collective over all ranks."""
-    pieces = list(engine_pieces(engine, ema))
-    content = describe(engine, state, config, topology, info)
-    check_complete(pieces, content["parameters"], engine.device)
-    return Snapshot(pieces=pieces, rng=rng_tensors(), content=content)
-
-
-def save_checkpoint(
-    engine: Any, ema: Ema, state: TrainState, config: TrainConfig, topology: Topology, info: LatentInfo, world: World
-) -> Path:
-    """Write one checkpoint and prune old ones. Collective over all ranks.
-
-    Raises CheckpointError, the same on all ranks, when one of them cannot write; nothing of it is left then.
-    """
-    return write_checkpoint(take_snapshot(engine, ema, state, config, topology, info), config, world)
+logger = logging.getLogger("ec_dit")
 
 
 def write_checkpoint(snapshot: Snapshot, config: TrainConfig, world: World, group: Any = None) -> Path:
-    """Write a snapshot to disk, publish it and prune. Collective over `group`, which must span all ranks."""
+    """Write a snapshot to disk, publish it and prune old ones. Collective over `group`, which must span all ranks.
+
+    Raises CheckpointError, the same on all ranks, when one of them cannot write; nothing of it is left then.
+    """
     content = snapshot.content
     final = checkpoint_dir(config.run_dir, content["step"])
     temporary = temporary_dir(final)
 
+    # Until `finish` renames the folder nobody takes it for a checkpoint, so a death in the first two phases costs
+    # nothing. Each phase is agreed on before the next: no rank writes into a folder that is not there, and the
+    # manifest, written last, holds what every rank said that it wrote.
     def prepare() -> None:
         if world.is_main:
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -110,6 +69,7 @@ def write_checkpoint(snapshot: Snapshot, config: TrainConfig, world: World, grou
             write_manifest(temporary, files)
             publish(temporary, final)
 
+    # Old checkpoints go only after the new one has its name: there is always a whole one.
     def tidy() -> None:
         if world.is_main:
             prune(final.parent, final, keep_last=config.train.keep_last, keep_every=config.train.keep_every)
@@ -120,7 +80,7 @@ def write_checkpoint(snapshot: Snapshot, config: TrainConfig, world: World, grou
         agree(finish, group)
     except CheckpointError as error:
         if world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full: give the space back
         message = f"step {content['step']} could not be saved in {final.parent}: {error}; earlier checkpoints are whole"
         raise CheckpointError(message, environment=error.environment) from error
     try:
@@ -129,3 +89,79 @@ def write_checkpoint(snapshot: Snapshot, config: TrainConfig, world: World, grou
         message = f"{final} is saved, but an older checkpoint could not be deleted: {error}"
         raise CheckpointError(message, environment=error.environment) from error
     return final
+
+
+class Saver:
+    """Saves one run's checkpoints. All ranks build and call it together."""
+
+    def __init__(self, config: TrainConfig, topology: Topology, info: LatentInfo, world: World) -> None:
+        self.config, self.topology, self.info, self.world = config, topology, info, world
+        self.in_background = config.train.async_save
+        self.group: Any = torch.distributed.new_group(backend="gloo") if self.in_background else None
+        self.copies: dict[tuple[str, str], Tensor] = {}  # host buffers, kept from save to save
+        self.pending: Future[Path] | None = None
+
+    def save(self, engine: Any, ema: Ema, state: TrainState, *, required: bool) -> bool:
+        """Save this step; first wait for the save before it. Returns whether it was saved or is being written.
+
+        A `required` save is on disk when this returns. Raises ConfigError, the same on all ranks, when the disk
+        refuses and the save is required or `train.on_save_error` is `abort`.
+        """
+        self.finish()  # its copies are the buffers that this save fills again
+        start = time.perf_counter()
+        snapshot = take_snapshot(engine, ema, state, self.config, self.topology, self.info)
+        if not self.in_background:
+            return self._settle(lambda: write_checkpoint(snapshot, self.config, self.world), start, required=required)
+        snapshot = replace(snapshot, pieces=[self._copied(piece) for piece in snapshot.pieces])
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies are only queued, and the next step changes what they read
+        if self.world.is_main:
+            logger.info("copied step %d in %.1f s, writing it", state.step, time.perf_counter() - start)
+        self.pending = self._start(snapshot)
+        return self.finish(required=True) if required else True
+
+    def finish(self, *, required: bool = False) -> bool:
+        """Wait for the save under way, if any; errors as in `save`. Returns whether nothing was refused."""
+        if self.pending is None:
+            return True
+        pending, self.pending = self.pending, None
+        return self._settle(pending.result, time.perf_counter(), required=required)
+
+    def _settle(self, result: Callable[[], Path], start: float, *, required: bool) -> bool:
+        """Log how a save ended; returns whether it succeeded. Only what the disk refuses may cost just a checkpoint."""
+        try:
+            path = result()
+        except CheckpointError as error:
+            if not error.environment:
+                raise
+            if required or self.config.train.on_save_error == "abort":
+                raise ConfigError(str(error)) from error
+            if self.world.is_main:
+                logger.warning("train.on_save_error=continue: %s", error)
+            return False
+        if self.world.is_main:
+            logger.info("saved %s in %.1f s", path, time.perf_counter() - start)
+        return True
+
+    def _start(self, snapshot: Snapshot) -> "Future[Path]":
+        future: Future[Path] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(write_checkpoint(snapshot, self.config, self.world, self.group))
+            except BaseException as error:  # raised again by `finish`
+                future.set_exception(error)
+
+        # A daemon: a run that ends by an error does not wait for ranks that may be gone.
+        Thread(target=run, name="checkpoint", daemon=True).start()
+        return future
+
+    @torch.no_grad()
+    def _copied(self, piece: Piece) -> Piece:
+        key = (piece.kind, piece.name)
+        if key not in self.copies:  # kept: pinned memory is slow to get
+            self.copies[key] = torch.empty(
+                piece.values.shape, dtype=piece.values.dtype, pin_memory=piece.values.is_cuda
+            )
+        self.copies[key].copy_(piece.values, non_blocking=True)
+        return replace(piece, values=self.copies[key])

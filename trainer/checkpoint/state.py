@@ -2,7 +2,6 @@
 
 import json
 import platform
-import subprocess
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -11,9 +10,11 @@ from typing import Any
 
 from moe.experts import Experts
 from trainer.config import ConfigError, TrainConfig, config_to_dict
-from trainer.data.dataset import DataState, LatentInfo
+from trainer.data.latents.samples import LatentInfo
+from trainer.data.position import DataState
 from trainer.engine.optim import decays
 from trainer.engine.zero_state import expert_range, full_shape, moment_kinds, optimizer_step
+from trainer.files import git_commit
 
 STATE = "state.json"
 FORMAT = 3  # of 2 the weights meant another pairing of channels in the rotary embedding
@@ -23,7 +24,7 @@ _HYPER_PARAMETERS = ("role", "lr", "weight_decay", "betas", "eps")
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Over what the state is partitioned."""
+    """How the state is divided: processes in all, how many share the experts of a layer, and the ZeRO stage."""
 
     world_size: int
     ep_size: int
@@ -78,7 +79,7 @@ def group_settings(engine: Any) -> list[dict[str, Any]]:
 
 
 def describe_parameters(engine: Any) -> list[dict[str, Any]]:
-    """Name, full shape, weight decay and kind of each parameter, in the model's order: what a partition follows."""
+    """Name, full shape, weight decay and kind of each parameter, in the model's order; ZeRO divides them by these."""
     experts = {
         f"{prefix}.{name}"
         for prefix, module in engine.module.named_modules()
@@ -107,13 +108,6 @@ def restore_counters(engine: Any, saved: dict[str, Any]) -> None:
     rates = {group["role"]: group["lr"] for group in saved["optimizer"]["groups"]}
     for group in engine.optimizer.param_groups:
         group["lr"] = rates[group["role"]]
-
-
-def git_commit() -> str:
-    """Commit of the source tree, empty outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 The library's own writer wants every tensor in host memory at once, and its reader maps the file, so that what
 was read counts as memory of the process. Here one chunk is held at a time both ways. Files written here are
-ordinary safetensors files; the format is 8 bytes of header length, a JSON header, the data.
+ordinary safetensors files.
 """
 
 import json
@@ -19,11 +19,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
+from trainer.safetensors_header import read_header
 
 CHUNK_BYTES = 1 << 26
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
-_MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +88,7 @@ def _blocks(sources: Iterable[Source]) -> Iterator[memoryview]:
 class TensorFile:
     """The tensors of one file, read by range; holds one open file and no data.
 
-    `tensors[name]` is (length in elements, offset in the file in bytes), `shapes[name]` and `dtypes[name]` are the
-    header's; `metadata` is the writer's.
+    `places` says dtype and shape of each tensor, `metadata` is the writer's.
     Raises ConfigError naming the file when its header is not readable or does not fit its size.
     """
 
@@ -97,30 +96,23 @@ class TensorFile:
         self.path = path
         self.file = path.open("rb", buffering=0)
         try:
-            (length,) = struct.unpack("<Q", self.file.read(8))
-            if length > _MAX_HEADER:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(self.file.read(length))
-            self.metadata: dict[str, str] = header.pop("__metadata__")
-            start = 8 + length
-            self.dtypes: dict[str, str] = {name: entry["dtype"] for name, entry in header.items()}
-            self.shapes: dict[str, tuple[int, ...]] = {name: tuple(entry["shape"]) for name, entry in header.items()}
-            self.tensors: dict[str, tuple[int, int]] = {
-                name: (prod(entry["shape"]), start + entry["data_offsets"][0]) for name, entry in header.items()
-            }
-            end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            if end != os.fstat(self.file.fileno()).st_size:
-                raise ValueError(f"a header that asks for {end} bytes")
-        except (struct.error, ValueError, KeyError, TypeError) as error:
+            header = read_header(self.file.fileno())
+            if header.end != os.fstat(self.file.fileno()).st_size:
+                raise ValueError(f"its header asks for {header.end} bytes")
+        except ValueError as error:
             self.file.close()
             raise ConfigError(f"{path} is damaged: {error}") from error
+        self.metadata, self.places = header.metadata, header.places
+
+    def length(self, name: str) -> int:
+        """Number of elements of a tensor."""
+        return prod(self.places[name].shape)
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Fill the contiguous host tensor `out` with elements `start` to `start + out.numel()` of a tensor."""
-        length, position = self.tensors[name]
-        assert 0 <= start and start + out.numel() <= length, (name, start, out.numel(), length)
+        assert 0 <= start and start + out.numel() <= self.length(name), (name, start, out.numel(), self.length(name))
         view = out.view(-1).view(torch.uint8).numpy().data
-        self.file.seek(position + start * out.element_size())
+        self.file.seek(self.places[name].start + start * out.element_size())
         while view:
             count = self.file.readinto(view)
             if not count:

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from trainer.checkpoint.state import git_commit
 from trainer.config import ConfigError, TrainConfig, require
 from trainer.distributed import World
+from trainer.files import git_commit
 from trainer.plan.job import Job, Layout
 from trainer.plan.memory import checkpoint_bytes
 from trainer.plan.need import memory_need

@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import TrainConfig
-from trainer.data.batches import DataState
 from trainer.data.latents.dataset_file import LatentFolder, check_settings, check_shards, read_dataset_file
-from trainer.data.latents.interface import Batch, LatentDataset, LatentInfo
+from trainer.data.latents.samples import LatentDataset, LatentInfo
 from trainer.data.latents.shard_dataset import ShardDataset
 from trainer.data.latents.staging import build_stage
-from trainer.data.loader import build_loader, load_batches
 from trainer.data.order import build_layout
+from trainer.data.synthetic import SyntheticDataset
 from trainer.encoders.build import TextEncoder, build_codec, build_text_encoder
 from trainer.errors import ConfigError, require
 from trainer.settings.data import DataConfig
 from trainer.settings.tokens import token_counts
-
-__all__ = ["Batch", "DataState", "LatentDataset", "LatentInfo", "build_loader", "load_batches", "open_dataset"]
 
 
 def open_dataset(config: TrainConfig) -> LatentDataset:
@@ -30,9 +27,8 @@ def open_dataset(config: TrainConfig) -> LatentDataset:
     """
     data = config.data
     if data.source == "synthetic":
-        from trainer.data.synthetic import SyntheticDataset
-
         return SyntheticDataset(data.image_size, config.seed)
+    # What headers can tell is checked here, before a run allocates anything or its ranks wait for each other.
     weights = data.mix or {data.latents: 1.0}
     codec, text_encoder = build_codec(data.codec), build_text_encoder(data.text_encoder)
     folders = [read_dataset_file(Path(name)) for name in weights]
@@ -81,6 +77,8 @@ def _describe(
     data: DataConfig, folders: list[LatentFolder], weights: list[float], text_encoder: TextEncoder
 ) -> LatentInfo:
     """The description, with what is decided when latents are read: mix, online text, normalisation."""
+    # Each of these decisions changes what a model is trained on, so each is added to the fingerprint, which a resume
+    # compares. The plain case adds nothing and keeps the fingerprint of the encoded data.
     first = folders[0].info
     info = LatentInfo(**{f.name: first[f.name] for f in fields(LatentInfo) if f.name in first})
     info = replace(info, codec=data.codec, text_encoder=data.text_encoder, buckets=list(map(list, folders[0].buckets)))

@@ -27,8 +27,7 @@ from trainer.data.images import img2dataset
 from trainer.data.images.download_report import PartReport, finished_tars, remove_damaged, summarize, total
 from trainer.data.images.img2dataset import DISTRIBUTORS, DownloadSettings
 from trainer.data.images.url_list import UrlList, open_url_list, read_slice, split_http, table_digest
-from trainer.data.latents.shard_writer import write_json
-from trainer.files import replacing
+from trainer.files import replacing, write_json
 
 # Columns that img2dataset fills itself.
 _RESERVED = (
@@ -39,7 +38,7 @@ _RESERVED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The places of slice `number` of `count` under the output folder."""
+    """Slice `number` of `count` of the list, and where its files are under the output folder."""
 
     out: Path
     number: int
@@ -57,7 +56,7 @@ class Part:
 
     @property
     def record(self) -> Path:
-        """What it was made from."""
+        """The settings and the hash of the list that it was begun with, as JSON."""
         return self.out / "lists" / f"{self.name}-of-{self.count:05d}.json"
 
     @property
@@ -67,7 +66,7 @@ class Part:
 
     @property
     def report(self) -> Path:
-        """Its counts."""
+        """Its counts of pictures and failures, as JSON."""
         return self.out / "reports" / f"{self.name}.json"
 
 

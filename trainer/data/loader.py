@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from trainer.config import TrainConfig, require
-from trainer.data.batches import DataState, MicroBatch, micro_batches
-from trainer.data.latents.interface import Batch, LatentDataset
-from trainer.data.latents.shard_file import Sample
+from trainer.data.latents.samples import Batch, LatentDataset, Sample, pad_text
+from trainer.data.position import DataState, MicroBatch, micro_batches
 from trainer.encoders.build import TextEncoder
 from trainer.randomness import sample_generator
 
@@ -34,7 +33,7 @@ class RawBatch:
 def build_loader(
     dataset: LatentDataset, config: TrainConfig, *, rank: int, world_size: int, state: DataState
 ) -> Iterator[Batch]:
-    """`load_batches` as they are."""
+    """This rank's micro-batches for ever: `load_batches` without a further step."""
     return load_batches(dataset, config, rank=rank, world_size=world_size, state=state, then=_unchanged)
 
 
@@ -51,10 +50,10 @@ def load_batches(
     state: DataState,
     then: Callable[[Batch], T],
 ) -> Iterator[T]:
-    """`then` of this rank's micro-batches for ever, from `state` on; reads nothing that came before it.
+    """This rank's micro-batches for ever, each given to `then`; begins at `state` and reads nothing before it.
 
-    With `data.num_workers` all of it happens in worker processes, and where there is a GPU a thread pins what they
-    send. Only captions that are encoded while training come first to this process.
+    With `data.num_workers` all of it, `then` too, happens in worker processes, and where there is a GPU a thread pins
+    what they send. Only where captions are encoded while training do workers read, and this process does the rest.
 
     ConfigError if the data set is smaller than one global batch, or a global batch would lie in two buckets.
     """
@@ -81,9 +80,9 @@ def load_batches(
     read = partial(read_batch, dataset, caption_dropout=config.data.caption_dropout, seed=config.seed)
     if dataset.online_encoder is not None:  # in this process, where the GPU is; workers read meanwhile
         online = partial(encode_captions, dataset.online_encoder)
-        finish = partial(pad_batch, max_tokens=dataset.info.max_tokens, dim=dataset.info.text_dim)
+        finish = partial(pad_batch, max_tokens=dataset.info.max_tokens)
         return map(then, map(finish, map(online, _run(read, positions, config.data.num_workers))))
-    whole = partial(_read_and_pad, read, then, dataset.info.max_tokens, dataset.info.text_dim)
+    whole = partial(_read_and_pad, read, then, dataset.info.max_tokens)
     return _run(whole, positions, config.data.num_workers)
 
 
@@ -103,7 +102,7 @@ def _run(make: Callable[[MicroBatch], T], positions: Iterator[MicroBatch], num_w
 
 
 class _Reader(Dataset[object]):
-    """Lets DataLoader workers make whole micro-batches."""
+    """A map-style data set whose keys are micro-batches, so that a DataLoader's workers make whole ones."""
 
     def __init__(self, make: Callable[[MicroBatch], object]) -> None:
         self.make = make
@@ -113,7 +112,7 @@ class _Reader(Dataset[object]):
 
 
 class _Positions(Sampler[MicroBatch]):
-    """Micro-batches in order, for ever."""
+    """The keys: micro-batches in order, for ever."""
 
     def __init__(self, positions: Iterator[MicroBatch]) -> None:
         self.positions = positions
@@ -151,19 +150,16 @@ def encode_captions(encoder: TextEncoder, raw: RawBatch) -> RawBatch:
     return RawBatch(latent_BCHW=raw.latent_BCHW, texts=texts, index_B=raw.index_B)
 
 
-def pad_batch(raw: RawBatch, *, max_tokens: int, dim: int) -> Batch:
-    """Pad encoded text to [B, max_tokens, dim]; what is stored in fp16 stays so, for it is most of a batch's bytes."""
-    halves = all(isinstance(text, Tensor) and text.dtype == torch.float16 for text in raw.texts)
-    text_BLD = torch.zeros(len(raw.texts), max_tokens, dim, dtype=torch.float16 if halves else torch.float32)
-    mask_BL = torch.zeros(len(raw.texts), max_tokens, dtype=torch.bool)
-    for row, text in enumerate(raw.texts):
-        assert isinstance(text, Tensor)
-        text_BLD[row, : len(text)] = text
-        mask_BL[row, : len(text)] = True
+def pad_batch(raw: RawBatch, *, max_tokens: int) -> Batch:
+    """Pad encoded text to [B, max_tokens, D]; what is stored in fp16 stays so, for it is most of a batch's bytes."""
+    texts = [text for text in raw.texts if isinstance(text, Tensor)]
+    assert len(texts) == len(raw.texts), "captions have to be encoded first"
+    halves = all(text.dtype == torch.float16 for text in texts)
+    text_BLD, mask_BL = pad_text(texts, max_tokens, torch.float16 if halves else torch.float32)
     return Batch(latent_BCHW=raw.latent_BCHW, text_BLD=text_BLD, text_mask_BL=mask_BL, index_B=raw.index_B)
 
 
 def _read_and_pad(
-    read: Callable[[MicroBatch], RawBatch], then: Callable[[Batch], T], max_tokens: int, dim: int, micro: MicroBatch
+    read: Callable[[MicroBatch], RawBatch], then: Callable[[Batch], T], max_tokens: int, micro: MicroBatch
 ) -> T:
-    return then(pad_batch(read(micro), max_tokens=max_tokens, dim=dim))
+    return then(pad_batch(read(micro), max_tokens=max_tokens))

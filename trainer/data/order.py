@@ -1,9 +1,16 @@
-"""How the samples of one or more data sets, in buckets of picture sizes, make up an epoch.
+"""The order in which an epoch uses samples: of one or more data sets, with pictures of one or more sizes.
 
-An epoch of one data set in one bucket permutes shards, then samples inside groups of shards, so that reads stay
-local to a few files. With several buckets it is a permuted sequence of blocks, each of one bucket; with several data
-sets each block has the same number of samples of each, which start anew when they run out. Any position of any
-epoch is computed directly, from (seed, epoch, position) alone; a few groups and blocks are in memory at a time.
+All samples of one picture size are a bucket. A batch is of one size, so an epoch is laid out in this way:
+
+- one data set in one bucket: shards in random order, and samples in random order within each group of shards, so that
+  reads stay local to a few files (`EpochOrder`);
+- several buckets: blocks of `block` samples in random order, each of one bucket (`BlockOrder`); a block is a whole
+  number of global batches;
+- several data sets: besides, each block has a fixed number of samples from each data set (its quota); a data set that
+  runs out starts anew, in another order.
+
+Every position of every epoch is computed from (seed, epoch, position) alone, without walking there: that is why a run
+resumes exactly on any number of processes. A few groups and blocks are in memory at a time.
 """
 
 from bisect import bisect_right
@@ -17,8 +24,9 @@ from numpy.typing import NDArray
 from trainer.errors import require
 
 Ints = NDArray[np.int64]
-_KEPT = 3  # groups or blocks in memory
-_LABELS, _SLOTS = 1 << 30, 1 << 31  # numbers of Philox streams, above those of groups of shards
+_KEPT = 3  # groups or blocks in memory at a time
+# Numbers of random streams beside those of groups of shards, which count from 0: no two draws share one.
+_BLOCK_SEQUENCE, _WITHIN_BLOCK = 1 << 30, 1 << 31
 
 
 class Order(Protocol):
@@ -28,51 +36,16 @@ class Order(Protocol):
 
 
 def _generator(seed: int, epoch: int, group: int, stream: int = 0) -> np.random.Generator:
+    """Random numbers for one purpose: Philox's key of 128 bits holds the arguments side by side."""
     key = [(seed + (stream << 48)) % (1 << 64), ((epoch << 32) + group) % (1 << 64)]
     return np.random.Generator(np.random.Philox(key=key))
 
 
-class EpochOrder:
-    """The order of one data set in one bucket, computed group by group.
-
-    `starts` are the numbers of the first samples of its shards (by default they follow each other from 0).
-    """
-
-    def __init__(
-        self,
-        shard_sizes: Sequence[int] | Ints,
-        *,
-        seed: int,
-        epoch: int,
-        group_size: int,
-        starts: Sequence[int] | Ints | None = None,
-        stream: int = 0,
-    ) -> None:
-        self.key = (seed, epoch, stream)
-        self.sizes = np.asarray(shard_sizes, dtype=np.int64)
-        self.starts = np.asarray(starts) if starts is not None else np.concatenate([[0], np.cumsum(self.sizes)[:-1]])
-        order = _generator(seed, epoch, 0, stream).permutation(len(self.sizes))
-        self.groups = [order[i : i + group_size] for i in range(0, len(order), group_size)]
-        self.ends: list[int] = np.cumsum(np.add.reduceat(self.sizes[order], range(0, len(order), group_size))).tolist()
-        self.cache: dict[int, Ints] = {}
-
-    def __getitem__(self, position: int) -> int:
-        number = bisect_right(self.ends, position)
-        if number not in self.cache:
-            if len(self.cache) >= _KEPT:
-                self.cache.pop(next(iter(self.cache)))
-            members = [np.arange(self.starts[s], self.starts[s] + self.sizes[s]) for s in self.groups[number]]
-            seed, epoch, stream = self.key
-            self.cache[number] = _generator(seed, epoch, number + 1, stream).permutation(np.concatenate(members))
-        start = self.ends[number - 1] if number else 0
-        return int(self.cache[number][position - start])
-
-
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """The samples of one data set in one bucket: sizes of their shards and numbers of the first samples.
+    """The samples of one data set in one bucket: the sizes of their shards and each shard's first sample number.
 
-    `quota` of the samples of each block of the bucket are its; 0 where there are no blocks.
+    Each block of the bucket takes `quota` samples of it; 0 where there are no blocks. `number` keys its random order.
     """
 
     number: int
@@ -86,11 +59,35 @@ class Stream:
         return int(self.sizes.sum())
 
 
+class EpochOrder:
+    """The order of one data set in one bucket, computed group of shards by group of shards."""
+
+    def __init__(self, stream: Stream, seed: int, epoch: int, group_size: int) -> None:
+        self.stream, self.key = stream, (seed, epoch)
+        order = _generator(seed, epoch, 0, stream.number).permutation(len(stream.sizes))
+        self.groups = [order[i : i + group_size] for i in range(0, len(order), group_size)]
+        sizes = np.add.reduceat(stream.sizes[order], range(0, len(order), group_size))
+        self.ends: list[int] = np.cumsum(sizes).tolist()
+        self.cache: dict[int, Ints] = {}
+
+    def __getitem__(self, position: int) -> int:
+        number = bisect_right(self.ends, position)  # of the group that holds the position
+        if number not in self.cache:  # draw the whole group: its neighbours are asked for next
+            if len(self.cache) >= _KEPT:
+                self.cache.pop(next(iter(self.cache)))
+            starts, sizes = self.stream.starts, self.stream.sizes
+            members = [np.arange(starts[s], starts[s] + sizes[s]) for s in self.groups[number]]
+            generator = _generator(*self.key, number + 1, self.stream.number)
+            self.cache[number] = generator.permutation(np.concatenate(members))
+        start = self.ends[number - 1] if number else 0
+        return int(self.cache[number][position - start])
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampleLayout:
-    """The streams of each bucket, and how many blocks of `block` samples an epoch has of each bucket.
+    """What an epoch consists of: the streams of each bucket, and how many blocks of `block` samples each bucket has.
 
-    `block` is 0 for one data set in one bucket, whose samples simply follow each other.
+    `block` is 0 for one data set in one bucket, which needs no blocks.
     """
 
     buckets: list[list[Stream]]
@@ -113,7 +110,7 @@ class SampleLayout:
         """The order of an epoch."""
         if self.block == 0:
             (stream,) = self.buckets[0]
-            return EpochOrder(stream.sizes, seed=seed, epoch=epoch, group_size=group_size, starts=stream.starts)
+            return EpochOrder(stream, seed, epoch, group_size)
         return BlockOrder(self, seed, epoch, group_size)
 
 
@@ -122,46 +119,47 @@ class BlockOrder:
 
     def __init__(self, layout: SampleLayout, seed: int, epoch: int, group_size: int) -> None:
         self.layout, self.seed, self.epoch, self.group_size = layout, seed, epoch, group_size
-        labels = np.repeat(np.arange(len(layout.buckets), dtype=np.int16), layout.num_blocks)
-        self.labels = _generator(seed, epoch, _LABELS).permutation(labels)
-        self.rank = np.empty(len(labels), dtype=np.int64)  # which block of its bucket a block is
+        buckets = np.repeat(np.arange(len(layout.buckets), dtype=np.int16), layout.num_blocks)
+        self.bucket_of = _generator(seed, epoch, _BLOCK_SEQUENCE).permutation(buckets)  # the epoch's blocks in order
+        self.turn = np.empty(len(buckets), dtype=np.int64)  # how many blocks of the same bucket come before a block
         for bucket, count in enumerate(layout.num_blocks):
-            self.rank[self.labels == bucket] = np.arange(count)
+            self.turn[self.bucket_of == bucket] = np.arange(count)
         self.orders: dict[tuple[int, int], EpochOrder] = {}
-        self.slots: dict[int, Ints] = {}
+        self.mixed: dict[int, Ints] = {}
 
     def __getitem__(self, position: int) -> int:
         block, row = divmod(position, self.layout.block)
-        bucket = int(self.labels[block])
+        bucket, turn = int(self.bucket_of[block]), int(self.turn[block])
         streams = self.layout.buckets[bucket]
-        if len(streams) == 1:  # one data set: its tail that fills no block is left out
-            return self._order(streams[0], self.epoch)[int(self.rank[block]) * self.layout.block + row]
-        slot = int(self._slots(block)[row])
+        if len(streams) == 1:  # one data set: its tail that fills no block is left out, another one in each epoch
+            return self._order(streams[0], self.epoch)[turn * self.layout.block + row]
+        # Of the block's samples the first `quota` are of the first data set, and so on. The shuffle spreads them over
+        # the block, so that every global batch has about the shares of the mix.
+        slot = int(self._shuffle(block)[row])
         for stream in streams:
             if slot < stream.quota:
                 break
             slot -= stream.quota
-        number = self.epoch * self.layout.num_blocks[bucket] + int(self.rank[block])
-        epoch, place = divmod(number * stream.quota + slot, stream.size)
+        # Blocks go through a stream one after the other and over the ends of epochs: each sample is used once before
+        # any is used again, however the length of the stream and that of the run's epoch compare.
+        blocks_before = self.epoch * self.layout.num_blocks[bucket] + turn
+        epoch, place = divmod(blocks_before * stream.quota + slot, stream.size)
         return self._order(stream, epoch)[place]
 
-    def _slots(self, block: int) -> Ints:
-        """Which of a block's slots each of its positions is."""
-        if block not in self.slots:
-            if len(self.slots) >= _KEPT:
-                self.slots.pop(next(iter(self.slots)))
-            self.slots[block] = _generator(self.seed, self.epoch, _SLOTS + block).permutation(self.layout.block)
-        return self.slots[block]
+    def _shuffle(self, block: int) -> Ints:
+        """A random order of the samples of a block, which mixes its data sets."""
+        if block not in self.mixed:
+            if len(self.mixed) >= _KEPT:
+                self.mixed.pop(next(iter(self.mixed)))
+            self.mixed[block] = _generator(self.seed, self.epoch, _WITHIN_BLOCK + block).permutation(self.layout.block)
+        return self.mixed[block]
 
     def _order(self, stream: Stream, epoch: int) -> EpochOrder:
         key = (stream.number, epoch)
         if key not in self.orders:
             for old in [k for k in self.orders if k[0] == stream.number and k[1] < epoch - 1]:
-                del self.orders[old]
-            self.orders[key] = EpochOrder(
-                stream.sizes, seed=self.seed, epoch=epoch, group_size=self.group_size,
-                starts=stream.starts, stream=stream.number,
-            )  # fmt: skip
+                del self.orders[old]  # a block may lie across the end of the turn before
+            self.orders[key] = EpochOrder(stream, self.seed, epoch, self.group_size)
         return self.orders[key]
 
 
@@ -173,7 +171,7 @@ def build_layout(
     block: int,
     drop_small: bool,
 ) -> tuple[SampleLayout, dict[int, int]]:
-    """A layout of shards of these sizes, buckets and data sets; and by bucket, samples that no epoch uses.
+    """The layout of shards, of each its size, bucket and data set; and by bucket, how many samples no epoch uses.
 
     `weights` are the shares of the data sets. ConfigError about a bucket or a weight too small for a block of
     `block` samples; with `drop_small` such a bucket is left out.
@@ -190,28 +188,25 @@ def build_layout(
     for bucket in np.unique(bucket_s).tolist():
         members = {d: (bucket_s == bucket) & (set_s == d) for d in range(len(weights))}
         found = {d: int(size_s[mask].sum()) for d, mask in members.items() if mask.any()}
-        part = {d: float(share[d]) * count / totals[d] for d, count in found.items()}  # of all samples trained on
-        wanted = sum(found.values()) if len(weights) == 1 else sum(totals) * sum(part.values())
-        count = int(wanted) // block
-        unused[bucket] = found[0] - count * block if len(weights) == 1 else 0
+        # Drawing from data sets by weight and within each uniformly, this part of all draws is of this bucket and set.
+        part = {d: float(share[d]) * count / totals[d] for d, count in found.items()}
+        # One data set: as many blocks as it fills. A mix: an epoch has as many samples as all data sets together.
+        alone, held = len(weights) == 1, sum(found.values())
+        count = (held if alone else int(sum(totals) * sum(part.values()))) // block
+        unused[bucket] = held if count == 0 else held - count * block if alone else 0
         if count == 0:
             require(
                 drop_small,
-                f"a bucket has {sum(found.values())} samples, too few for data.bucket_block={block}: lower it, set "
+                f"a bucket has {held} samples, too few for data.bucket_block={block}: lower it, set "
                 "data.small_buckets=drop to leave such buckets out, or encode with fewer data.buckets",
             )
-            unused[bucket] = sum(found.values())
             continue
-        quotas = _quotas(part, block)
+        # Stream 0 is that of a data set without blocks.
+        numbers = {d: int(1 + d * (int(bucket_s.max()) + 1) + bucket) for d in found}
         streams.append(
             [
-                Stream(
-                    number=int(1 + d * (int(bucket_s.max()) + 1) + bucket),
-                    sizes=size_s[members[d]],
-                    starts=start_s[members[d]],
-                    quota=quotas[d],
-                )
-                for d in found
+                Stream(number=numbers[d], sizes=size_s[members[d]], starts=start_s[members[d]], quota=quota)
+                for d, quota in _quotas(part, block).items()
             ]
         )
         counts.append(count)

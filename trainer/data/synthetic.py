@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from trainer.data.latents.interface import LatentInfo
-from trainer.data.latents.shard_file import Sample
+from trainer.data.latents.samples import LatentInfo, Sample
 from trainer.data.order import SampleLayout
 from trainer.encoders.build import TextEncoder
 from trainer.randomness import keyed_generator
@@ -20,8 +19,7 @@ class SyntheticDataset:
 
     def __init__(self, image_size: int, seed: int) -> None:
         self.seed, self.image_size = seed, image_size
-        self.shard_sizes = [NUM_SAMPLES // NUM_SHARDS] * NUM_SHARDS
-        self.layout = SampleLayout.of_shards(self.shard_sizes)
+        self.layout = SampleLayout.of_shards([NUM_SAMPLES // NUM_SHARDS] * NUM_SHARDS)
         self.empty_text: Tensor | str = torch.zeros(1, TEXT_DIM)
         self.info = LatentInfo(
             channels=3,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import DiffusionConfig
-from trainer.data.latents.interface import Batch
+from trainer.data.latents.samples import Batch
 from trainer.diffusion.layers import patchify
 from trainer.randomness import sample_generator
 from trainer.settings.tokens import num_image_tokens, num_kept_tokens

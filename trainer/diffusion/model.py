@@ -22,7 +22,7 @@ from moe.experts import Mlp
 from moe.layer import ChoiceMemory, MoeLayer
 from moe.routing import RoutingStats
 from trainer.config import ModelConfig
-from trainer.data.latents.interface import LatentInfo
+from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.layers import (
     Attention,
     TimestepEmbedder,

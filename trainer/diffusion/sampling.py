@@ -10,23 +10,13 @@ from torch import Tensor
 
 from moe.routing import RoutingStats
 from trainer.config import DiffusionConfig
+from trainer.data.latents.samples import pad_text
 from trainer.diffusion.model import ModelShape
 from trainer.diffusion.solver import guided, initial_noise, solve
 from trainer.encoders.build import ImageCodec
 
 Observer = Callable[[float, list[RoutingStats]], None]
 Forward = Callable[[Tensor, Tensor, slice], tuple[Tensor, list[RoutingStats]]]
-
-
-def pad_text(tokens: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
-    """Unpadded token rows [n_i, D] -> [N, L, D] fp32 and their mask [N, L]; L is at least `length`."""
-    length = max([length, *(len(t) for t in tokens)])
-    text = torch.zeros(len(tokens), length, tokens[0].shape[-1])
-    mask = torch.zeros(len(tokens), length, dtype=torch.bool)
-    for row, token in enumerate(tokens):
-        text[row, : len(token)] = token
-        mask[row, : len(token)] = True
-    return text, mask
 
 
 def text_batch(captions: Sequence[Tensor], empty: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.checkpoint.state import TrainState
-from trainer.data.batches import DataState, MicroBatch, micro_batches
+from trainer.data.position import DataState, MicroBatch, micro_batches
 from trainer.distributed import from_main
 from trainer.files import keep_records, read_records
 from trainer.loop.start_checks import CheckedRun

@@ -22,11 +22,11 @@ from moe.layer import set_capacity_factor
 from trainer.checkpoint.folder import list_checkpoints, newest_whole
 from trainer.checkpoint.init_from import load_init
 from trainer.checkpoint.load import load_checkpoint
-from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.save import Saver
 from trainer.checkpoint.state import TrainState
 from trainer.cluster.incidents import failure, record_incident
 from trainer.cluster.watchdog import ARRIVAL_SECONDS, end_within, time_limit
-from trainer.data.batches import DataState
+from trainer.data.position import DataState
 from trainer.diffusion.flow import NoisedBatch
 from trainer.distributed import from_main
 from trainer.engine.ema import Ema

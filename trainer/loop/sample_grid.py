@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.config import TrainConfig, require
-from trainer.data.dataset import LatentInfo
+from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.model import ModelShape
 from trainer.diffusion.sampling import draw, picture_grid, text_batch, to_pictures
 from trainer.distributed import World

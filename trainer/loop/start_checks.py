@@ -9,7 +9,8 @@ from trainer.checkpoint.init_from import check_init
 from trainer.checkpoint.resume import check_resumable, find_candidate
 from trainer.checkpoint.state import Topology, read_state
 from trainer.config import TrainConfig, require
-from trainer.data.dataset import LatentDataset, LatentInfo, check_latent_size, open_dataset
+from trainer.data.dataset import check_latent_size, open_dataset
+from trainer.data.latents.samples import LatentDataset, LatentInfo
 from trainer.diffusion.model import ModelShape
 from trainer.distributed import World
 from trainer.engine.deepspeed_config import load_deepspeed_config, zero_stage

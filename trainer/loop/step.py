@@ -26,9 +26,9 @@ from torch import Tensor
 from moe.layer import auxiliary_loss, collect_statistics
 from moe.routing import RoutingStats
 from trainer.config import TrainConfig
-from trainer.data.batches import DataState
-from trainer.data.latents.interface import LatentDataset
+from trainer.data.latents.samples import LatentDataset
 from trainer.data.loader import load_batches
+from trainer.data.position import DataState
 from trainer.diffusion.flow import NoisedBatch, draw_noise, mask_at, training_loss
 from trainer.distributed import all_reduce_mean, gather
 from trainer.telemetry.routing_metrics import router_vector

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import ConfigError, TrainConfig, load_config, require
-from trainer.data.latents.interface import LatentInfo
+from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.model import ModelShape
 from trainer.engine.deepspeed_config import load_deepspeed_config, zero_stage
 from trainer.plan.devices import Efficiency, find_device

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moe.routing import RoutingStats
 from trainer.config import TrainConfig
-from trainer.data.latents.interface import LatentInfo
+from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.model import ModelShape
 from trainer.distributed import World
 from trainer.settings.tokens import num_image_tokens, num_kept_tokens

@@ -1,13 +1,15 @@
-"""Writes drawn scenes exactly as img2dataset writes downloaded pictures (webdataset layout).
+"""Draw the embedded picture set into image shards: `python -m trainer.data.demo.scene_shards --out DIR`.
+
+The shards are exactly as img2dataset writes those of downloaded pictures (webdataset layout).
 
 Per shard: NNNNN.tar with KEY.png, KEY.txt, KEY.json; NNNNN.parquet with one row per picture;
 NNNNN_stats.json, last. The bytes are a function of the arguments, so there are no times in them.
 """
 
+import argparse
 import hashlib
 import io
 import json
-import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
+from trainer.config import require, run_cli
 from trainer.data.demo.emoji import ATTRIBUTION
 from trainer.data.demo.scenes import Scene, render, training_scene
+from trainer.files import replacing
 
 FORMAT_VERSION = 1
 
@@ -37,8 +41,7 @@ def write_shards(folder: Path, num_images: int, image_size: int, seed: int, shar
 def _write_shard(folder: Path, shard: int, scenes: list[Scene], image_size: int) -> None:
     stem = f"{shard:05d}"
     rows = []
-    temporary = folder / f"{stem}.tar.tmp"
-    with tarfile.open(temporary, "w") as tar:
+    with replacing(folder / f"{stem}.tar") as temporary, tarfile.open(temporary, "w") as tar:
         for position, scene in enumerate(scenes):
             png = _png(scene, image_size)
             row = _metadata(f"{stem}{position:04d}", scene, image_size, png)
@@ -46,10 +49,8 @@ def _write_shard(folder: Path, shard: int, scenes: list[Scene], image_size: int)
             _add(tar, f"{row['key']}.png", png)
             _add(tar, f"{row['key']}.txt", scene.caption.encode())
             _add(tar, f"{row['key']}.json", json.dumps(row, indent=4).encode())
-    os.replace(temporary, folder / f"{stem}.tar")
-    temporary = folder / f"{stem}.parquet.tmp"
-    pq.write_table(pa.Table.from_pylist(rows), temporary)
-    os.replace(temporary, folder / f"{stem}.parquet")
+    with replacing(folder / f"{stem}.parquet") as temporary:
+        pq.write_table(pa.Table.from_pylist(rows), temporary)
     stats = {
         "count": len(scenes),
         "successes": len(scenes),
@@ -57,9 +58,8 @@ def _write_shard(folder: Path, shard: int, scenes: list[Scene], image_size: int)
         "failed_to_resize": 0,
         "status_dict": {"success": len(scenes)},
     }
-    temporary = folder / f"{stem}_stats.json.tmp"
-    temporary.write_text(json.dumps(stats, indent=4))
-    os.replace(temporary, folder / f"{stem}_stats.json")
+    with replacing(folder / f"{stem}_stats.json") as temporary:
+        temporary.write_text(json.dumps(stats, indent=4))
 
 
 def _png(scene: Scene, image_size: int) -> bytes:
@@ -90,3 +90,28 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
+
+
+def _main(argv: list[str] | None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="trainer.data.demo.scene_shards", description="Draw the embedded picture set."
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the image shards")
+    parser.add_argument("--num-images", type=int, default=16000)
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shard-size", type=int, default=1000)
+    args = parser.parse_args(argv)
+    for name in ("num_images", "image_size", "shard_size"):
+        flag = f"--{name.replace('_', '-')}"
+        require(getattr(args, name) >= 1, f"{flag} is {getattr(args, name)}: use 1 or more")
+    write_shards(args.out, args.num_images, args.image_size, args.seed, args.shard_size)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line: draw training scenes and write them as image shards."""
+    run_cli(lambda: _main(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,24 +2,21 @@
 
 Six categories named after GenEval. Some object-colour and object-object combinations never occur in a
 training scene, so that `held_out_scenes` asks for compositions the model has not seen. Every scene is a
-pure function of (seed, index). `python -m trainer.data.demo.scenes` writes them in img2dataset's layout.
+pure function of (seed, index).
 """
 
-import argparse
 import json
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import combinations, permutations, product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from trainer.config import require, run_cli
 from trainer.data.demo.emoji import EMOJI_NAMES, sprite
 
 OBJECTS = tuple(EMOJI_NAMES)
@@ -136,14 +133,6 @@ def _held_out_parts(content: _Content) -> tuple[bool, bool]:
     """Whether an object-colour pair and whether an object-object pair of it is held out."""
     pair = tuple(sorted(content.names))
     return bool(content.object_colors() & HELD_OUT_COLORS), pair in HELD_OUT_PAIRS
-
-
-def uses_held_out(scene: Scene) -> bool:
-    """Whether the scene contains an object-colour or object-object combination kept out of training."""
-    names = sorted({item.name for item in scene.objects})
-    return any((item.name, item.background) in HELD_OUT_COLORS for item in scene.objects) or any(
-        pair in HELD_OUT_PAIRS for pair in combinations(names, 2)
-    )
 
 
 def _all_contents(category: str) -> Iterator[_Content]:
@@ -274,28 +263,3 @@ def render(scene: Scene, size: int) -> NDArray[np.uint8]:
         picture = sprite(item.name, pixels)
         canvas.paste(picture, (round(item.x * side - pixels / 2), round(item.y * side - pixels / 2)), picture)
     return np.array(canvas.resize((size, size), Image.Resampling.LANCZOS))
-
-
-def _main(argv: list[str] | None) -> None:
-    from trainer.data.demo.scene_shards import write_shards
-
-    parser = argparse.ArgumentParser(prog="trainer.data.demo.scenes", description="Draw the embedded picture set.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the image shards")
-    parser.add_argument("--num-images", type=int, default=16000)
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--shard-size", type=int, default=1000)
-    args = parser.parse_args(argv)
-    for name in ("num_images", "image_size", "shard_size"):
-        flag = f"--{name.replace('_', '-')}"
-        require(getattr(args, name) >= 1, f"{flag} is {getattr(args, name)}: use 1 or more")
-    write_shards(args.out, args.num_images, args.image_size, args.seed, args.shard_size)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line: draw training scenes and write them as image shards."""
-    run_cli(lambda: _main(argv))
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from trainer.config import require
 
 VERSION = "1.47.0"
 DISTRIBUTORS = ("multiprocessing", "pyspark", "ray")
+# Of DownloadSettings: how tars are filled, not with what. These may change when a download goes on.
+_SETTINGS_OF_THE_WAY = ("processes", "threads", "timeout", "retries", "distributor")
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 _START = "from img2dataset.main import main; main()"
 _PROBE = """
@@ -57,15 +59,7 @@ class DownloadSettings:
 
     def of_content(self) -> dict[str, Any]:
         """The settings that decide what a tar holds."""
-        names = (
-            "image_size",
-            "min_image_size",
-            "max_aspect_ratio",
-            "encode_format",
-            "encode_quality",
-            "samples_per_tar",
-        )
-        return {name: getattr(self, name) for name in names}
+        return {name: value for name, value in asdict(self).items() if name not in _SETTINGS_OF_THE_WAY}
 
 
 def check_environment(python: str, distributor: str) -> None:

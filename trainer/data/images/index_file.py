@@ -103,11 +103,12 @@ def tar_index_path(folder: Path, tar: str) -> Path:
 
 
 def source_of(rows: list[IndexRow]) -> str:
-    """Hash of the samples of a shard."""
+    """Hash of samples: changes when a shard made of them would."""
     return hashlib.sha256(json.dumps([asdict(row) for row in rows]).encode()).hexdigest()[:16]
 
 
 def write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema, note: dict[str, Any]) -> None:
+    """Write rows as a parquet file in one step, with the version of the format and `note` in its metadata."""
     content = {"format_version": FORMAT_VERSION, **note}
     schema = schema.with_metadata({_METADATA_KEY: json.dumps(content, sort_keys=True)})
     remove_leftovers(path)
@@ -134,7 +135,7 @@ def tar_sizes(folder: Path) -> dict[str, int]:
 
 
 def index_is_current(folder: Path) -> bool:
-    """Whether the folder has an index of this version (of whatever tars)."""
+    """Whether the folder has an index in the format of this version; the tars may have changed since."""
     return bool(read_note(folder / INDEX_NAME))
 
 

@@ -37,7 +37,7 @@ class LatentFolder:
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that shaped the values of the shards."""
+        """Hash of everything that shaped the values of the shards."""
         return str(self.info["fingerprint"])
 
     @property

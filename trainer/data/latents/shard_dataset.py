@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from trainer.data.latents.interface import LatentInfo
-from trainer.data.latents.shard_file import DamagedShardError, Sample, ShardEntry, ShardFile
+from trainer.data.latents.samples import LatentInfo, Sample
+from trainer.data.latents.shard_file import DamagedShardError, ShardEntry, ShardFile
 from trainer.data.latents.staging import Stage
 from trainer.data.order import SampleLayout
 from trainer.encoders.build import TextEncoder
@@ -34,8 +34,7 @@ class ShardDataset:
         stage: Stage | None = None,
     ) -> None:
         self.info, self.shards, self.fingerprint, self.layout = info, shards, fingerprint, layout
-        self.shard_sizes = [entry.num_samples for _, entry in shards]
-        self.first = [0, *accumulate(self.shard_sizes)]
+        self.first = [0, *accumulate(entry.num_samples for _, entry in shards)]
         self.empty_text, self.online_encoder, self.stage = empty_text, online_encoder, stage
         self.open_files: dict[int, ShardFile] = {}
 

@@ -4,7 +4,6 @@ Shapes: n samples, C x h x w latent, D text width.
 """
 
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.data.latents.format import INDEX_TENSORS, check_of, index_digest
+from trainer.data.latents.samples import Sample
+from trainer.safetensors_header import TensorPlace, read_header
 
-_MAX_HEADER = 1 << 20
+# Name of a tensor -> its dtype in the safetensors format, and what numpy calls that.
 _DTYPES = {
     "latent": "F16",
     "latent_std": "F16",
@@ -45,15 +46,6 @@ class DamagedShardError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
-    """Latent [C, H, W] fp32, unnormalised; its standard deviation if stored; tokens [n, D] fp32 or the caption."""
-
-    latent: Tensor
-    text: Tensor | str
-    latent_std: Tensor | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class ShardEntry:
     """What dataset.json says of one shard; `index_sha256` is "" in format 1, `bucket` counts picture sizes."""
 
@@ -63,16 +55,6 @@ class ShardEntry:
     sha256: str
     index_sha256: str = ""
     bucket: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    """Where a tensor lies in the file."""
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    start: int
-    row_bytes: int
 
 
 class ShardFile:
@@ -94,21 +76,24 @@ class ShardFile:
         size = os.fstat(self.handle).st_size
         if size != self.entry.size:
             raise self._damage(f"has {size} bytes instead of {self.entry.size}")
-        header = self._header(size)
+        # Each check needs the one before: the header has to parse before its tensors are read, and these are trusted
+        # only when their hash is right; then positions and counts must fit together, whatever a writer did.
         try:
-            content = json.loads(header)
-            notes = content.pop("__metadata__", {})
-            self.places = {name: _place(name, value, 8 + len(header), size) for name, value in content.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._damage("cannot be read, its header is damaged") from error
-        if notes.get("fingerprint") != fingerprint:
-            raise self._damage(f"has fingerprint {notes.get('fingerprint')}, the data set {fingerprint}")
+            header = read_header(self.handle)
+        except ValueError as error:
+            raise self._damage(f"cannot be read, {error}") from error
+        self.places = header.places
+        if any(not place.shape or place.dtype != _DTYPES.get(name) for name, place in self.places.items()):
+            raise self._damage("cannot be read, its header is damaged")
+        found = header.metadata.get("fingerprint")
+        if found != fingerprint:
+            raise self._damage(f"has fingerprint {found}, the data set {fingerprint}")
         raw = {name: self._bytes(self.places[name]) for name in INDEX_TENSORS if name in self.places}
-        if self.entry.index_sha256 and index_digest(header, raw) != self.entry.index_sha256:
+        if self.entry.index_sha256 and index_digest(header.text, raw) != self.entry.index_sha256:
             raise self._damage("has a damaged header or index")
         self._check_places()
         arrays: dict[str, NDArray[Any]] = {
-            name: np.frombuffer(content, self.places[name].dtype) for name, content in raw.items()
+            name: np.frombuffer(content, _NUMPY[self.places[name].dtype]) for name, content in raw.items()
         }
         self.caption_id: NDArray[np.int32] = arrays["caption_id"]
         self.text_offset: NDArray[np.int64] = arrays["text_offset"]
@@ -116,12 +101,6 @@ class ShardFile:
         self.text_check = arrays.get("text_check")
         self.text = self.places["text" if "text" in self.places else "caption"]
         self._check_offsets()
-
-    def _header(self, size: int) -> bytes:
-        length = int.from_bytes(os.pread(self.handle, 8, 0), "little")
-        if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise self._damage("cannot be read, it is no safetensors file")
-        return os.pread(self.handle, length, 8)
 
     def _check_places(self) -> None:
         places, count = self.places, self.entry.num_samples
@@ -153,7 +132,7 @@ class ShardFile:
     def _damage(self, what: str) -> DamagedShardError:
         return DamagedShardError(self.path, what, self.copy_of)
 
-    def _bytes(self, place: _Place, first: int = 0, count: int | None = None) -> bytearray:
+    def _bytes(self, place: TensorPlace, first: int = 0, count: int | None = None) -> bytearray:
         """Rows of a tensor, in memory of their own that a tensor can then be made of without a copy."""
         found = bytearray((place.shape[0] - first if count is None else count) * place.row_bytes)
         try:
@@ -179,7 +158,7 @@ class ShardFile:
         return Sample(
             latent=_float(latent, shape),
             latent_std=None if std is None else _float(std, shape),
-            text=text.decode() if self.text.dtype == np.uint8 else _half(text, (-1, self.text.shape[1])),
+            text=text.decode() if self.text.dtype == "U8" else _half(text, (-1, self.text.shape[1])),
         )
 
     def key(self, row: int) -> str:
@@ -190,20 +169,8 @@ class ShardFile:
             return f"in row {row}"
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         os.close(self.handle)
-
-
-def _place(name: str, value: dict[str, Any], start: int, size: int) -> _Place:
-    """Check one entry of a safetensors header; ValueError if it makes no sense."""
-    first, end = value["data_offsets"]
-    dtype, shape = _NUMPY[value["dtype"]], tuple(int(length) for length in value["shape"])
-    if value["dtype"] != _DTYPES[name] or min(shape) < 0:
-        raise ValueError(name)
-    row_bytes = dtype.itemsize * math.prod(shape[1:])
-    if end - first != shape[0] * row_bytes or first < 0 or start + end > size:
-        raise ValueError(name)
-    return _Place(dtype=dtype, shape=shape, start=start + first, row_bytes=row_bytes)
 
 
 def _half(content: bytearray, shape: tuple[int, ...]) -> Tensor:

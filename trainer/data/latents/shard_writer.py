@@ -1,12 +1,11 @@
 """The samples of one tar -> latent shards. Format: format.py.
 
-Pictures are decoded by threads while the codec works on the batch before; nothing is held but one shard.
+Pictures are decoded by threads while the codec works on the batch before. No more than one shard is in memory.
 
 Shapes: B pictures, C x h x w latent, D text width.
 """
 
 import hashlib
-import json
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,8 @@ from trainer.data.images.decode import UNREADABLE, cover_crop, read_rgb
 from trainer.data.images.tar_scan import IndexRow
 from trainer.data.latents.format import INDEX_TENSORS, check_of, index_digest
 from trainer.encoders.build import ImageCodec, TextEncoder
-from trainer.files import remove_leftovers, replacing
+from trainer.files import remove_leftovers, replacing, write_json
+from trainer.safetensors_header import read_header
 
 BATCH_SIZE = 64  # pictures through the codec at a time
 MAX_SHARD_BYTES = 1 << 29  # about; the samples of a tar that need more go to several shards
@@ -87,6 +87,8 @@ def picture_batches(
         def picture(row: IndexRow) -> Tensor:
             return read_picture(os.pread(tar.fileno(), row.size, row.offset), row, height, width)
 
+        # Batches in the queue are being decoded while the one given out is encoded. More than two ahead would only
+        # hold more pictures in memory: the slower of the two sides sets the pace.
         ahead: deque[list[Future[Tensor]]] = deque()
         for start in range(0, len(rows), batch_size):
             ahead.append([pool.submit(picture, row) for row in rows[start : start + batch_size]])
@@ -175,8 +177,7 @@ def save_shard(path: Path, tensors: dict[str, Tensor], fingerprint: str) -> dict
         save_file(tensors, temporary, metadata={"fingerprint": fingerprint})
         temporary.chmod(0o644)
     with path.open("rb") as file:
-        header = file.read(int.from_bytes(file.read(8), "little"))
-        file.seek(0)
+        header = read_header(file.fileno()).text
         whole = hashlib.file_digest(file, "sha256").hexdigest()
     index = {name: bytes(_bytes(tensors[name])) for name in INDEX_TENSORS}
     return {"size": path.stat().st_size, "sha256": whole, "index_sha256": index_digest(header, index)}
@@ -184,12 +185,14 @@ def save_shard(path: Path, tensors: dict[str, Tensor], fingerprint: str) -> dict
 
 def write_shard(encoder: Encoder, name: str, rows: Sequence[IndexRow], height: int, width: int) -> dict[str, Any]:
     """Write NAME.safetensors and NAME.samples.json; returns what the sidecar says of the shard."""
+    # Each distinct caption is encoded and stored once, in sorted order: the bytes depend on the samples alone.
     captions = sorted({row.caption for row in rows})
     number = {caption: i for i, caption in enumerate(captions)}
     texts, latents = _texts(encoder, captions), _latents(encoder, rows, height, width)
     tensors = pack_shard(latents.mean, latents.std, texts, [number[row.caption] for row in rows])
     path = encoder.latents / f"{name}.safetensors"
     hashes = save_shard(path, tensors, encoder.fingerprint)
+    # People and the inspector read this list; training needs only the shard, so keys and captions stay out of it.
     samples = {
         "keys": [row.key for row in rows],
         "captions": captions,
@@ -207,10 +210,3 @@ def write_shard(encoder: Encoder, name: str, rows: Sequence[IndexRow], height: i
         "latent_square_sum": latents.square_sums.tolist(),
         **hashes,
     }
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON in one step."""
-    remove_leftovers(path)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")

@@ -34,7 +34,7 @@ class Stage:
                 return copy
         except FileNotFoundError:
             pass
-        self._make_room(entry.size, copy)
+        self._make_room(entry.size, copy)  # before copying: the limit holds at every moment
         try:
             with replacing(copy) as temporary:
                 shutil.copyfile(path, temporary)

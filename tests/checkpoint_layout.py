@@ -1,14 +1,17 @@
-"""Which rank holds what: ZeRO's partition of every parameter, as a pure function of the topology.
+"""What a checkpoint must hold: ZeRO's partition of every parameter as a pure function, and hashes of logical tensors.
 
-Used to rewrite a checkpoint for another topology without starting it. Resuming does not need it: there the engine
-itself is asked.
+The engine is asked for its pieces when it saves and loads; this says independently where they have to be.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
+import xxhash
+
+from trainer.checkpoint.reader import KINDS, CheckpointReader
 from trainer.checkpoint.state import Topology
 
 _ALIGNMENT = 2  # of a flat group of stages 1 and 2, in elements per rank (nccl_start_alignment_factor)
@@ -66,3 +69,17 @@ def _cuts(local: list[tuple[str, int]], owners: range, zero_stage: int) -> Itera
             if first < last:
                 yield rank, name, first - begin, last - first
         begin += count
+
+
+def tensor_hashes(folder: Path) -> dict[tuple[str, str], str]:
+    """{(kind, name): XXH3-128 of the full logical fp32 tensor}: equal for equal content on any topology."""
+    reader = CheckpointReader(folder)
+    hashes = {}
+    for kind in KINDS:
+        for name in reader.names(kind):
+            hasher = xxhash.xxh3_128(repr(reader.shape(name)).encode())
+            for part in reader.chunks(kind, name):
+                hasher.update(part.numpy().data)
+            hashes[kind, name] = hasher.hexdigest()
+    reader.close()
+    return hashes

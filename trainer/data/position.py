@@ -1,10 +1,10 @@
-"""The order in which samples are used, as a function of a small state: exact on any number of processes.
+"""Where a run is in its data, and which samples each rank reads next: exact on any number of processes.
 
-Global batch t is a slice of the epoch's order; ranks, accumulation steps and workers only divide it up. What the
-order is, layout.py says.
+A global batch is a slice of the epoch's order (order.py); ranks, accumulation steps and workers only divide it up. So
+the position is a few numbers, the same for all, and a run resumes from them on other processes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -34,7 +34,7 @@ class DataState:
         return cls(**content)
 
     def start_of_batch(self, dataset_size: int, global_batch_size: int) -> "DataState":
-        """The state at which the next global batch begins: the next epoch if this one's rest is too small.
+        """The state at which the next global batch begins: in the next epoch, if too few samples of this one are left.
 
         After a change of the global batch size the position is first rounded up to a multiple of it, so that no
         batch lies across two blocks of buckets: at most one batch is left out of that epoch, none is repeated.
@@ -59,7 +59,7 @@ class MicroBatch:
 
 
 def micro_batches(
-    layout: SampleLayout | Sequence[int],
+    layout: SampleLayout,
     state: DataState,
     *,
     micro_batch_size: int,
@@ -68,12 +68,11 @@ def micro_batches(
     world_size: int,
     group_size: int,
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches for ever, of a layout or of shards of these sizes.
+    """This rank's micro-batches for ever.
 
-    Sample a * world * micro + rank * micro + j of a global batch is row j of accumulation step a.
+    Sample a * world * micro + rank * micro + j of a global batch is row j of accumulation step a: the global batch is
+    the same whatever the numbers of ranks and steps, if their product is.
     """
-    if not isinstance(layout, SampleLayout):
-        layout = SampleLayout.of_shards(layout)
     size, global_batch_size = layout.size, micro_batch_size * num_micro_batches * world_size
     order, epoch = None, -1
     while True:

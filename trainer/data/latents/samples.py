@@ -1,24 +1,34 @@
-"""What a set of latents is to the trainer: its description, its samples and its batches.
+"""What latents are to the trainer: one sample, a batch of them, and the set they come from with its description.
 
 Shapes: B samples, C x H x W latent, L text tokens, D text width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from trainer.data.latents.shard_file import Sample
 from trainer.data.order import SampleLayout
 from trainer.encoders.build import TextEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
-class LatentInfo:
-    """What a data set says of itself. `fingerprint` covers everything that shaped its values.
+class Sample:
+    """Latent [C, H, W] fp32, unnormalised; its standard deviation if stored; tokens [n, D] or the caption."""
 
-    `height` and `width` are those of the first bucket; `buckets` lists all of them as [height, width].
+    latent: Tensor
+    text: Tensor | str
+    latent_std: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentInfo:
+    """What a data set says of itself.
+
+    `height` and `width` are those of the first bucket; `buckets` lists all of them as [height, width]. `mean` and `std`
+    normalise each channel. `fingerprint` is a hash of everything that shaped the values: equal for equal data.
     """
 
     channels: int
@@ -54,14 +64,25 @@ class Batch:
     index_B: Tensor
 
 
+def pad_text(tokens: Sequence[Tensor], length: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Unpadded tokens [n_i, D] -> [B, L, D] with zeros behind, and their mask [B, L]; L is at least `length`."""
+    length = max([length, *(len(t) for t in tokens)])
+    text_BLD = torch.zeros(len(tokens), length, tokens[0].shape[-1], dtype=dtype)
+    mask_BL = torch.zeros(len(tokens), length, dtype=torch.bool)
+    for row, token in enumerate(tokens):
+        text_BLD[row, : len(token)] = token
+        mask_BL[row, : len(token)] = True
+    return text_BLD, mask_BL
+
+
 class LatentDataset(Protocol):
     """Samples by number; its length is that of an epoch, which may leave some out.
 
-    `online_encoder` is set where captions are stored and encoded while training.
+    `layout` says which samples an epoch has and in what order. `empty_text` is the empty caption, which replaces those
+    that are dropped. `online_encoder` is set where captions are stored as text and encoded while training.
     """
 
     info: LatentInfo
-    shard_sizes: list[int]
     layout: SampleLayout
     empty_text: Tensor | str
     online_encoder: TextEncoder | None
