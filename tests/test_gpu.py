@@ -16,8 +16,9 @@ from tests_launcher import metrics
 from torch import Tensor, nn
 
 from moe.config import MoeConfig
-from moe.layer import ChoiceMemory, MoeLayer
+from moe.layer import MoeLayer
 from moe.oracle.layer import ReferenceMoe
+from moe.routing import ChoiceMemory
 from trainer.config import ModelConfig
 from trainer.diffusion.flow import NoisedBatch, training_loss
 from trainer.diffusion.model import EcDit, ModelShape

@@ -9,11 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from moe.deepspeed_expert import expert_range
 from moe.experts import Experts
 from trainer.config import ConfigError, TrainConfig, config_to_dict
 from trainer.data.dataset import DataState, LatentInfo
 from trainer.engine.optim import decays
-from trainer.engine.zero_state import expert_range, full_shape, moment_kinds, optimizer_step
+from trainer.engine.zero_state import full_shape, moment_kinds, optimizer_step
 
 STATE = "state.json"
 FORMAT = 3  # of 2 the weights meant another pairing of channels in the rotary embedding

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moe.routers.registry import router_class
 from trainer.config import ConfigError, TrainConfig, load_config, require
 from trainer.data.latents.interface import LatentInfo
 from trainer.diffusion.model import ModelShape
@@ -136,7 +137,7 @@ def verdict(report: dict[str, Any], mine: PlanResult, outcomes: list[PlanResult]
 def notes(job: Job) -> list[str]:
     """What the formulas leave out for this configuration."""
     found = []
-    if job.counts.num_moe and not job.config.moe.has_equal_splits:
+    if job.counts.num_moe and not router_class(job.config.moe.router).traits.has_equal_splits:
         found.append(
             f"  note: moe.router={job.config.moe.router} fills every expert up to the fullest; exchanges and experts "
             "cost as many times more as it has tokens above the mean"

@@ -1,0 +1,36 @@
+"""What all routers share: a linear map from a token to one logit per expert, in fp32.
+
+Shapes: B images, S image tokens, D width, E experts.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+INITIAL_STD = 0.02  # small, so that affinities start near uniform
+
+
+class RouterLinear(nn.Module):
+    """Logit of each token for each expert: `x W_r`, without bias (EC-DIT equation 5 before its softmax).
+
+    With `reads_time` the input is the timestep's embedding beside the token (Nucleus-Image, arXiv 2604.12163:
+    the scale of the modulation would swamp the token). Logits are fp32 whatever the dtype of the tokens: bf16
+    affinities tie often, and ties decide which tokens are taken.
+    """
+
+    def __init__(self, dim: int, num_experts: int, *, reads_time: bool = False) -> None:
+        super().__init__()
+        self.reads_time = reads_time
+        self.weight = nn.Parameter(torch.empty(num_experts, 2 * dim if reads_time else dim))
+
+    def forward(self, x_BSD: Tensor, time_BD: Tensor | None = None) -> Tensor:
+        """Tokens [B, S, D] (and timestep embedding [B, D]) -> logits [B, S, E] fp32."""
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            weight = self.weight.float()
+            if not self.reads_time:
+                return functional.linear(x_BSD.float(), weight)
+            assert time_BD is not None, "this router reads the timestep"
+            # The product with the concatenation [time, token], which need not be made for every token.
+            of_time, of_token = weight.chunk(2, dim=1)
+            time_B1E = functional.linear(time_BD.float(), of_time).unsqueeze(1)
+            return functional.linear(x_BSD.float(), of_token) + time_B1E
