@@ -25,7 +25,8 @@ from trainer.data.index import build_index
 from trainer.data.latents.shard_writer import Encoder
 from trainer.data.loader import RawBatch, encode_captions
 from trainer.data.order import EpochOrder
-from trainer.encoders.build import PixelCodec, build_codec, build_text_encoder
+from trainer.encoders.build import build_codec, build_text_encoder
+from trainer.encoders.pixel import PixelCodec
 from trainer.encoders.vae import SmallVae
 from trainer.randomness import sample_generator
 

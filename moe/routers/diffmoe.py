@@ -43,12 +43,12 @@ class DiffMoe(Router):
         if not seen.training:
             index_BEC, valid_BEC = seen.packed(predicted_BSE > threshold_E)
             return Choice(index_BEC=index_BEC, valid_BEC=valid_BEC, affinity_BSE=seen.affinity_BSE)
-        num_tokens, index_BEC = seen.x_BSD.shape[1], seen.memory.index_BEC
-        if index_BEC is None:
-            index_BEC = choose_tokens(seen.affinity_BSE, self.config.capacity(num_tokens, seen.capacity_factor))
-        loss = prediction_loss(predicted_BSE, chosen_mask(index_BEC, None, num_tokens))
-        loss = loss + threshold_loss(threshold_E, last_taken(predicted_BSE, index_BEC.shape[-1]))
-        return Choice(index_BEC=index_BEC, affinity_BSE=seen.affinity_BSE, loss=loss)
+        num_tokens, best_BEC = seen.x_BSD.shape[1], seen.memory.index_BEC
+        if best_BEC is None:
+            best_BEC = choose_tokens(seen.affinity_BSE, self.config.capacity(num_tokens, seen.capacity_factor))
+        loss = prediction_loss(predicted_BSE, chosen_mask(best_BEC, None, num_tokens))
+        loss = loss + threshold_loss(threshold_E, last_taken(predicted_BSE, best_BEC.shape[-1]))
+        return Choice(index_BEC=best_BEC, affinity_BSE=seen.affinity_BSE, loss=loss)
 
     def multiply_adds(self, num_tokens: int, dim: int) -> int:
         """S D (D + E) of the predictor. Training counts three times that, though its input has no gradient."""

@@ -37,7 +37,8 @@ from trainer.data.latents.format import (
 )
 from trainer.data.latents.shard_writer import Encoder, write_json, write_shard
 from trainer.distributed import World, detect_world
-from trainer.encoders.build import TextEncoder, build_codec, build_text_encoder
+from trainer.encoders.build import build_codec, build_text_encoder
+from trainer.encoders.protocols import TextEncoder
 from trainer.files import replacing
 
 _TOKEN_MULTIPLE = 8  # text is padded to a multiple of this length

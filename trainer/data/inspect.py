@@ -24,7 +24,8 @@ from trainer.data.images.index_file import INDEX_NAME, open_index
 from trainer.data.latents.dataset_file import LatentFolder, check_shards, read_dataset_file
 from trainer.data.latents.format import DATASET_NAME
 from trainer.data.latents.shard_file import DamagedShardError, ShardFile
-from trainer.encoders.build import ImageCodec, build_codec
+from trainer.encoders.build import build_codec
+from trainer.encoders.protocols import ImageCodec
 from trainer.files import replacing
 
 _MAX_READ = 64  # shards whose captions are counted

@@ -16,7 +16,7 @@ from trainer.config import TrainConfig, require
 from trainer.data.batches import DataState, MicroBatch, micro_batches
 from trainer.data.latents.interface import Batch, LatentDataset
 from trainer.data.latents.shard_file import Sample
-from trainer.encoders.build import TextEncoder
+from trainer.encoders.protocols import TextEncoder
 from trainer.randomness import sample_generator
 
 T = TypeVar("T")

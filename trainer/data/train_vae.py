@@ -18,8 +18,7 @@ from tqdm import tqdm
 from trainer.config import DataConfig, load_config, require, run_cli
 from trainer.data.index import index_or_open
 from trainer.data.latents.shard_writer import picture_batches
-from trainer.encoders.build import VAE_PREFIX
-from trainer.encoders.vae import FACTOR, SmallVae
+from trainer.encoders.vae import FACTOR, VAE_PREFIX, SmallVae
 from trainer.files import replacing
 from trainer.randomness import keyed_generator
 

@@ -34,7 +34,8 @@ _CLASSES = {
 class DiffusersCodec:
     """A frozen autoencoder in fp32; weights are read at the first picture. Latents are unscaled."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, directory: str) -> None:
+        folder = Path(directory)
         self.setting = f"data.codec=diffusers:{folder}"
         require_package(self.setting, "diffusers")
         require(folder.is_dir(), f"{self.setting}: {folder} is no folder, copy the model to it (nothing is downloaded)")

@@ -41,7 +41,8 @@ class MiniLm:
     dim = 384
     max_tokens = MAX_TOKENS
 
-    def __init__(self, num_layers: int = NUM_LAYERS) -> None:
+    def __init__(self, layer: str | None = None) -> None:
+        num_layers = int(layer or NUM_LAYERS)
         require(
             1 <= num_layers <= NUM_LAYERS, f"data.text_encoder=minilm@{num_layers}: use a layer from 1 to {NUM_LAYERS}"
         )

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from trainer.config import ConfigError, require
 
+VAE_PREFIX = "vae:"  # of the setting, before the name of the file
 CHANNELS, FACTOR, WIDTH, NUM_GROUPS = 8, 4, 48, 8
 
 
@@ -70,7 +71,8 @@ class VaeCodec:
     factor = FACTOR
     shift, scale, has_std = 0.0, 1.0, True
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, file: str) -> None:
+        path = Path(file)
         require(
             path.is_file(),
             f"data.codec=vae:{path} names a file that is not there: run python -m trainer.data.train_vae first",

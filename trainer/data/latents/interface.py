@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trainer.data.latents.shard_file import Sample
 from trainer.data.order import SampleLayout
-from trainer.encoders.build import TextEncoder
+from trainer.encoders.protocols import TextEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
