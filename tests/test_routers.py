@@ -65,8 +65,12 @@ def inputs(batch: int = 4) -> list[torch.Tensor]:
 @pytest.mark.parametrize("training", [True, False], ids=["training", "sampling"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_layer_equals_the_plain_loops_forward_and_backward(variant: str, training: bool) -> None:
-    config, grad = config_of(variant), torch.randn(4, S, D)
-    results = []
+    compare_with_oracle(config_of(variant), training)
+
+
+def compare_with_oracle(config: MoeConfig, training: bool) -> None:
+    """Outputs, statistics and all gradients of a layer with these settings."""
+    results, grad = [], torch.randn(4, S, D)
     for kind in (MoeLayer, ReferenceMoe):
         layer = filled(kind(config, dim=D, hidden_dim=16)).train(training)
         x, plain, time = inputs()

@@ -87,7 +87,7 @@ class T5Text:
     def encode(self, captions: list[str]) -> list[Tensor]:
         """One fp32 [n, dim] per caption."""
         ids = [encoding.ids for encoding in self.tokenizer.encode_batch(captions)]
-        return encode_by_length(ids, lambda ids_BL: self.model(input_ids=ids_BL).last_hidden_state)
+        return encode_by_length(ids, lambda ids_BL: self.model(input_ids=ids_BL).last_hidden_state, encoder_device())
 
 
 def _read_tokenizer(setting: str, path: Path) -> Tokenizer:

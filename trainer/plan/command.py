@@ -11,13 +11,13 @@ from moe.routers.registry import router_class
 from trainer.config import ConfigError, TrainConfig, load_config, require
 from trainer.data.latents.interface import LatentInfo
 from trainer.diffusion.model import ModelShape
+from trainer.encoders.build import build_codec
 from trainer.engine.deepspeed_config import load_deepspeed_config, zero_stage
 from trainer.plan.devices import DEVICES, Efficiency, find_device
 from trainer.plan.job import Job, Term, configured_layout
 from trainer.plan.memory import checkpoint_bytes
 from trainer.plan.search import PlanResult, best_per_ep_size, evaluate, search, smallest_nodes
 
-_CODECS = {"pixel": (3, 1), "dct": (16, 4)}
 _UNITS = {"byte": (1e9, "GB"), "FLOP": (1e12, "TFLOP"), "s": (1.0, "s"), "": (1.0, "")}
 
 
@@ -45,6 +45,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
+def codec_shape(spec: str) -> tuple[int, int]:
+    """Channels and factor of the codec; the most common ones where its files are not on this machine."""
+    try:
+        codec = build_codec(spec)
+    except ConfigError:
+        return 16, 8
+    return codec.channels, codec.factor
+
+
 def data_shape(config: TrainConfig, given: argparse.Namespace) -> tuple[ModelShape, int]:
     """Shape of latents and longest caption: from the encoded data if it is there, else from flags and codec."""
     described = Path(config.data.latents) / "dataset.json"
@@ -54,7 +63,7 @@ def data_shape(config: TrainConfig, given: argparse.Namespace) -> tuple[ModelSha
         info: LatentInfo = open_dataset(config).info
         shape = ModelShape(channels=info.channels, height=info.height, width=info.width, text_dim=info.text_dim)
         return shape, info.max_tokens
-    channels, factor = _CODECS.get(config.data.codec, (16, 8))
+    channels, factor = codec_shape(config.data.codec)
     channels, factor = given.channels or channels, given.factor or factor
     small = config.data.source == "synthetic" or config.data.text_encoder.startswith("minilm")
     text_dim, text_tokens = (32, 8) if config.data.source == "synthetic" else (384, 32) if small else (4096, 120)
