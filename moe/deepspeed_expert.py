@@ -115,16 +115,11 @@ def expert_range(parameter: nn.Parameter) -> tuple[int, int]:
     """(first expert, number of experts in all) of an expert-parallel parameter on this rank, (0, 0) of any other."""
     if not is_expert_parameter(parameter):
         return 0, 0
-    ep_size = int(group_name(parameter).removeprefix(_PREFIX))
+    ep_size = int(parameter.group_name.removeprefix(_PREFIX))  # type: ignore[attr-defined]
     num_local = getattr(parameter, "ds_shape", parameter.shape)[0]  # the shape before ZeRO-3 partitioned it
     return (deepspeed.comm.get_rank() % ep_size) * num_local, num_local * ep_size
 
 
-def group_name(parameter: nn.Parameter) -> str:
-    """DeepSpeed's name of the expert group that a parameter belongs to, "" if it is no expert's."""
-    return str(getattr(parameter, "group_name", "")) if is_expert_parameter(parameter) else ""
-
-
-def optimizer_group_keys(name: str) -> dict[str, Any]:
-    """What ZeRO 1 and 2 read from an optimizer's parameter group, to average it over the ranks of its experts."""
-    return {"moe": True, "name": name} if name else {}
+def optimizer_group_keys(parameter: nn.Parameter) -> dict[str, Any]:
+    """What ZeRO 1 and 2 look for in an optimizer's group of parameters like this one."""
+    return {"moe": True, "name": parameter.group_name} if is_expert_parameter(parameter) else {}  # type: ignore[attr-defined]

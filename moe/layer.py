@@ -18,7 +18,7 @@ from moe.config import MoeConfig
 from moe.dispatch import combine, dispatch, expert_rows
 from moe.experts import Experts, Mlp
 from moe.routers.base import Choice, RouterInput
-from moe.routers.linear import RouterLinear
+from moe.routers.modules import RouterLinear
 from moe.routers.registry import build_router
 from moe.routing import ChoiceMemory, RoutingStats, affinity_of, gated, no_stats, routing_stats
 

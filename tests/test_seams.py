@@ -133,7 +133,7 @@ def test_toys_are_trained_on_two_processes(launcher: Any, tmp_path: Path) -> Non
     ):
         done = launcher.run("tests/toy_parts.py", *command, processes=processes)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert json.loads((latents / "dataset.json").read_text())["channels"] == 12
+    assert json.loads((latents / "dataset.json").read_text())["info"]["channels"] == 12
     lines = metrics(run_dir)
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and all(line["loss"] > 0 for line in lines)
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe.config import MoeConfig
-from moe.oracle.choice import TWINS, Chosen, Scores, twin_of
+from moe.oracle.choice import TWINS, Chosen, Scores
 from moe.routers.base import Choice, Router, RouterInput, RouterTraits
 from moe.routers.expert_choice import choose_tokens
 from moe.routers.registry import ROUTERS
 from trainer.encoders.build import CODECS, Registered
+from trainer.encoders.protocols import ImageCodec
 
 
 class ToyRouter(Router):
@@ -60,20 +61,16 @@ def toy_loops(scores: Scores, config: MoeConfig, training: bool) -> Chosen:
     return Chosen(experts, score, (bonus * bonus).mean())
 
 
-class ToyCodec:
+class ToyCodec(ImageCodec):
     """Four pixels as one place of twelve channels."""
 
     channels, factor = 12, 2
-    shift, scale, has_std = 0.0, 1.0, False
 
     def fingerprint(self) -> str:
         return "toy-1"
 
-    def encode(self, rgb_BCHW: Tensor) -> Tensor:
-        return functional.pixel_unshuffle(rgb_BCHW, 2)
-
     def posterior(self, rgb_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.encode(rgb_BCHW), None
+        return functional.pixel_unshuffle(rgb_BCHW, 2), None
 
     def decode(self, latent_BCHW: Tensor) -> Tensor:
         return functional.pixel_shuffle(latent_BCHW, 2)
@@ -83,7 +80,7 @@ def register() -> None:
     """One line each, and the router's plain loops."""
     ROUTERS["toy"] = "toy_parts:ToyRouter"
     CODECS.append(Registered(pattern="toy", path="toy_parts:ToyCodec", usage="toy"))
-    twin_of("toy", lambda dim, num_experts: {"bonus": nn.Linear(dim, num_experts)})(toy_loops)
+    TWINS["toy"] = toy_loops, lambda dim, num_experts: {"bonus": nn.Linear(dim, num_experts)}
 
 
 def unregister() -> None:

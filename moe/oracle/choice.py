@@ -1,7 +1,7 @@
 """What each router chooses in one pool, by plain loops over tokens and experts; part of `moe.oracle.layer`.
 
 A formula of their own: nothing here is shared with `moe.routing` and `moe.routers`. A router's twin is found by the
-router's name (`@twin_of`). Shapes: T tokens of a pool, D width, E experts.
+router's name in `TWINS`. Shapes: T tokens of a pool, D width, E experts.
 """
 
 from collections.abc import Callable
@@ -66,27 +66,6 @@ Choose = Callable[[Scores, MoeConfig, bool], Chosen]  # the last argument: in tr
 Learn = Callable[[int, int], dict[str, nn.Module]]  # (D, E) -> what is learned beside the router, by name
 
 
-@dataclass(frozen=True, kw_only=True)
-class Twin:
-    """The plain loops of one router."""
-
-    choose: Choose
-    learned: Learn
-
-
-TWINS: dict[str, Twin] = {}
-
-
-def twin_of(router: str, learned: Learn = lambda dim, num_experts: {}) -> Callable[[Choose], Choose]:
-    """Make a function the twin of the router of that name in `moe.routers.registry`."""
-
-    def register(choose: Choose) -> Choose:
-        TWINS[router] = Twin(choose=choose, learned=learned)
-        return choose
-
-    return register
-
-
 def _capacity(config: MoeConfig, num_tokens: int) -> int:
     return int(num_tokens * config.capacity_factor / config.num_experts + 1e-9)
 
@@ -98,7 +77,6 @@ def _top_tokens(affinity: Tensor, config: MoeConfig, expert: int) -> list[int]:
     return sorted(in_turn, key=lambda t: -float(affinity[t, expert].detach()))[: _capacity(config, T)]
 
 
-@twin_of("expert_choice")
 def _expert_choice(scores: Scores, config: MoeConfig, training: bool) -> Chosen:
     affinity = scores.affinity(config)
     experts: list[list[int]] = [[] for _ in scores.tokens]
@@ -108,7 +86,6 @@ def _expert_choice(scores: Scores, config: MoeConfig, training: bool) -> Chosen:
     return Chosen(experts, affinity)
 
 
-@twin_of("token_choice")
 def _token_choice(scores: Scores, config: MoeConfig, training: bool) -> Chosen:
     affinity = scores.affinity(config)
     T, E = affinity.shape
@@ -131,12 +108,6 @@ def _token_choice(scores: Scores, config: MoeConfig, training: bool) -> Chosen:
     return Chosen(experts, gates, loss, lost)
 
 
-def _predictor_and_thresholds(dim: int, num_experts: int) -> dict[str, nn.Module]:
-    predictor = nn.ModuleDict({"up": nn.Linear(dim, dim), "down": nn.Linear(dim, num_experts)})
-    return {"predictor": predictor, "threshold": Weights(value=(num_experts,))}
-
-
-@twin_of("diffmoe", _predictor_and_thresholds)
 def _diffmoe(scores: Scores, config: MoeConfig, training: bool) -> Chosen:
     affinity, predicted, threshold = scores.affinity(config), scores.predicted(), scores.threshold()
     T, E = affinity.shape
@@ -155,7 +126,6 @@ def _diffmoe(scores: Scores, config: MoeConfig, training: bool) -> Chosen:
     return chosen
 
 
-@twin_of("expert_race", lambda dim, num_experts: {"threshold": Weights(value=(1,))})
 def _expert_race(scores: Scores, config: MoeConfig, training: bool) -> Chosen:
     affinity, threshold = scores.affinity(config), scores.threshold()
     T, E = affinity.shape
@@ -175,3 +145,24 @@ def _expert_race(scores: Scores, config: MoeConfig, training: bool) -> Chosen:
             loss = loss + weight * (probability[:, i] * probability[:, j]).sum() / T
     loss = loss + 0.5 * ((threshold[0] - taken[-1][0]) ** 2)
     return Chosen(experts, affinity, loss)
+
+
+def _nothing(dim: int, num_experts: int) -> dict[str, nn.Module]:
+    return {}
+
+
+def _predictor_and_thresholds(dim: int, num_experts: int) -> dict[str, nn.Module]:
+    predictor = nn.ModuleDict({"up": nn.Linear(dim, dim), "down": nn.Linear(dim, num_experts)})
+    return {"predictor": predictor, "threshold": Weights(value=(num_experts,))}
+
+
+def _one_threshold(dim: int, num_experts: int) -> dict[str, nn.Module]:
+    return {"threshold": Weights(value=(1,))}
+
+
+TWINS: dict[str, tuple[Choose, Learn]] = {
+    "expert_choice": (_expert_choice, _nothing),
+    "token_choice": (_token_choice, _nothing),
+    "diffmoe": (_diffmoe, _predictor_and_thresholds),
+    "expert_race": (_expert_race, _one_threshold),
+}

@@ -25,8 +25,8 @@ class ReferenceMoe(nn.Module):
         if config.num_shared_experts:
             width = config.num_shared_experts * hidden_dim
             self.shared = nn.ModuleDict({"up": nn.Linear(dim, width), "down": nn.Linear(width, dim)})
-        self.twin = TWINS[config.router]
-        for name, module in self.twin.learned(dim, E).items():
+        self.choose, learned = TWINS[config.router]
+        for name, module in learned(dim, E).items():
             self.add_module(name, module)
 
     def expert(self, number: int, x_D: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class ReferenceMoe(nn.Module):
             tokens = [x_BSD[b, s] for b in images for s in range(S)]
             pool_logits = torch.stack([logits[b][s] for b in images for s in range(S)])
             scores = Scores(self, tokens, pool_logits)
-            chosen = self.twin.choose(scores, self.config, self.training)
+            chosen = self.choose(scores, self.config, self.training)
             for t, token in enumerate(tokens):
                 total = sum((chosen.gates[t, e] for e in chosen.experts[t]), torch.zeros(()))
                 y = torch.zeros_like(token)

@@ -1,7 +1,7 @@
 """What a router is: one abstract class with all in which ways of choosing tokens differ.
 
 The layer, the initial values, the FLOPs that MFU is made of, the planner's memory and the benchmarks ask the router and
-know none by name. Each part is required: a router that forgets one is an error, never a wrong number.
+know none by name. What would make a number wrong if it were forgotten is required.
 
 Shapes: B pools (images, or groups of them), S tokens of a pool, D width, E experts, C rows of an expert.
 """
@@ -85,7 +85,7 @@ class Router(ABC):
     """One way of choosing which tokens go to which experts; `config.router` names it in `moe.routers.registry`.
 
     An instance holds settings only. The linear map from tokens to logits, which all routers have, belongs to the layer
-    (`moe.routers.linear`), and so do the modules that a router learns beside it.
+    (`moe.routers.modules`), and so do the modules that a router learns beside it.
     """
 
     traits: ClassVar[RouterTraits]
@@ -99,13 +99,13 @@ class Router(ABC):
         self.config = config
         self.check()
 
-    @abstractmethod
     def check(self) -> None:
         """Raise ValueError with one sentence if `self.config` has settings that this router cannot work with."""
+        return
 
-    @abstractmethod
     def learned_modules(self, dim: int) -> dict[str, nn.Module]:
         """What is learned beside the linear map, by its name in the layer; each parameter gets a gradient each step."""
+        return {}
 
     @abstractmethod
     def choose(self, seen: RouterInput) -> Choice:

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from moe.routers.base import Choice, Router, RouterInput, RouterTraits
 from moe.routers.expert_choice import choose_tokens
-from moe.routers.threshold import Threshold, threshold_loss
+from moe.routers.modules import Threshold, threshold_loss
 from moe.routing import chosen_mask
 
 

@@ -4,7 +4,7 @@ No loss of its own: the load is even by construction. Shapes: B pools, S tokens 
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe.routers.base import Choice, Router, RouterInput, RouterTraits
 
@@ -13,13 +13,6 @@ class ExpertChoice(Router):
     """Each expert its top `capacity` tokens of the pool, in training and sampling alike."""
 
     traits = RouterTraits(has_equal_splits=True, has_tie_break=True, initial_std={}, example={})
-
-    def check(self) -> None:
-        """Works with all settings."""
-
-    def learned_modules(self, dim: int) -> dict[str, nn.Module]:
-        """Nothing beside the linear map."""
-        return {}
 
     def choose(self, seen: RouterInput) -> Choice:
         """Equation 6; the gate is the raw affinity of each chosen pair (equation 8)."""
@@ -30,11 +23,9 @@ class ExpertChoice(Router):
         return Choice(index_BEC=index_BEC, affinity_BSE=seen.affinity_BSE)
 
     def multiply_adds(self, num_tokens: int, dim: int) -> int:
-        """None."""
         return 0
 
     def activation_bytes(self, num_tokens: int, dim: int, value_bytes: int) -> float:
-        """None."""
         return 0.0
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.routers.base import Choice, Router, RouterInput, RouterTraits
-from moe.routers.threshold import Threshold, threshold_loss
+from moe.routers.modules import Threshold, threshold_loss
 from moe.routing import chosen_mask
 
 
@@ -22,9 +22,6 @@ class ExpertRace(Router):
         has_equal_splits=False, has_tie_break=False, initial_std={"threshold.value": 0.0},
         example={"gate": "identity", "pool": "batch"},
     )  # fmt: skip
-
-    def check(self) -> None:
-        """Works with all settings."""
 
     def learned_modules(self, dim: int) -> dict[str, nn.Module]:
         """One threshold for all experts."""
@@ -45,8 +42,7 @@ class ExpertRace(Router):
         return Choice(index_BEC=index_BEC, valid_BEC=valid_BEC, affinity_BSE=seen.affinity_BSE, loss=loss)
 
     def multiply_adds(self, num_tokens: int, dim: int) -> int:
-        """None that count: the loss has products of E x E only."""
-        return 0
+        return 0  # the products of the loss do not count
 
     def activation_bytes(self, num_tokens: int, dim: int, value_bytes: int) -> float:
         """Softmax and mask of the similarity loss and the products with them, fp32."""

@@ -7,7 +7,7 @@ equation 4). Shapes: B pools, S tokens of a pool, E experts, K choices of a toke
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from moe.routers.base import Choice, Router, RouterInput, RouterTraits
@@ -33,10 +33,6 @@ class TokenChoice(Router):
                 "use moe.gate=softmax or sigmoid"
             )
 
-    def learned_modules(self, dim: int) -> dict[str, nn.Module]:
-        """Nothing beside the linear map."""
-        return {}
-
     def choose(self, seen: RouterInput) -> Choice:
         """GShard's choice; gates are the affinities divided by the sum over the token's wishes, met or not."""
         capacity = self.config.capacity(seen.x_BSD.shape[1], seen.capacity_factor)
@@ -48,7 +44,6 @@ class TokenChoice(Router):
         )  # fmt: skip
 
     def multiply_adds(self, num_tokens: int, dim: int) -> int:
-        """None."""
         return 0
 
     def activation_bytes(self, num_tokens: int, dim: int, value_bytes: int) -> float:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from moe.config import MoeConfig
 from moe.experts import Mlp
 from moe.layer import MoeLayer
-from moe.routers.linear import INITIAL_STD
+from moe.routers.modules import INITIAL_STD
 from moe.routers.registry import router_class
 from moe.routing import ChoiceMemory, RoutingStats
 from trainer.config import ModelConfig

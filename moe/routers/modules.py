@@ -1,4 +1,4 @@
-"""What all routers share: a linear map from a token to one logit per expert, in fp32.
+"""What several routers learn: a linear map from a token to one logit per expert (all of them), and a threshold.
 
 Shapes: B images, S image tokens, D width, E experts.
 """
@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-INITIAL_STD = 0.02  # small, so that affinities start near uniform
+INITIAL_STD = 0.02  # of the linear map: small, so that affinities start near uniform
+# What one unit of the parameter counts for. Adam moves a parameter by about the learning rate per step, whatever its
+# gradient; a threshold has to follow scores that move much faster.
+THRESHOLD_GAIN = 10.0
 
 
 class RouterLinear(nn.Module):
@@ -34,3 +37,25 @@ class RouterLinear(nn.Module):
             of_time, of_token = weight.chunk(2, dim=1)
             time_B1E = functional.linear(time_BD.float(), of_time).unsqueeze(1)
             return functional.linear(x_BSD.float(), of_token) + time_B1E
+
+
+class Threshold(nn.Module):
+    """Learned score above which a token is taken when sampling; one for all experts or one for each.
+
+    The papers keep a moving average of the last taken score of each batch. Here it is a parameter whose squared
+    distance to that score is part of the loss: SGD on it is that moving average, and being a parameter it is averaged
+    over ranks, checkpointed, exported and part of the EMA like any other.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.empty(size))
+
+    def forward(self) -> Tensor:
+        """The threshold, [size] fp32."""
+        return self.value.float() * THRESHOLD_GAIN
+
+
+def threshold_loss(threshold: Tensor, target: Tensor) -> Tensor:
+    """Half the squared distance of the threshold to each pool's last taken score; see `Threshold`."""
+    return 0.5 * (threshold - target.detach()).square().mean()
