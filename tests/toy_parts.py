@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe.config import MoeConfig
-from moe.oracle.choice import TWINS, Chosen, Scores
+from moe.oracle.choice import TWINS, Chosen, ScoredPool
 from moe.routers.base import Choice, Router, RouterInput, RouterTraits
 from moe.routers.expert_choice import choose_tokens
 from moe.routers.registry import ROUTERS
@@ -48,10 +48,10 @@ class ToyRouter(Router):
         return 12 * num_tokens * self.config.num_experts
 
 
-def toy_loops(scores: Scores, config: MoeConfig, training: bool) -> Chosen:
+def toy_loops(pool: ScoredPool, config: MoeConfig, training: bool) -> Chosen:
     """The toy router's choice in one pool."""
-    bonus = torch.stack([scores.layer.bonus(token) for token in scores.tokens])
-    score = scores.affinity(config) + bonus * bonus
+    bonus = torch.stack([pool.layer.bonus(token) for token in pool.tokens])
+    score = pool.affinity(config) + bonus * bonus
     T, E = score.shape
     experts: list[list[int]] = [[] for _ in range(T)]
     for e in range(E):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.config import MoeConfig
-from moe.oracle.choice import TWINS, Scores, Weights
+from moe.oracle.choice import TWINS, BareParameters, ScoredPool
 from moe.routing import RoutingStats
 
 
@@ -20,8 +20,8 @@ class ReferenceMoe(nn.Module):
         super().__init__()
         E = config.num_experts
         self.config = config
-        self.router = Weights(weight=(E, dim if config.router_input == "modulated" else 2 * dim))
-        self.experts = Weights(w1=(E, hidden_dim, dim), w2=(E, dim, hidden_dim), w3=(E, 1, hidden_dim + dim))
+        self.router = BareParameters(weight=(E, dim if config.router_input == "modulated" else 2 * dim))
+        self.experts = BareParameters(w1=(E, hidden_dim, dim), w2=(E, dim, hidden_dim), w3=(E, 1, hidden_dim + dim))
         if config.num_shared_experts:
             width = config.num_shared_experts * hidden_dim
             self.shared = nn.ModuleDict({"up": nn.Linear(dim, width), "down": nn.Linear(width, dim)})
@@ -54,8 +54,8 @@ class ReferenceMoe(nn.Module):
             images = range(first, first + per_pool)
             tokens = [x_BSD[b, s] for b in images for s in range(S)]
             pool_logits = torch.stack([logits[b][s] for b in images for s in range(S)])
-            scores = Scores(self, tokens, pool_logits)
-            chosen = self.choose(scores, self.config, self.training)
+            pool = ScoredPool(self, tokens, pool_logits)
+            chosen = self.choose(pool, self.config, self.training)
             for t, token in enumerate(tokens):
                 total = sum((chosen.gates[t, e] for e in chosen.experts[t]), torch.zeros(()))
                 y = torch.zeros_like(token)

@@ -91,7 +91,7 @@ class Router(ABC):
     traits: ClassVar[RouterTraits]
 
     def __init__(self, config: MoeConfig) -> None:
-        if config.tie_break != "any" and not self.traits.has_tie_break:
+        if not self.traits.has_tie_break and config.tie_break != "any":
             raise ValueError(
                 f"moe.tie_break={config.tie_break} is for moe.router=expert_choice, but moe.router is {config.router}: "
                 "use moe.tie_break=any"
