@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 INITIAL_STD = 0.02  # of the linear map: small, so that affinities start near uniform
-# What one unit of a threshold's parameter counts for. Adam moves a parameter by about the learning rate per step, whatever its
-# gradient; a threshold has to follow scores that move much faster.
+# What one unit of a threshold's parameter counts for. Adam moves a parameter by about the learning rate per step,
+# whatever its gradient; a threshold has to follow scores that move much faster.
 THRESHOLD_GAIN = 10.0
 
 
