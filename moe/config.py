@@ -36,7 +36,7 @@ class MoeConfig:
     else moe/routers/registry.py lists."""
     pool: str = "image"
     """Tokens among which is chosen: those of an `image` (its output then does not depend on the others in its batch),
-    of `group(n)` pictures, or of the whole micro-batch of a rank (`batch`)."""
+    of `group(n)` pictures (n divides the micro-batch), or of the whole micro-batch of a rank (`batch`)."""
     tie_break: Literal["any", "rotate"] = "any"
     """Which of several tokens with exactly equal affinities an expert takes: whichever the sort puts first (`any`), or
     from position floor(e S / E) of S on for expert e of E, and round (`rotate`, expert choice only). With a router of
