@@ -24,6 +24,8 @@ from typing import Any
 from benchmarks.compare_report import write_report
 from benchmarks.interleaved import write_json
 from benchmarks.validation_loss import validation_loss
+from moe.config import MoeConfig
+from moe.routers.registry import ROUTERS, router_class
 from trainer.config import TrainConfig, load_config, require, run_cli
 from trainer.diffusion.model import ModelShape
 from trainer.pipeline import Pipeline
@@ -34,18 +36,22 @@ RECIPE = "demo"
 SPEED_STEPS, SPEED_EVERY = 40, 10  # of one measurement; the first interval is left out
 IMAGES, LATENTS = Path("data/demo/images"), Path("data/demo/latents")
 
+
+def router_settings(name: str) -> list[str]:
+    """Overrides that configure a registered router as its example, those that differ from the default."""
+    settings = {"router": name, **router_class(name).traits.example}
+    return [f"moe.{key}={value}" for key, value in settings.items() if value != getattr(MoeConfig(), key)]
+
+
 # Overrides of the demo's recipe. Its capacity factor is 2 in every second block, which is 24 d^2 multiply-adds per
 # token and pair of blocks; so are a dense MLP of ratio 6 in every block, and a shared expert beside a factor of 1.
 VARIANTS: dict[str, list[str]] = {
     "dense": ["moe.every=0", "model.mlp_ratio=6", "parallel.ep_size=1"],
-    "token_choice": ["moe.router=token_choice"],
-    "expert_choice": [],
-    "diffmoe": ["moe.router=diffmoe", "moe.pool=batch"],
+    **{name: router_settings(name) for name in ROUTERS},
     "nucleus": [
         "moe.router_input=unmodulated", "moe.gate=sigmoid", "moe.normalize_gates=true", "moe.gate_scale=2.5",
         "moe.num_shared_experts=1", "moe.capacity_factor=1",
     ],
-    "expert_race": ["moe.router=expert_race", "moe.gate=identity", "moe.pool=batch"],
 }  # fmt: skip
 DEFAULT_VARIANTS = ("dense", "token_choice", "expert_choice", "diffmoe", "nucleus")
 

@@ -1,4 +1,4 @@
-"""Forward and backward of one expert-choice MoE layer, against its alternatives at equal matmul FLOPs.
+"""Forward and backward of one MoE layer with expert choice, against its alternatives at equal matmul FLOPs.
 
     python -m benchmarks.moe_layer                                # the table, a few minutes
     python -m benchmarks.moe_layer --experts 16 --dtypes bf16 --rounds 21 --json moe_layer.json
@@ -35,7 +35,8 @@ from benchmarks.interleaved import Times, keep_freed_memory, markdown_table, rat
 from moe.config import MoeConfig
 from moe.experts import Mlp
 from moe.layer import MoeLayer
-from moe.routing import expert_choice
+from moe.routers.expert_choice import choose_tokens
+from moe.routing import gated
 from trainer.config import require, run_cli
 
 CAPACITY_FACTOR = 2  # token choice top-2 does the same number of rows
@@ -80,7 +81,7 @@ class Case:
 def one_hot_forward(layer: MoeLayer, x_BSD: Tensor) -> Tensor:
     """What `layer` computes, with dispatch and combine as products with one-hot matrices."""
     affinity_BSE = layer.router(x_BSD).softmax(-1)
-    routing = expert_choice(affinity_BSE, layer.config.capacity(x_BSD.shape[1]))
+    routing = gated(affinity_BSE, choose_tokens(affinity_BSE, layer.config.capacity(x_BSD.shape[1])))
     pick_BECS = functional.one_hot(routing.index_BEC, x_BSD.shape[1]).to(x_BSD.dtype)
     x_EBCD = torch.einsum("becs,bsd->ebcd", pick_BECS, x_BSD)
     y_EBCD = layer.experts(x_EBCD.flatten(1, 2)).view(x_EBCD.shape)

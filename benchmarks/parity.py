@@ -25,6 +25,7 @@ from benchmarks.whole_weights import gather_master
 from moe.config import MoeConfig
 from moe.layer import auxiliary_loss
 from moe.oracle.layer import ReferenceMoe
+from moe.routers.registry import ROUTERS, router_class
 from trainer.config import DataConfig, DiffusionConfig, OptimConfig, ParallelConfig, TrainConfig, TrainLoopConfig
 from trainer.config import ModelConfig as Size
 from trainer.data.dataset import open_dataset
@@ -39,12 +40,12 @@ from trainer.engine.optim import build_optimizer
 from trainer.randomness import keyed_generator
 
 GLOBAL_BATCH, ACCUMULATION, STEPS = 16, 2, 5
-ROUTERS: dict[str, dict[str, Any]] = {
-    "expert_choice": {},
+# Every registered router in its example, and two settings that any router could have.
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{
+        name: {"router": name, "auxiliary_weight": 0.1, **router_class(name).traits.example} for name in ROUTERS
+    },
     "group": {"pool": "group(2)", "gate": "sigmoid"},
-    "token_choice": {"router": "token_choice", "auxiliary_weight": 0.1},
-    "diffmoe": {"router": "diffmoe", "pool": "batch", "auxiliary_weight": 0.1},
-    "expert_race": {"router": "expert_race", "pool": "batch", "gate": "identity", "auxiliary_weight": 0.1},
     "nucleus": {
         "gate": "sigmoid", "router_input": "unmodulated", "normalize_gates": True, "gate_scale": 2.5,
         "num_shared_experts": 1,
@@ -83,7 +84,7 @@ def parity_config(
     return TrainConfig(
         train=TrainLoopConfig(micro_batch_size=micro, gradient_accumulation_steps=accumulation, max_steps=STEPS),
         parallel=ParallelConfig(ep_size=ep_size),
-        moe=MoeConfig(**ROUTERS[router]),
+        moe=MoeConfig(**VARIANTS[router]),
         model=Size(dim=32, num_layers=4, num_heads=2, num_kv_heads=1, patch_size=2, pooled_text=True),
         optim=OptimConfig(
             name="sgd" if optimizer == "sgd" else "adamw", learning_rate=rate, eps=1e-6, max_grad_norm=0.1
@@ -175,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ep-sizes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--optimizers", nargs="+", default=["sgd", "adamw"], choices=["sgd", "adamw"])
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--routers", nargs="+", default=["expert_choice"], choices=list(ROUTERS))
+    parser.add_argument("--routers", nargs="+", default=["expert_choice"], choices=list(VARIANTS))
     arguments = parser.parse_args(argv)
     world = detect_world()
     import deepspeed.utils

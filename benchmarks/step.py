@@ -28,7 +28,7 @@ from trainer.data.order import SampleLayout
 from trainer.data.position import DataState
 from trainer.diffusion.flow import NoisedBatch
 from trainer.distributed import World, all_reduce_mean, detect_world, init_distributed
-from trainer.encoders.build import TextEncoder
+from trainer.encoders.protocols import TextEncoder
 from trainer.engine.deepspeed_config import load_deepspeed_config
 from trainer.engine.determinism import make_deterministic
 from trainer.engine.ema import Ema

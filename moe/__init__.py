@@ -1,1 +1,1 @@
-"""Expert-choice mixture-of-experts: routing, dispatch, expert-parallel exchange and expert MLPs."""
+"""Mixture of experts, by default with expert choice: routers, dispatch, expert-parallel exchange and expert MLPs."""

@@ -13,9 +13,8 @@ _GROUP = re.compile(r"group\(([1-9]\d*)\)")
 class MoeConfig:
     """Mixture-of-experts settings, shared by every MoE block of a model.
 
-    `every` places the MoE: block `i` has one when `i % every == every - 1` (the paper's every second
-    block is `every=2`); 0 gives the dense twin. `capacity_factor` is the mean number of experts that
-    take a token.
+    What is checked here holds for every router; what one router alone cannot do it refuses itself
+    (`moe.routers.registry.build_router`), when a run's settings are read and when a layer is built.
 
     | `router`        | who chooses                                                                              |
     |-----------------|------------------------------------------------------------------------------------------|
@@ -23,37 +22,47 @@ class MoeConfig:
     | `token_choice`  | each token its `top_k` experts, which take the first `capacity` (GShard, arXiv 2006.16668) |
     | `diffmoe`       | as `expert_choice`; when sampling a learned predictor decides (DiffMoE, arXiv 2503.14487) |
     | `expert_race`   | the best pairs of all; when sampling a learned threshold decides (arXiv 2503.16057)      |
-
-    `pool` is the set of tokens among which is chosen: `image` makes a picture's output independent of the other
-    pictures in its batch, `group(n)` is n pictures, `batch` is all pictures of a rank's micro-batch.
-    `gate` turns logits into affinities; `normalize_gates` divides the gates of a token by their sum, `gate_scale`
-    multiplies them. `router_input: unmodulated` lets the router read the timestep's embedding and the token before its
-    modulation, `num_shared_experts` MLPs see every token; these and normalised gates are Nucleus-Image's
-    (arXiv 2604.12163). The capacity factor can fall from `capacity_factor_start` to `capacity_factor` over the first
-    `capacity_anneal_steps` steps of training. `auxiliary_weight` weighs the router's own loss, where it has one.
-
-    `tie_break` says which of several tokens with exactly equal affinities an expert takes. `any` leaves it to the
-    sort. `rotate` lets expert e of E prefer the tokens from position floor(e S / E) of S on, and round: when all
-    affinities are equal, as with a router of zeros, no two experts take the same tokens, and every token is
-    taken by exactly `capacity_factor` experts if that is a whole number and the capacity was not rounded. A dense
-    model can be continued as a mixture from there (trainer/checkpoint/upcycle.py).
     """
 
     num_experts: int = 8
+    """Experts of each MoE block; 1 or more, a multiple of `parallel.ep_size`."""
     capacity_factor: float = 2.0
+    """Mean number of experts that take a token; above 0, at most `num_experts`. Sets the FLOPs of a block."""
     every: int = 2
-    router: Literal["expert_choice", "token_choice", "diffmoe", "expert_race"] = "expert_choice"
+    """Distance of MoE blocks: block i (from 0) has one when i % every == every - 1; 2 is the paper's every second
+    block, 0 the dense twin."""
+    router: str = "expert_choice"
+    """Who chooses which tokens go to which experts: `expert_choice`, `token_choice`, `diffmoe`, `expert_race`, or what
+    else moe/routers/registry.py lists."""
     pool: str = "image"
+    """Tokens among which is chosen: those of an `image` (its output then does not depend on the others in its batch),
+    of `group(n)` pictures (n divides the micro-batch), or of the whole micro-batch of a rank (`batch`)."""
     tie_break: Literal["any", "rotate"] = "any"
+    """Which of several tokens with exactly equal affinities an expert takes: whichever the sort puts first (`any`), or
+    from position floor(e S / E) of S on for expert e of E, and round (`rotate`, expert choice only). With a router of
+    zeros, all affinities are equal: `rotate` then gives no two experts the same tokens, and each token to exactly
+    `capacity_factor` experts if that is whole and no capacity was rounded, from where a dense model can be continued
+    as a mixture (trainer/checkpoint/upcycle.py)."""
     top_k: int = 2
+    """Experts that a token asks for; 1 to `num_experts`. Token choice only."""
     gate: Literal["softmax", "sigmoid", "identity"] = "softmax"
+    """What turns a token's logits into affinities, which become the weights of the experts' outputs."""
     normalize_gates: bool = False
+    """Divide the gates of a token by their sum, as Nucleus-Image (arXiv 2604.12163); not with `gate: identity`."""
     gate_scale: float = 1.0
+    """Multiplies all gates; above 0."""
     router_input: Literal["modulated", "unmodulated"] = "modulated"
+    """What the router reads: the token as the experts get it, or the token before the timestep's modulation beside the
+    timestep's embedding, as Nucleus-Image."""
     num_shared_experts: int = 0
+    """MLPs of an expert's size that see every token beside the chosen ones; 0 or more."""
     capacity_factor_start: float = 0.0
+    """Capacity factor of the first step, from which it falls in a line to `capacity_factor`; at least that and at most
+    `num_experts`. 0: no schedule."""
     capacity_anneal_steps: int = 0
+    """Optimizer steps that the fall takes; 0: no schedule. Belongs together with `capacity_factor_start`."""
     auxiliary_weight: float = 0.01
+    """Weight of the router's own loss in the model's, where it has one; 0 or more."""
 
     def __post_init__(self) -> None:
         if self.num_experts < 1:
@@ -68,8 +77,12 @@ class MoeConfig:
             raise ValueError(f"moe.auxiliary_weight is {self.auxiliary_weight}: use 0 or more")
         if not self.gate_scale > 0:
             raise ValueError(f"moe.gate_scale is {self.gate_scale}: use more than 0")
+        if self.gate == "identity" and self.normalize_gates:
+            raise ValueError(
+                "moe.gate=identity has negative gates, whose sum moe.normalize_gates=true would divide by: "
+                "use moe.gate=softmax or sigmoid"
+            )
         self._check_factors()
-        self._check_combinations()
 
     def _check_factors(self) -> None:
         if not 0 < self.capacity_factor <= self.num_experts:
@@ -91,37 +104,11 @@ class MoeConfig:
                 f"so use that or more, at most moe.num_experts={self.num_experts}"
             )
 
-    def _check_combinations(self) -> None:
-        """Refuse settings that contradict each other, naming both."""
-        if self.router == "token_choice" and not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(f"moe.top_k is {self.top_k}: use 1 to moe.num_experts={self.num_experts}")
-        if self.router != "expert_choice" and self.tie_break != "any":
-            raise ValueError(
-                f"moe.tie_break={self.tie_break} is for moe.router=expert_choice, but moe.router is {self.router}: "
-                "use moe.tie_break=any"
-            )
-        if self.gate == "identity" and (self.normalize_gates or self.router == "token_choice"):
-            other = "moe.normalize_gates=true" if self.normalize_gates else "moe.router=token_choice"
-            raise ValueError(
-                f"moe.gate=identity has negative gates, whose sum {other} would divide by: "
-                "use moe.gate=softmax or sigmoid"
-            )
-        if self.router == "diffmoe" and self.pool == "image":
-            raise ValueError(
-                "moe.router=diffmoe learns how much compute a picture deserves among others, but moe.pool=image gives "
-                "each the same: use moe.pool=batch or group(n)"
-            )
-
     @property
     def group_size(self) -> int:
         """Images of a pool: n of `group(n)`, 1 of `image`, 0 (all there are) of `batch`."""
         found = _GROUP.fullmatch(self.pool)
         return int(found[1]) if found else int(self.pool == "image")
-
-    @property
-    def has_equal_splits(self) -> bool:
-        """Whether every expert takes the same number of rows in training, so that exchanges need no counts."""
-        return self.router != "expert_race"
 
     def pool_images(self, num_images: int) -> int:
         """How many images of a batch share a pool; a batch that `group(n)` does not divide has smaller groups."""

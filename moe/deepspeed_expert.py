@@ -9,6 +9,7 @@ recognises one by `isinstance(module, AutoEPMoELayer)` and by attributes of the 
 | `p.allreduce = False`, `p.group_name`         | gradient averaging of stages 1-2, initial broadcast        |
 | `p.ds_zero_placement_family`, `..._group_name`| stage 3: divisor of the gradient, norm over expert groups  |
 | `p.ds_zero_partition_process_group`           | `zero.Init`: partitions the parameter over its data group  |
+| `moe`, `name` of an optimizer's group          | stages 1-2: over which ranks its gradients are reduced     |
 
 A missing attribute is not an error upstream but a wrong gradient, hence the check at import. What DeepSpeed's own
 checkpoints read besides is left out: its checkpoints are not used, and saving one raises without it. Expert
@@ -16,6 +17,7 @@ groups are consecutive ranks; ranks that hold the same experts are `ep_size` apa
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import deepspeed
 import deepspeed.comm
@@ -27,6 +29,7 @@ from moe.all_to_all import ExpertGroup
 from moe.config import MoeConfig
 from moe.layer import MoeLayer
 
+_PREFIX = "ep_size_"  # of DeepSpeed's names of expert groups
 _REQUIRED: tuple[tuple[object, Sequence[str]], ...] = (
     (groups, ("_create_expert_and_data_parallel", "_get_expert_parallel_group", "_get_expert_data_parallel_group")),
     (AutoEPMoELayer, ("set_deepspeed_parallelism",)),
@@ -65,21 +68,24 @@ def build_expert_group(ep_size: int) -> ExpertGroup | None:
 
 
 def _group_name(ep_size: int) -> str:
-    return f"ep_size_{ep_size}"
+    return f"{_PREFIX}{ep_size}"
 
 
-class ExpertParallelMoe(MoeLayer, AutoEPMoELayer):  # type: ignore[misc]
-    """`MoeLayer` that DeepSpeed treats as an expert-parallel layer under ZeRO 1, 2 and 3.
+class _ExpertParallelMark(AutoEPMoELayer):  # type: ignore[misc]
+    """The type that DeepSpeed looks for, without AutoEP's own layer (token choice) behind it."""
 
-    AutoEP's own constructor and forward (token choice) are not used; only its type is.
-    """
-
-    def __init__(self, config: MoeConfig, *, dim: int, hidden_dim: int, group: ExpertGroup) -> None:
-        tag = _expert_tagger(group.size)
-        MoeLayer.__init__(self, config, dim=dim, hidden_dim=hidden_dim, group=group, tag=tag)
+    def __init__(self) -> None:
+        nn.Module.__init__(self)  # AutoEP's constructor would build its experts
 
     def set_deepspeed_parallelism(self, *args: object, **kwargs: object) -> None:
         """Called by the engine to bind groups; ours are bound at construction."""
+
+
+class ExpertParallelMoe(MoeLayer, _ExpertParallelMark):
+    """`MoeLayer` that DeepSpeed treats as an expert-parallel layer under ZeRO 1, 2 and 3."""
+
+    def __init__(self, config: MoeConfig, *, dim: int, hidden_dim: int, group: ExpertGroup) -> None:
+        super().__init__(config, dim=dim, hidden_dim=hidden_dim, group=group, tag=_expert_tagger(group.size))
 
 
 def _expert_tagger(ep_size: int) -> Callable[[nn.Parameter], None]:
@@ -103,3 +109,17 @@ def _expert_tagger(ep_size: int) -> Callable[[nn.Parameter], None]:
 def is_expert_parameter(parameter: nn.Parameter) -> bool:
     """Whether a parameter is local to its rank of an expert group."""
     return getattr(parameter, "ds_zero_placement_family", "") == "autoep_expert"
+
+
+def expert_range(parameter: nn.Parameter) -> tuple[int, int]:
+    """(first expert, number of experts in all) of an expert-parallel parameter on this rank, (0, 0) of any other."""
+    if not is_expert_parameter(parameter):
+        return 0, 0
+    ep_size = int(parameter.group_name.removeprefix(_PREFIX))  # type: ignore[attr-defined]
+    num_local = getattr(parameter, "ds_shape", parameter.shape)[0]  # the shape before ZeRO-3 partitioned it
+    return (deepspeed.comm.get_rank() % ep_size) * num_local, num_local * ep_size
+
+
+def optimizer_group_keys(parameter: nn.Parameter) -> dict[str, Any]:
+    """What ZeRO 1 and 2 look for in an optimizer's group of parameters like this one."""
+    return {"moe": True, "name": parameter.group_name} if is_expert_parameter(parameter) else {}  # type: ignore[attr-defined]

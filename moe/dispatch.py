@@ -31,11 +31,17 @@ class Rows:
 
 
 def expert_rows(index_BEC: Tensor, num_tokens: int) -> Rows:
-    """Rows of the chosen positions [B, E, C] within images of `num_tokens` tokens; no host synchronisation."""
+    """Rows of the chosen positions [B, E, C] within pools of `num_tokens` tokens; no host synchronisation."""
     B, device = index_BEC.shape[0], index_BEC.device
+    # Positions count within a pool, rows look up tokens of all pools. Experts come first, so that what an all-to-all
+    # sends to one rank is contiguous.
     first_B11 = num_tokens * torch.arange(B, device=device).view(B, 1, 1)
     token_R = (index_BEC + first_B11).transpose(0, 1).reshape(-1)
+    # The way back: sorted by token, each token's rows are one range. The sort is stable, so a token's rows are summed
+    # in the order of the experts, in every run and on any topology.
     sorted_R, order_R = token_R.sort(stable=True)
+    # A range begins where its token's number would be inserted; a token without rows gets an empty one. `bincount`
+    # would say the same, but its size depends on the data, for which the host would have to wait.
     first_T1 = torch.searchsorted(sorted_R, torch.arange(B * num_tokens + 1, device=device))
     return Rows(token_R=token_R, order_R=order_R, first_T1=first_T1)
 

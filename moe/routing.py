@@ -1,6 +1,5 @@
-"""Routing as pure functions: affinities, expert choice, gates, and what a router did.
+"""Routing as all routers share it: affinities, gates, the memory of a choice, and what a router did.
 
-Expert choice is EC-DIT's (arXiv 2410.02098, section 3, equations 5-6, algorithm 1).
 Shapes: B pools (images, or groups of them), S image tokens of a pool, E experts, C capacity (rows of an expert).
 """
 
@@ -22,6 +21,18 @@ class Routing:
     index_BEC: Tensor
     gate_BEC: Tensor
     valid_BEC: Tensor | None = None
+
+
+class ChoiceMemory:
+    """Keeps the chosen tokens of one forward pass for its recomputation (activation checkpointing).
+
+    Recomputed affinities may differ in the last bit, and tied ones may be ordered differently; the
+    shapes stay equal, so a changed choice would go unnoticed and give wrong gradients.
+    """
+
+    def __init__(self) -> None:
+        self.index_BEC: Tensor | None = None
+        self.valid_BEC: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,47 +74,6 @@ def affinity_of(logits_BSE: Tensor, gate: Literal["softmax", "sigmoid", "identit
     if gate == "softmax":
         return logits_BSE.softmax(dim=-1)
     return logits_BSE.sigmoid() if gate == "sigmoid" else logits_BSE
-
-
-def choose_tokens(affinity_BSE: Tensor, capacity: int) -> Tensor:
-    """Top-`capacity` tokens of each expert in each pool (equation 6), [B, E, C] int64.
-
-    The positions are sorted, so that the gather reads rows in order; which expert output comes first
-    does not matter to the sum.
-    """
-    index_BEC = affinity_BSE.detach().transpose(1, 2).topk(capacity, dim=-1, sorted=False).indices
-    return index_BEC.sort(dim=-1).values
-
-
-def choose_tokens_in_turn(affinity_BSE: Tensor, capacity: int) -> Tensor:
-    """`choose_tokens` with `tie_break: rotate`: equal affinities go to expert e from floor(e S / E) on.
-
-    A stable sort of the tokens in the order of each expert's preference, [B, S, E] -> [B, E, C] int64.
-    """
-    B, S, E = affinity_BSE.shape
-    device = affinity_BSE.device
-    first_E1 = torch.arange(E, device=device).unsqueeze(1) * S // E
-    order_BES = ((first_E1 + torch.arange(S, device=device)) % S).expand(B, E, S)
-    turned_BES = affinity_BSE.detach().transpose(1, 2).gather(2, order_BES)
-    best_BEC = turned_BES.sort(dim=-1, descending=True, stable=True).indices[..., :capacity]
-    return order_BES.gather(2, best_BEC).sort(dim=-1).values
-
-
-def expert_choice(
-    affinity_BSE: Tensor,
-    capacity: int,
-    index_BEC: Tensor | None = None,
-    tie_break: Literal["any", "rotate"] = "any",
-) -> Routing:
-    """Route by expert choice: the gate is the raw affinity of each chosen pair (equation 8).
-
-    Pass `index_BEC` to repeat an earlier choice (activation checkpointing): the choice among tied or
-    nearly tied affinities must not change between the forward pass and its recomputation.
-    """
-    if index_BEC is None:
-        choose = choose_tokens_in_turn if tie_break == "rotate" else choose_tokens
-        index_BEC = choose(affinity_BSE, capacity)
-    return gated(affinity_BSE, index_BEC)
 
 
 def gated(

@@ -21,7 +21,7 @@ import deepspeed.comm
 import torch
 from checkpoint_layout import tensor_hashes
 
-from benchmarks.parity import ROUTERS, SHAPE, parity_config, random_value
+from benchmarks.parity import SHAPE, VARIANTS, parity_config, random_value
 from benchmarks.whole_weights import gather_master
 from moe.deepspeed_expert import build_expert_group
 from moe.layer import MoeLayer
@@ -103,7 +103,7 @@ def gathers_go_through_parameters_in_one_order(world: World) -> None:
 
 def routers_sample_alike_with_and_without_expert_parallelism(world: World) -> None:
     """Evaluation, where learned thresholds give experts unequal numbers of tokens, and ranks different ones."""
-    for router in ROUTERS:
+    for router in VARIANTS:
         config = parity_config("sgd", 2, world.size, router)
         engine: Any = engine_of(config, 3, world)
         model = EcDit(config.model, config.moe, SHAPE, MoeLayer)

@@ -27,7 +27,8 @@ from trainer.data.latents.samples import Batch
 from trainer.data.latents.shard_writer import Encoder
 from trainer.data.loader import RawBatch, build_loader, encode_captions
 from trainer.data.position import DataState
-from trainer.encoders.build import PixelCodec, build_codec, build_text_encoder
+from trainer.encoders.build import build_codec, build_text_encoder
+from trainer.encoders.pixel import PixelCodec
 from trainer.encoders.vae import SmallVae
 from trainer.randomness import sample_generator
 

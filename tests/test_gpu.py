@@ -16,8 +16,10 @@ from tests_launcher import metrics
 from torch import Tensor, nn
 
 from moe.config import MoeConfig
-from moe.layer import ChoiceMemory, MoeLayer
+from moe.layer import MoeLayer
 from moe.oracle.layer import ReferenceMoe
+from moe.routers.registry import ROUTERS, router_class
+from moe.routing import ChoiceMemory
 from trainer.config import ModelConfig
 from trainer.diffusion.flow import NoisedBatch, training_loss
 from trainer.diffusion.model import EcDit, ModelShape
@@ -29,7 +31,7 @@ pytestmark = [
 ]
 
 GPU = torch.device("cuda")
-EQUAL_SPLITS = ["expert_choice", "token_choice", "diffmoe"]
+EQUAL_SPLITS = [name for name in ROUTERS if router_class(name).traits.has_equal_splits]
 
 
 @pytest.fixture
@@ -59,11 +61,11 @@ def backward(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
 
 
 def config_of(router: Any, **settings: Any) -> MoeConfig:
-    pool = "image" if router in ("expert_choice", "token_choice") else "batch"
+    pool = router_class(router).traits.example.get("pool", "image")
     return MoeConfig(num_experts=4, capacity_factor=2.0, router=router, pool=pool, **settings)
 
 
-@pytest.mark.parametrize("router", [*EQUAL_SPLITS, "expert_race"])
+@pytest.mark.parametrize("router", ROUTERS)
 def test_layer_equals_the_plain_loops(router: Any) -> None:
     config = config_of(router, num_shared_experts=1)
     layer = filled(MoeLayer(config, dim=16, hidden_dim=24)).to(GPU)
@@ -143,7 +145,7 @@ def test_model_and_its_data_never_wait_for_the_gpu(recompute: bool, waiting_is_a
         loss_of(model, batch.pin_memory().to(GPU)).backward()
 
 
-@pytest.mark.parametrize("router", [*EQUAL_SPLITS, "expert_race"])
+@pytest.mark.parametrize("router", ROUTERS)
 def test_each_router_has_a_deterministic_form(router: Any, deterministic: None) -> None:
     layer = filled(MoeLayer(config_of(router, normalize_gates=True), dim=16, hidden_dim=24)).to(GPU)
     x, grad = torch.randn(3, 16, 16, device=GPU), torch.randn(3, 16, 16, device=GPU)

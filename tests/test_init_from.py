@@ -11,7 +11,7 @@ import torch
 from checkpoint_samples import model_tensors, write_checkpoint
 from tests_launcher import Launcher
 
-from benchmarks.parity import ROUTERS
+from benchmarks.parity import VARIANTS
 from moe.config import MoeConfig
 from trainer.checkpoint.export import ExportOptions, export
 from trainer.checkpoint.export_reader import ExportReader, read_export
@@ -90,9 +90,9 @@ def test_a_mixture_of_copies_equals_the_dense_model(
     assert (stats.experts_per_token_BS == int(factor)).all()
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", VARIANTS)
 def test_exports_have_what_routers_learn(router: str, tmp_path: Path) -> None:
-    settings = [f"moe.{key}={value}" for key, value in ROUTERS[router].items()]
+    settings = [f"moe.{key}={value}" for key, value in VARIANTS[router].items()]
     folder = make_export(tmp_path, *settings)
     config = load_config("debug", [*TINY, *settings])
     model_of(config, read_export(folder))  # strict: every parameter of this router, and no other

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.parity import ROUTERS
+from benchmarks.parity import VARIANTS
 from moe.config import MoeConfig
 from moe.layer import auxiliary_loss
 from trainer.config import ModelConfig
@@ -139,11 +139,11 @@ def test_activation_checkpointing_gives_the_same_gradients_with_tied_affinities(
         assert torch.equal(plain, recomputed)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", VARIANTS)
 def test_routers_recompute_what_they_computed(router: str) -> None:
     gradients = []
     for checkpointing in (False, True):
-        model = build(moe=MoeConfig(num_experts=4, **ROUTERS[router]))
+        model = build(moe=MoeConfig(num_experts=4, **VARIANTS[router]))
         model.activation_checkpointing = checkpointing
         out, stats = model(*inputs())
         own = auxiliary_loss(stats)
@@ -162,10 +162,10 @@ def test_every_parameter_gets_a_gradient() -> None:
 
 def test_initial_values_do_not_depend_on_how_experts_are_split() -> None:
     name = "blocks.1.mlp.experts.w1"
-    whole = initial_value(name, (4, 6, 5), 3)
-    parts = [initial_value(name, (2, 6, 5), 3, first_expert=first) for first in (0, 2)]
+    whole = initial_value(name, (4, 6, 5), 3, moe=MoeConfig())
+    parts = [initial_value(name, (2, 6, 5), 3, first_expert=first, moe=MoeConfig()) for first in (0, 2)]
     assert torch.equal(whole, torch.cat(parts))
-    assert not torch.equal(whole, initial_value(name, (4, 6, 5), 4))
+    assert not torch.equal(whole, initial_value(name, (4, 6, 5), 4, moe=MoeConfig()))
     assert not torch.equal(whole[0], whole[1])
 
 

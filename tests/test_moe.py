@@ -12,9 +12,10 @@ from moe.all_to_all import ExpertGroup, from_local_experts, to_local_experts
 from moe.config import MoeConfig
 from moe.dispatch import combine, dispatch, expert_rows
 from moe.experts import grouped_linear
-from moe.layer import ChoiceMemory, MoeLayer, collect_statistics
+from moe.layer import MoeLayer, collect_statistics
 from moe.oracle.layer import ReferenceMoe
-from moe.routing import choose_tokens, choose_tokens_in_turn, expert_choice, routing_stats
+from moe.routers.expert_choice import choose_tokens, choose_tokens_in_turn
+from moe.routing import ChoiceMemory, gated, routing_stats
 
 
 def filled(layer: torch.nn.Module) -> torch.nn.Module:
@@ -119,7 +120,7 @@ def test_rotated_ties_go_to_the_experts_in_turn(num_experts: int, factor: float,
 
 def test_statistics_of_a_known_routing() -> None:
     affinity = torch.full((1, 4, 2), 0.5)
-    routing = expert_choice(affinity, 2, torch.tensor([[[0, 1], [0, 2]]]))
+    routing = gated(affinity, torch.tensor([[[0, 1], [0, 2]]]))
     stats = routing_stats(affinity, routing)
     assert stats.experts_per_token_BS.tolist() == [[2, 1, 1, 0]]
     assert stats.coverage(2).tolist() == [0.25, 0.5, 0.25]

@@ -9,10 +9,13 @@ import torch
 
 from moe.all_to_all import ExpertGroup, largest
 from moe.config import MoeConfig
-from moe.layer import ChoiceMemory, MoeLayer, auxiliary_loss, set_capacity_factor
+from moe.layer import MoeLayer, auxiliary_loss, set_capacity_factor
 from moe.oracle.layer import ReferenceMoe
-from moe.routers.rivals import balance_loss, pack, race, similarity_loss, token_choice
-from moe.routing import chosen_mask, gated
+from moe.routers.base import pack
+from moe.routers.expert_race import race, similarity_loss
+from moe.routers.registry import build_router
+from moe.routers.token_choice import balance_loss, place_tokens
+from moe.routing import ChoiceMemory, chosen_mask, gated
 
 E, S, D = 4, 8, 12
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -62,8 +65,12 @@ def inputs(batch: int = 4) -> list[torch.Tensor]:
 @pytest.mark.parametrize("training", [True, False], ids=["training", "sampling"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_layer_equals_the_plain_loops_forward_and_backward(variant: str, training: bool) -> None:
-    config, grad = config_of(variant), torch.randn(4, S, D)
-    results = []
+    compare_with_oracle(config_of(variant), training)
+
+
+def compare_with_oracle(config: MoeConfig, training: bool) -> None:
+    """Outputs, statistics and all gradients of a layer with these settings."""
+    results, grad = [], torch.randn(4, S, D)
     for kind in (MoeLayer, ReferenceMoe):
         layer = filled(kind(config, dim=D, hidden_dim=16)).train(training)
         x, plain, time = inputs()
@@ -100,7 +107,7 @@ def test_recomputation_repeats_the_choice(variant: str) -> None:
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("race", "race_per_image")])
 def test_experts_take_equally_many_rows(variant: str) -> None:
     config = config_of(variant)
-    assert config.has_equal_splits
+    assert build_router(config).traits.has_equal_splits
     layer = filled(MoeLayer(config, dim=D, hidden_dim=16))
     memory = ChoiceMemory()
     layer(*inputs()[:1], memory, *inputs()[1:])
@@ -111,7 +118,7 @@ def test_experts_take_equally_many_rows(variant: str) -> None:
 
 def test_an_expert_that_is_full_turns_later_tokens_away() -> None:
     affinity = torch.tensor([[[0.6, 0.3, 0.1], [0.5, 0.1, 0.4], [0.7, 0.2, 0.1], [0.1, 0.8, 0.1]]])
-    chosen = token_choice(affinity, top_k=2, capacity=2)
+    chosen = place_tokens(affinity, top_k=2, capacity=2)
     # First choices 0 0 0 1: token 2 finds expert 0 full. Second choices 1 2 1 then 0: token 0 gets the last of 1.
     assert chosen.mask_BSE[0].int().tolist() == [[1, 1, 0], [1, 0, 1], [0, 0, 0], [0, 1, 0]]
     assert float(chosen.dropped) == pytest.approx(3 / 8)

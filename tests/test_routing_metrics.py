@@ -7,7 +7,7 @@ import torch
 
 from moe.config import MoeConfig
 from moe.layer import MoeLayer
-from moe.routing import RoutingStats, expert_choice, routing_stats
+from moe.routing import RoutingStats, gated, routing_stats
 from trainer.telemetry.routing_metrics import router_histograms, router_metrics, router_vector, vector_size
 
 
@@ -51,7 +51,7 @@ def test_dead_alike_and_overlapping_experts_are_seen() -> None:
     index = torch.arange(4).expand(1, 4, 4).clone()
     index[0, 2] += 4
     metrics = router_metrics(
-        router_vector([routing_stats(affinity, expert_choice(affinity, 4, index))], torch.rand(1)).tolist(), [0]
+        router_vector([routing_stats(affinity, gated(affinity, index))], torch.rand(1)).tolist(), [0]
     )
     assert metrics["moe/0/dead_experts"] == 1
     assert metrics["moe/0/overlap"] == pytest.approx(3 / 6), "experts 0, 1 and 3 take the same tokens, 2 others"

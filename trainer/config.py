@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe.config import MoeConfig
+from moe.routers.registry import build_router
 from trainer.errors import ConfigError, require
 from trainer.settings.data import DataConfig
 from trainer.settings.model import DiffusionConfig, ModelConfig, SampleConfig
@@ -70,6 +71,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(bool(self.run_dir), "run_dir is empty: name the folder of the run")
         require(self.seed >= 0, f"seed is {self.seed}: use 0 or more")
+        build_router(self.moe)  # refuses what the configured router cannot do
         require(
             self.moe.num_experts % self.parallel.ep_size == 0,
             f"parallel.ep_size={self.parallel.ep_size} does not divide moe.num_experts={self.moe.num_experts}: "

@@ -1,6 +1,7 @@
 """What each router chooses in one pool, by plain loops over tokens and experts; part of `moe.oracle.layer`.
 
-Nothing here is shared with `moe.routing` and `moe.routers.rivals`. Shapes: T tokens of a pool, E experts.
+A formula of their own: nothing here is shared with `moe.routing` and `moe.routers`. A router's twin is found by the
+router's name in `TWINS`. Shapes: T tokens of a pool, D width, E experts.
 """
 
 from collections.abc import Callable
@@ -8,9 +9,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe.config import MoeConfig
+
+
+class BareParameters(nn.Module):
+    """Parameters of these names and shapes, and nothing else."""
+
+    def __init__(self, **shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
 
 @dataclass
@@ -23,7 +33,7 @@ class Chosen:
     dropped: float = 0.0
 
 
-class Scores:
+class ScoredPool:
     """The pool as a router sees it: tokens, logits [T, E] and what the layer learns beside them."""
 
     def __init__(self, layer: Any, tokens: list[Tensor], logits: Tensor) -> None:
@@ -52,6 +62,10 @@ class Scores:
         return value
 
 
+Choose = Callable[[ScoredPool, MoeConfig, bool], Chosen]  # the last argument: in training
+Learn = Callable[[int, int], dict[str, nn.Module]]  # (D, E) -> what is learned beside the router, by name
+
+
 def _capacity(config: MoeConfig, num_tokens: int) -> int:
     return int(num_tokens * config.capacity_factor / config.num_experts + 1e-9)
 
@@ -63,17 +77,17 @@ def _top_tokens(affinity: Tensor, config: MoeConfig, expert: int) -> list[int]:
     return sorted(in_turn, key=lambda t: -float(affinity[t, expert].detach()))[: _capacity(config, T)]
 
 
-def _expert_choice(scores: Scores, config: MoeConfig, training: bool) -> Chosen:
-    affinity = scores.affinity(config)
-    experts: list[list[int]] = [[] for _ in scores.tokens]
+def _expert_choice(pool: ScoredPool, config: MoeConfig, training: bool) -> Chosen:
+    affinity = pool.affinity(config)
+    experts: list[list[int]] = [[] for _ in pool.tokens]
     for e in range(config.num_experts):
         for t in _top_tokens(affinity, config, e):
             experts[t].append(e)
     return Chosen(experts, affinity)
 
 
-def _token_choice(scores: Scores, config: MoeConfig, training: bool) -> Chosen:
-    affinity = scores.affinity(config)
+def _token_choice(pool: ScoredPool, config: MoeConfig, training: bool) -> Chosen:
+    affinity = pool.affinity(config)
     T, E = affinity.shape
     wishes = [sorted(range(E), key=lambda e: -float(affinity[t, e].detach()))[: config.top_k] for t in range(T)]
     experts: list[list[int]] = [[] for _ in range(T)]
@@ -85,7 +99,7 @@ def _token_choice(scores: Scores, config: MoeConfig, training: bool) -> Chosen:
                 experts[t].append(e)
             load[e] += 1
     gates = torch.stack([affinity[t] / sum(affinity[t, e] for e in wishes[t]) for t in range(T)])
-    probability = torch.softmax(scores.logits, -1)
+    probability = torch.softmax(pool.logits, -1)
     loss = torch.zeros(())
     for e in range(E):
         first = sum(1 for t in range(T) if wishes[t][0] == e) / T
@@ -94,12 +108,12 @@ def _token_choice(scores: Scores, config: MoeConfig, training: bool) -> Chosen:
     return Chosen(experts, gates, loss, lost)
 
 
-def _diffmoe(scores: Scores, config: MoeConfig, training: bool) -> Chosen:
-    affinity, predicted, threshold = scores.affinity(config), scores.predicted(), scores.threshold()
+def _diffmoe(pool: ScoredPool, config: MoeConfig, training: bool) -> Chosen:
+    affinity, predicted, threshold = pool.affinity(config), pool.predicted(), pool.threshold()
     T, E = affinity.shape
     if not training:
         return Chosen([[e for e in range(E) if predicted[t, e] > threshold[e]] for t in range(T)], affinity)
-    chosen = _expert_choice(scores, config, training)
+    chosen = _expert_choice(pool, config, training)
     loss = torch.zeros(())
     for t in range(T):
         for e in range(E):
@@ -112,15 +126,15 @@ def _diffmoe(scores: Scores, config: MoeConfig, training: bool) -> Chosen:
     return chosen
 
 
-def _expert_race(scores: Scores, config: MoeConfig, training: bool) -> Chosen:
-    affinity, threshold = scores.affinity(config), scores.threshold()
+def _expert_race(pool: ScoredPool, config: MoeConfig, training: bool) -> Chosen:
+    affinity, threshold = pool.affinity(config), pool.threshold()
     T, E = affinity.shape
     if not training:
         return Chosen([[e for e in range(E) if affinity[t, e] > threshold[0]] for t in range(T)], affinity)
     pairs = sorted(((float(affinity[t, e].detach()), t, e) for t in range(T) for e in range(E)), reverse=True)
     taken = pairs[: int(T * config.capacity_factor + 1e-9)]
     experts = [sorted(e for _, at, e in taken if at == t) for t in range(T)]
-    probability = torch.softmax(scores.logits, -1)
+    probability = torch.softmax(pool.logits, -1)
     own = sum(1 for row in experts for _ in row)
     other = sum(1 for row in experts for i in row for j in row if i != j)
     loss = torch.zeros(())
@@ -133,9 +147,22 @@ def _expert_race(scores: Scores, config: MoeConfig, training: bool) -> Chosen:
     return Chosen(experts, affinity, loss)
 
 
-CHOOSE: dict[str, Callable[[Scores, MoeConfig, bool], Chosen]] = {
-    "expert_choice": _expert_choice,
-    "token_choice": _token_choice,
-    "diffmoe": _diffmoe,
-    "expert_race": _expert_race,
+def _nothing(dim: int, num_experts: int) -> dict[str, nn.Module]:
+    return {}
+
+
+def _predictor_and_thresholds(dim: int, num_experts: int) -> dict[str, nn.Module]:
+    predictor = nn.ModuleDict({"up": nn.Linear(dim, dim), "down": nn.Linear(dim, num_experts)})
+    return {"predictor": predictor, "threshold": BareParameters(value=(num_experts,))}
+
+
+def _one_threshold(dim: int, num_experts: int) -> dict[str, nn.Module]:
+    return {"threshold": BareParameters(value=(1,))}
+
+
+TWINS: dict[str, tuple[Choose, Learn]] = {
+    "expert_choice": (_expert_choice, _nothing),
+    "token_choice": (_token_choice, _nothing),
+    "diffmoe": (_diffmoe, _predictor_and_thresholds),
+    "expert_race": (_expert_race, _one_threshold),
 }

@@ -1,7 +1,7 @@
 """The MoE layer as plain loops over images, experts and tokens: the oracle of the tests.
 
-Slow on purpose. It shares the parameters' names and shapes with `moe.layer.MoeLayer`, and
-nothing else: capacity, choice, experts and combination are written out a second time. What the routers choose is in
+Slow on purpose. It has the same parameters by name and shape as `moe.layer.MoeLayer` and shares nothing else with it:
+capacity, choice, experts and combination are written out a second time. What the routers choose is in
 `moe.oracle.choice`.
 """
 
@@ -9,34 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from moe.config import MoeConfig
-from moe.oracle.choice import CHOOSE, Scores
+from moe.oracle.choice import TWINS, BareParameters, ScoredPool
 from moe.routing import RoutingStats
 
 
-class _Weights(nn.Module):
-    def __init__(self, **shapes: tuple[int, ...]) -> None:
-        super().__init__()
-        for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
-
-
 class ReferenceMoe(nn.Module):
-    """Algorithm 1 of the paper, and its rivals, one token at a time, all experts in one process."""
+    """Algorithm 1 of the paper with any router that has a twin, one token at a time, all experts in one process."""
 
     def __init__(self, config: MoeConfig, *, dim: int, hidden_dim: int, group: None = None) -> None:
         super().__init__()
         E = config.num_experts
         self.config = config
-        self.router = _Weights(weight=(E, dim if config.router_input == "modulated" else 2 * dim))
-        self.experts = _Weights(w1=(E, hidden_dim, dim), w2=(E, dim, hidden_dim), w3=(E, 1, hidden_dim + dim))
+        self.router = BareParameters(weight=(E, dim if config.router_input == "modulated" else 2 * dim))
+        self.experts = BareParameters(w1=(E, hidden_dim, dim), w2=(E, dim, hidden_dim), w3=(E, 1, hidden_dim + dim))
         if config.num_shared_experts:
             width = config.num_shared_experts * hidden_dim
             self.shared = nn.ModuleDict({"up": nn.Linear(dim, width), "down": nn.Linear(width, dim)})
-        if config.router == "diffmoe":
-            self.predictor = nn.ModuleDict({"up": nn.Linear(dim, dim), "down": nn.Linear(dim, E)})
-            self.threshold = _Weights(value=(E,))
-        if config.router == "expert_race":
-            self.threshold = _Weights(value=(1,))
+        self.choose, learned = TWINS[config.router]
+        for name, module in learned(dim, E).items():
+            self.add_module(name, module)
 
     def expert(self, number: int, x_D: Tensor) -> Tensor:
         """Output of one expert for one token."""
@@ -63,8 +54,8 @@ class ReferenceMoe(nn.Module):
             images = range(first, first + per_pool)
             tokens = [x_BSD[b, s] for b in images for s in range(S)]
             pool_logits = torch.stack([logits[b][s] for b in images for s in range(S)])
-            scores = Scores(self, tokens, pool_logits)
-            chosen = CHOOSE[self.config.router](scores, self.config, self.training)
+            pool = ScoredPool(self, tokens, pool_logits)
+            chosen = self.choose(pool, self.config, self.training)
             for t, token in enumerate(tokens):
                 total = sum((chosen.gates[t, e] for e in chosen.experts[t]), torch.zeros(()))
                 y = torch.zeros_like(token)

@@ -1,4 +1,4 @@
-"""The modules of a router: a linear map to one logit per expert in fp32, and what some rivals learn beside it.
+"""What several routers learn: a linear map from a token to one logit per expert (all of them), and a threshold.
 
 Shapes: B images, S image tokens, D width, E experts.
 """
@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# What one unit of the parameter counts for. Adam moves a parameter by about the learning rate per step, whatever its
-# gradient; a threshold has to follow scores that move much faster.
+INITIAL_STD = 0.02  # of the linear map: small, so that affinities start near uniform
+# What one unit of a threshold's parameter counts for. Adam moves a parameter by about the learning rate per step,
+# whatever its gradient; a threshold has to follow scores that move much faster.
 THRESHOLD_GAIN = 10.0
 
 
-class Router(nn.Module):
+class RouterLinear(nn.Module):
     """Logit of each token for each expert: `x W_r`, without bias (EC-DIT equation 5 before its softmax).
 
     With `reads_time` the input is the timestep's embedding beside the token (Nucleus-Image, arXiv 2604.12163:
@@ -55,15 +56,6 @@ class Threshold(nn.Module):
         return self.value.float() * THRESHOLD_GAIN
 
 
-class CapacityPredictor(nn.Module):
-    """Two-layer SiLU MLP: logit of each expert taking a token (DiffMoE, arXiv 2503.14487, section 3.3)."""
-
-    def __init__(self, dim: int, num_experts: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(dim, dim)
-        self.down = nn.Linear(dim, num_experts)
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """Tokens [B, S, D], through which no gradient flows back -> logits [B, S, E] fp32."""
-        out: Tensor = self.down(functional.silu(self.up(x_BSD.detach())))
-        return out.float()
+def threshold_loss(threshold: Tensor, target: Tensor) -> Tensor:
+    """Half the squared distance of the threshold to each pool's last taken score; see `Threshold`."""
+    return 0.5 * (threshold - target.detach()).square().mean()

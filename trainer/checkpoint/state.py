@@ -8,12 +8,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from moe.deepspeed_expert import expert_range
 from moe.experts import Experts
 from trainer.config import ConfigError, TrainConfig, config_to_dict
 from trainer.data.latents.samples import LatentInfo
 from trainer.data.position import DataState
 from trainer.engine.optim import decays
-from trainer.engine.zero_state import expert_range, full_shape, moment_kinds, optimizer_step
+from trainer.engine.zero_state import full_shape, moment_kinds, optimizer_step
 from trainer.files import git_commit
 
 STATE = "state.json"

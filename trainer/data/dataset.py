@@ -14,7 +14,8 @@ from trainer.data.latents.shard_dataset import ShardDataset
 from trainer.data.latents.staging import build_stage
 from trainer.data.order import build_layout
 from trainer.data.synthetic import SyntheticDataset
-from trainer.encoders.build import TextEncoder, build_codec, build_text_encoder
+from trainer.encoders.build import build_codec, build_text_encoder
+from trainer.encoders.protocols import TextEncoder
 from trainer.errors import ConfigError, require
 from trainer.settings.data import DataConfig
 from trainer.settings.tokens import token_counts

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from trainer.config import TrainConfig, require
 from trainer.data.latents.samples import Batch, LatentDataset, Sample, pad_text
 from trainer.data.position import DataState, MicroBatch, micro_batches
-from trainer.encoders.build import TextEncoder
+from trainer.encoders.protocols import TextEncoder
 from trainer.randomness import sample_generator
 
 T = TypeVar("T")

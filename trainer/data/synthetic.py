@@ -5,7 +5,7 @@ from torch import Tensor
 
 from trainer.data.latents.samples import LatentInfo, Sample
 from trainer.data.order import SampleLayout
-from trainer.encoders.build import TextEncoder
+from trainer.encoders.protocols import TextEncoder
 from trainer.randomness import keyed_generator
 
 NUM_SAMPLES, NUM_SHARDS = 64, 4

@@ -18,8 +18,7 @@ def _main(argv: list[str] | None) -> None:
     config = load_config(args.config, args.overrides)
 
     from trainer.data.images.vae_training import train_and_save  # torch takes seconds, and --help needs none of it
-    from trainer.encoders.build import VAE_PREFIX
-    from trainer.encoders.vae import FACTOR
+    from trainer.encoders.vae import FACTOR, VAE_PREFIX
 
     data = config.data
     require(args.steps >= 1, f"--steps is {args.steps}: use 1 or more")

@@ -1,4 +1,4 @@
-"""EcDit: a text-to-image diffusion transformer whose every second block has an expert-choice MoE.
+"""EcDit: a text-to-image diffusion transformer whose every second block has an MoE, by default with expert choice.
 
 Block (PixArt-alpha, arXiv 2310.00426, as EC-DIT uses it): self-attention -> cross-attention to the text
 -> MLP or MoE, with adaLN-single: one shared map from the timestep to six vectors, plus a learned offset
@@ -19,8 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from moe.config import MoeConfig
 from moe.experts import Mlp
-from moe.layer import ChoiceMemory, MoeLayer
-from moe.routing import RoutingStats
+from moe.layer import MoeLayer
+from moe.routers.modules import INITIAL_STD
+from moe.routers.registry import router_class
+from moe.routing import ChoiceMemory, RoutingStats
 from trainer.config import ModelConfig
 from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.layers import (
@@ -107,7 +109,7 @@ class EcDit(nn.Module):
     ) -> None:
         super().__init__()
         D, P = config.dim, config.patch_size
-        self.config, self.shape = config, shape
+        self.config, self.moe, self.shape = config, moe, shape
         self.activation_checkpointing = False
         self.patch_embedder = nn.Linear(shape.channels * P * P, D)
         self.timestep_embedder = TimestepEmbedder(D)
@@ -203,17 +205,18 @@ class EcDit(nn.Module):
         return functional.silu(time_BD)
 
 
-def initial_value(name: str, shape: tuple[int, ...], seed: int, first_expert: int = 0) -> Tensor:
+def initial_value(name: str, shape: tuple[int, ...], seed: int, first_expert: int = 0, *, moe: MoeConfig) -> Tensor:
     """The initial fp32 value of a parameter: a function of seed, name and expert number only.
 
     | parameter                                   | value                                                |
     |---------------------------------------------|------------------------------------------------------|
     | norm scales                                 | 1                                                    |
-    | biases, `w3` (expert biases), thresholds    | 0                                                    |
+    | biases, `w3` (expert biases)                | 0                                                    |
     | `final`, `final_modulation`                 | 0: the first prediction is 0                         |
     | gates of `condition` and block `modulation` | 0: attention and MLP branches start closed (adaLN-0) |
     | cross-attention `out`                       | 0, as PixArt-alpha                                   |
     | `router.weight`                             | normal, std 0.02: near-uniform affinities            |
+    | what a router learns beside it              | as the router says (`RouterTraits.initial_std`)      |
     | expert `w1`, `w2` (drawn expert by expert)  | normal, std 1 / sqrt(fan in)                         |
     | other matrices                              | normal, std 1 / sqrt(fan in)                         |
 
@@ -221,29 +224,27 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int, first_expert: in
     """
     if name.endswith(("query_norm", "key_norm")):
         return torch.ones(shape)
-    zero = (
-        "bias",
-        "w3",
-        "threshold.value",
-        "modulation",
-        "condition.weight",
-        "final.weight",
-        "cross_attention.out.weight",
-    )
-    if name.endswith(zero) or name.startswith("final_modulation"):
+    of_router = {"router.weight": INITIAL_STD, **router_class(moe.router).traits.initial_std}
+    std = of_router.get(name.rpartition(".mlp.")[2], float(shape[-1]) ** -0.5 if _is_drawn(name) else 0.0)
+    if std == 0:
         return torch.zeros(shape)
     if ".experts." in name:
         experts = torch.empty(shape)  # filled in place: at scale this is most of what a rank holds while building
         for i in range(shape[0]):
             experts[i].normal_(generator=keyed_generator(seed, "init", name, first_expert + i))
-        return experts.mul_(float(shape[-1]) ** -0.5)
-    std = 0.02 if name.endswith("router.weight") else float(shape[-1]) ** -0.5
+        return experts.mul_(std)
     value: Tensor = std * torch.randn(shape, generator=keyed_generator(seed, "init", name))
     return value
 
 
-def init_weights(model: nn.Module, seed: int) -> None:
+def _is_drawn(name: str) -> bool:
+    """Whether a parameter starts at random numbers rather than at 0."""
+    zero = "bias", "w3", "modulation", "condition.weight", "final.weight", "cross_attention.out.weight"
+    return not (name.endswith(zero) or name.startswith("final_modulation"))
+
+
+def init_weights(model: EcDit, seed: int) -> None:
     """Initialise a model whose parameters are whole on this process, all experts included."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(initial_value(name, tuple(parameter.shape), seed))
+            parameter.copy_(initial_value(name, tuple(parameter.shape), seed, moe=model.moe))

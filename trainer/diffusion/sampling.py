@@ -13,7 +13,7 @@ from trainer.config import DiffusionConfig
 from trainer.data.latents.samples import pad_text
 from trainer.diffusion.model import ModelShape
 from trainer.diffusion.solver import guided, initial_noise, solve
-from trainer.encoders.build import ImageCodec
+from trainer.encoders.protocols import ImageCodec
 
 Observer = Callable[[float, list[RoutingStats]], None]
 Forward = Callable[[Tensor, Tensor, slice], tuple[Tensor, list[RoutingStats]]]

@@ -1,1 +1,1 @@
-"""Frozen networks between people and the model: pictures to latents, captions to text tokens."""
+"""Frozen encoders, a file each: image codecs (pictures to latents and back) and text encoders (captions to tokens)."""

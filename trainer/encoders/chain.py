@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.encoders.build import TextEncoder
+from trainer.encoders.protocols import TextEncoder
 
 
 class TextChain:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trainer.encoders.protocols import ImageCodec
+
 PATCH, NUM_LUMA, NUM_CHROMA = 4, 10, 3
 
 
@@ -39,12 +41,11 @@ def kept_basis() -> Tensor:
     return torch.stack(rows).float()
 
 
-class DctCodec:
+class DctCodec(ImageCodec):
     """16 channels at a quarter of the size; about 25 dB on the embedded scenes."""
 
     channels = NUM_LUMA + 2 * NUM_CHROMA
     factor = PATCH
-    shift, scale, has_std = 0.0, 1.0, False
 
     def __init__(self) -> None:
         self.kernel = kept_basis().view(self.channels, 3, PATCH, PATCH)
@@ -53,13 +54,9 @@ class DctCodec:
         """The choice of basis."""
         return f"dct-{PATCH}-{NUM_LUMA}-{NUM_CHROMA}"
 
-    def encode(self, rgb_BCHW: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, 16, h, w]."""
-        return functional.conv2d(rgb_BCHW, self.kernel, stride=PATCH)
-
     def posterior(self, rgb_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`encode`, without spread."""
-        return self.encode(rgb_BCHW), None
+        """[B, 3, H, W] -> [B, 16, h, w], without spread."""
+        return functional.conv2d(rgb_BCHW, self.kernel, stride=PATCH), None
 
     def decode(self, latent_BCHW: Tensor) -> Tensor:
         """The picture with the dropped frequencies at zero: [B, 3, H, W]."""

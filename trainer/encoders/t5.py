@@ -33,7 +33,8 @@ DEFAULT_MAX_TOKENS = 256  # as SD3; PixArt-alpha has 120, PixArt-sigma and Sana 
 class T5Text:
     """A frozen T5 encoder; the last layer's features with the end token, padding left out."""
 
-    def __init__(self, folder: Path, max_tokens: int = DEFAULT_MAX_TOKENS) -> None:
+    def __init__(self, length_limit: str | None, directory: str) -> None:
+        folder, max_tokens = Path(directory), int(length_limit or DEFAULT_MAX_TOKENS)
         length = "" if max_tokens == DEFAULT_MAX_TOKENS else f"@{max_tokens}"
         self.setting = f"data.text_encoder=t5{length}:{folder}"
         require_package(self.setting, "transformers")
@@ -86,7 +87,7 @@ class T5Text:
     def encode(self, captions: list[str]) -> list[Tensor]:
         """One fp32 [n, dim] per caption."""
         ids = [encoding.ids for encoding in self.tokenizer.encode_batch(captions)]
-        return encode_by_length(ids, lambda ids_BL: self.model(input_ids=ids_BL).last_hidden_state)
+        return encode_by_length(ids, lambda ids_BL: self.model(input_ids=ids_BL).last_hidden_state, encoder_device())
 
 
 def _read_tokenizer(setting: str, path: Path) -> Tokenizer:

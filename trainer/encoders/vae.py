@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.config import ConfigError, require
+from trainer.encoders.protocols import ImageCodec
 
+VAE_PREFIX = "vae:"  # of the setting, before the name of the file
 CHANNELS, FACTOR, WIDTH, NUM_GROUPS = 8, 4, 48, 8
 
 
@@ -63,14 +65,15 @@ class SmallVae(nn.Module):
         return functional.pixel_shuffle(self.decoder(latent_BCHW), FACTOR)
 
 
-class VaeCodec:
+class VaeCodec(ImageCodec):
     """The posterior's mean as the latent; weights from a file that `trainer.data.train_vae` wrote."""
 
     channels = CHANNELS
     factor = FACTOR
-    shift, scale, has_std = 0.0, 1.0, True
+    has_std = True
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, file: str) -> None:
+        path = Path(file)
         require(
             path.is_file(),
             f"data.codec=vae:{path} names a file that is not there: run python -m trainer.data.train_vae first",
@@ -88,13 +91,9 @@ class VaeCodec:
         """Hash of the weights."""
         return f"vae-{self.sha256[:16]}"
 
-    def encode(self, rgb_BCHW: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, 8, H/4, W/4]."""
-        return self.posterior(rgb_BCHW)[0]
-
     @torch.no_grad()
     def posterior(self, rgb_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mean and standard deviation of the latent."""
+        """Mean and standard deviation of the latent, [B, 3, H, W] -> [B, 8, H/4, W/4]."""
         mean, log_variance = self.model.to(rgb_BCHW.device).posterior(rgb_BCHW)
         return mean, (0.5 * log_variance).exp()
 

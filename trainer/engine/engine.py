@@ -11,13 +11,13 @@ from deepspeed.runtime import compiler
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
-from moe.deepspeed_expert import ExpertParallelMoe, build_expert_group
+from moe.deepspeed_expert import ExpertParallelMoe, build_expert_group, expert_range
 from moe.layer import MoeLayer
 from trainer.config import TrainConfig
 from trainer.diffusion.model import DitBlock, EcDit, ModelShape, initial_value
 from trainer.engine.deepspeed_config import zero_stage
 from trainer.engine.optim import build_optimizer
-from trainer.engine.zero_state import expert_range, full_shape, write_initial
+from trainer.engine.zero_state import full_shape, write_initial
 
 InitialValue = Callable[[str, tuple[int, ...], int, int], Tensor]
 
@@ -26,13 +26,14 @@ def build_model(
     config: TrainConfig,
     deepspeed_config: dict[str, Any],
     shape: ModelShape,
-    initial: InitialValue = initial_value,
+    initial: InitialValue | None = None,
 ) -> EcDit:
     """The model as this rank holds it. Collective over all ranks.
 
     Under stage 3 each layer's parameters are partitioned as soon as the layer is built, so no rank ever
     holds more than one layer's local experts in full. Initial values do not depend on the topology.
     """
+    initial = initial or partial(initial_value, moe=config.moe)
     # Without expert parallelism the plain layer: nothing of DeepSpeed's private expert protocol is used then.
     group = build_expert_group(config.parallel.ep_size)
     build_moe = partial(ExpertParallelMoe, group=group) if group else MoeLayer
@@ -84,7 +85,7 @@ def build_engine(
     deepspeed_config: dict[str, Any],
     shape: ModelShape,
     device: torch.device,
-    initial: InitialValue = initial_value,
+    initial: InitialValue | None = None,
 ) -> Any:
     """Model, optimizer and ZeRO in one DeepSpeed engine."""
     _import_muon_uncompiled()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe.deepspeed_expert import is_expert_parameter
+from moe.deepspeed_expert import is_expert_parameter, optimizer_group_keys
 from trainer.config import OptimConfig
 
 
@@ -18,21 +18,18 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Groups by (decay, expert). Expert groups carry the keys that DeepSpeed's ZeRO 1 and 2 look for."""
-    members: dict[tuple[bool, str], list[nn.Parameter]] = {}
+    """Groups by (decay, expert); those of experts carry what DeepSpeed's ZeRO 1 and 2 look for."""
+    members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
-        expert_group = parameter.group_name if is_expert_parameter(parameter) else ""  # type: ignore[attr-defined]
-        members.setdefault((decays(name, parameter), expert_group), []).append(parameter)
+        members.setdefault((decays(name, parameter), is_expert_parameter(parameter)), []).append(parameter)
     groups: list[dict[str, Any]] = []
-    for (decay, expert_group), parameters in sorted(members.items(), key=lambda item: item[0]):
+    for (decay, _), parameters in sorted(members.items(), key=lambda item: item[0]):
         group: dict[str, Any] = {
             "params": parameters,
             "weight_decay": weight_decay if decay else 0.0,
             "role": "decay" if decay else "no_decay",  # the same on any topology
         }
-        if expert_group:
-            group |= {"moe": True, "name": expert_group}
-        groups.append(group)
+        groups.append(group | optimizer_group_keys(parameters[0]))
     return groups
 
 

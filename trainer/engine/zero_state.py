@@ -24,7 +24,7 @@ import deepspeed.comm
 import torch
 from torch import Tensor, nn
 
-from moe.deepspeed_expert import is_expert_parameter
+from moe.deepspeed_expert import expert_range
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -58,15 +58,6 @@ class TensorPiece:
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Local shape of a parameter before ZeRO-3 partitioned it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def expert_range(parameter: nn.Parameter) -> tuple[int, int]:
-    """(first expert, number of experts in all) of an expert-parallel parameter, (0, 0) of any other."""
-    if not is_expert_parameter(parameter):
-        return 0, 0
-    ep_size = int(parameter.group_name.removeprefix("ep_size_"))  # type: ignore[attr-defined]
-    num_local = full_shape(parameter)[0]
-    return (deepspeed.comm.get_rank() % ep_size) * num_local, num_local * ep_size
 
 
 def write_initial(parameter: nn.Parameter, value: Tensor) -> None:

@@ -7,17 +7,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moe.routers.registry import router_class
 from trainer.config import ConfigError, TrainConfig, load_config, require
 from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.model import ModelShape
+from trainer.encoders.build import build_codec
 from trainer.engine.deepspeed_config import load_deepspeed_config, zero_stage
 from trainer.plan.devices import Efficiency, find_device
 from trainer.plan.job import Job, Term, configured_layout
 from trainer.plan.memory import checkpoint_bytes
 from trainer.plan.search import PlanResult, best_per_ep_size, evaluate, search, smallest_nodes
 
-_CODECS = {"pixel": (3, 1), "dct": (16, 4)}
 _UNITS = {"byte": (1e9, "GB"), "FLOP": (1e12, "TFLOP"), "s": (1.0, "s"), "": (1.0, "")}
+
+
+def codec_shape(spec: str) -> tuple[int, int]:
+    """Channels and factor of the codec; the most common ones where its files are not on this machine."""
+    try:
+        codec = build_codec(spec)
+    except ConfigError:
+        return 16, 8
+    return codec.channels, codec.factor
 
 
 def data_shape(config: TrainConfig, given: Namespace) -> tuple[ModelShape, int]:
@@ -28,7 +38,7 @@ def data_shape(config: TrainConfig, given: Namespace) -> tuple[ModelShape, int]:
 
         info: LatentInfo = open_dataset(config).info
         return ModelShape.of(info), info.max_tokens
-    channels, factor = _CODECS.get(config.data.codec, (16, 8))
+    channels, factor = codec_shape(config.data.codec)
     channels, factor = given.channels or channels, given.factor or factor
     small = config.data.source == "synthetic" or config.data.text_encoder.startswith("minilm")
     text_dim, text_tokens = (32, 8) if config.data.source == "synthetic" else (384, 32) if small else (4096, 120)
@@ -111,7 +121,7 @@ def verdict(report: dict[str, Any], mine: PlanResult, outcomes: list[PlanResult]
 def notes(job: Job) -> list[str]:
     """Costs of this configuration that the formulas leave out."""
     found = []
-    if job.counts.num_moe and not job.config.moe.has_equal_splits:
+    if job.counts.num_moe and not router_class(job.config.moe.router).traits.has_equal_splits:
         found.append(
             f"  note: moe.router={job.config.moe.router} fills every expert up to the fullest; exchanges and experts "
             "cost as many times more as it has tokens above the mean"

@@ -14,6 +14,7 @@ What a block keeps for its backward pass is counted from `trainer.diffusion.mode
 attention keeps its normed and rotated queries in fp32 too. The tests compare with counted allocations.
 """
 
+from moe.routers.registry import build_router
 from trainer.plan.devices import Efficiency
 from trainer.plan.job import Job, Layout, Term
 
@@ -82,11 +83,7 @@ def block_bytes(job: Job, micro_batch_size: int, *, moe: bool) -> float:
     mlp += s * T * D * (2 * model.mlp_ratio * moe_config.num_shared_experts + bool(moe_config.num_shared_experts))
     if moe_config.router_input == "unmodulated":
         mlp += 4 * T * D
-    if moe_config.router == "diffmoe":
-        mlp += s * T * D * 3 + 12 * T * E
-    if moe_config.router in ("token_choice", "expert_race"):
-        mlp += 16 * T * E
-    return attention + mlp
+    return attention + mlp + build_router(moe_config).activation_bytes(T, D, s)
 
 
 def activation_terms(job: Job, layout: Layout) -> list[Term]:

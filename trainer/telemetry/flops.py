@@ -19,14 +19,16 @@ E experts of capacity C, P patch size, c latent channels. Per image, forward:
 | block: MoE                    | S D E + 2 m E C D^2                                  |
 | shared experts, n of them     | 2 m n S D^2                                          |
 | router that reads the time    | D E more                                             |
-| DiffMoE's predictor           | S D (D + E), backward without its input's half       |
+| what a router learns beside   | as the router says (`Router.multiply_adds`)          |
 
-In pools wider than an image, and in Expert Race, E C is S f_c; rows that fill up an expert's share are not the model's.
+In pools wider than an image, and with a router without equal splits, E C is S f_c; rows that fill up an expert's share
+are not the model's.
 """
 
 import torch
 
 from moe.config import MoeConfig
+from moe.routers.registry import build_router
 from trainer.config import ModelConfig
 from trainer.diffusion.layers import TimestepEmbedder
 from trainer.diffusion.model import ModelShape
@@ -70,14 +72,13 @@ def forward_multiply_adds(
 def moe_multiply_adds(model: ModelConfig, moe: MoeConfig, num_tokens: int) -> int:
     """Multiply-adds of one MoE layer's forward pass on one image."""
     S, D, E = num_tokens, model.dim, moe.num_experts
-    exact = moe.pool == "image" and moe.has_equal_splits
+    router = build_router(moe)
+    exact = moe.pool == "image" and router.traits.has_equal_splits
     rows = E * moe.capacity(S) if exact else int(S * moe.capacity_factor)
     total = S * D * E + 2 * model.mlp_ratio * (rows + moe.num_shared_experts * S) * D * D
     if moe.router_input == "unmodulated":
         total += D * E
-    if moe.router == "diffmoe":
-        total += S * D * (D + E)
-    return total
+    return total + router.multiply_adds(S, D)
 
 
 def training_flops(model: ModelConfig, moe: MoeConfig, shape: ModelShape, num_tokens: int, text_length: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from trainer.data.latents.format import DATASET_NAME, READABLE_VERSIONS, SETTINGS, encoding_fingerprint, is_signed
 from trainer.data.latents.shard_dataset import read_empty_text
 from trainer.data.latents.shard_file import DamagedShardError, ShardEntry, ShardFile
-from trainer.encoders.build import ImageCodec, TextEncoder
+from trainer.encoders.protocols import ImageCodec, TextEncoder
 from trainer.errors import ConfigError, require
 from trainer.settings.data import DataConfig
 

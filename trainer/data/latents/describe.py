@@ -15,7 +15,7 @@ from tqdm import tqdm
 from trainer.data.images.contact_sheet import Figure
 from trainer.data.latents.dataset_file import LatentFolder
 from trainer.data.latents.shard_file import DamagedShardError, ShardFile
-from trainer.encoders.build import ImageCodec
+from trainer.encoders.protocols import ImageCodec
 from trainer.errors import ConfigError
 
 _MAX_READ = 64  # shards whose captions are counted

@@ -32,7 +32,8 @@ from trainer.data.latents.format import (
     signed_json,
 )
 from trainer.data.latents.shard_writer import Encoder, write_shard
-from trainer.encoders.build import TextEncoder, build_codec, build_text_encoder
+from trainer.encoders.build import build_codec, build_text_encoder
+from trainer.encoders.protocols import TextEncoder
 from trainer.files import git_commit, replacing, write_json
 
 _TOKEN_MULTIPLE = 8  # text is padded to a multiple of this length

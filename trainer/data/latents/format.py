@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainer.config import DataConfig
-    from trainer.encoders.build import ImageCodec, TextEncoder
+    from trainer.encoders.protocols import ImageCodec, TextEncoder
 
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.order import SampleLayout
-from trainer.encoders.build import TextEncoder
+from trainer.encoders.protocols import TextEncoder
 
 
 @dataclass(frozen=True, kw_only=True)

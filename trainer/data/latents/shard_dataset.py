@@ -14,7 +14,7 @@ from trainer.data.latents.samples import LatentInfo, Sample
 from trainer.data.latents.shard_file import DamagedShardError, ShardEntry, ShardFile
 from trainer.data.latents.staging import Stage
 from trainer.data.order import SampleLayout
-from trainer.encoders.build import TextEncoder
+from trainer.encoders.protocols import TextEncoder
 
 _MAX_OPEN_FILES = 64
 

@@ -23,7 +23,7 @@ from trainer.config import DataConfig
 from trainer.data.images.decode import UNREADABLE, cover_crop, read_rgb
 from trainer.data.images.tar_scan import IndexRow
 from trainer.data.latents.format import INDEX_TENSORS, check_of, index_digest
-from trainer.encoders.build import ImageCodec, TextEncoder
+from trainer.encoders.protocols import ImageCodec, TextEncoder
 from trainer.files import remove_leftovers, replacing, write_json
 from trainer.safetensors_header import read_header
 
