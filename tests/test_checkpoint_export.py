@@ -194,6 +194,7 @@ def test_a_killed_export_leaves_nothing_that_looks_whole_and_the_next_one_takes_
             Pipeline.load(folder)
     program = (
         "import re, sys; from pathlib import Path; from trainer.checkpoint.__main__ import main\n"
+        "import trainer.checkpoint.commands  # what the command imports when it starts to work\n"
         "read = lambda key: int(re.search(key + r':\\s*(\\d+) kB', Path('/proc/self/status').read_text())[1]) * 1024\n"
         "before = read('VmHWM')\n"
         "try: main(sys.argv[1:])\n"
