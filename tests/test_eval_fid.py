@@ -7,12 +7,10 @@ import pytest
 import torch
 
 from eval.demo.features import (
-    RESOLUTION,
     find_weights,
     image_hash,
     inception_features,
     load_inception,
-    preprocess,
 )
 from eval.metrics.fid import (
     FrechetDistance,
@@ -23,6 +21,8 @@ from eval.metrics.fid import (
     moments,
 )
 from eval.networks.inception import Inception, build_inception
+from eval.networks.resize import RESOLUTION
+from eval.networks.resize import tf1_preprocess as preprocess
 from trainer.config import ConfigError
 
 
