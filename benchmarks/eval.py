@@ -37,7 +37,7 @@ from eval.feature_store import FeatureStore, add_picture_features
 from eval.metrics.fid import Moments, frechet_from_moments
 from eval.metrics.statistics import moments_of
 from eval.networks.detectors import build_detector
-from eval.networks.encoders import InceptionEncoder
+from eval.networks.inception import InceptionEncoder
 from eval.pictures.image_files import read_picture
 from eval.suites.geneval_steps import detect_files, open_detections
 from eval.weights import find_file

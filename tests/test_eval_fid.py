@@ -20,7 +20,7 @@ from eval.metrics.fid import (
     frechet_from_moments,
     moments,
 )
-from eval.networks.inception import Inception, build_inception
+from eval.networks.inception_network import Inception, build_inception
 from eval.networks.resize import RESOLUTION
 from eval.networks.resize import tf1_preprocess as preprocess
 from trainer.config import ConfigError

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.networks.inception import Inception, build_inception, read_torchscript
+from eval.networks.inception_network import Inception, build_inception
 from eval.networks.resize import tf1_preprocess
+from eval.networks.weight_files import read_torchscript
 from trainer.config import require
 from trainer.files import package_file
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from eval.feature_store import FeatureStore, add_picture_features, hash_files
 from eval.metrics.fid import Moments
-from eval.networks.encoders import InceptionEncoder
+from eval.networks.inception import InceptionEncoder
 from eval.networks.resize import CONVENTIONS, check_convention
 from eval.pictures.image_files import folder_files, open_npz, unpack_npz
 from trainer.config import ConfigError, require, run_cli

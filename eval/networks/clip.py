@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from eval.feature_store import SHARD_ROWS, FeatureStore
-from eval.networks.inception import read_torchscript
+from eval.networks.weight_files import must_fit, read_torchscript
 from eval.weights import cache_folder, file_sha256, find_weights_file
 from eval.weights_table import TABLE
-from trainer.config import ConfigError, require
+from trainer.config import require
 from trainer.encoders.pretrained import encoder_device
 
 DEFAULT_CLIP, CMMD_CLIP = "ViT-L-14:openai", "ViT-L-14-336:openai"
@@ -78,16 +78,14 @@ def load_clip(spec: str) -> "ClipModel":
     # OpenAI trained with a quicker GELU, whatever the architecture's name says.
     quick = tag == "openai" or any(entry.sha256 == sha256 and "openai" in entry.name for entry in TABLE.values())
     model = open_clip.create_model(arch, pretrained_text=False, force_quick_gelu=quick)
-    try:
+    with must_fit(f"{path} does not hold weights of {arch}"):
         model.load_state_dict(_read_state(path))
-    except (RuntimeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{path} does not hold weights of {arch}: {' '.join(str(error).split())[:200]}") from error
     preset = open_clip.get_pretrained_cfg(arch, tag) if tag else {}
     return ClipModel(arch, model, sha256, preset)
 
 
 def network_name(arch: str) -> str:
-    """Of a model in keys and cards."""
+    """What an architecture of open_clip is called in the keys of features and on protocol cards."""
     return f"open_clip-{arch}"
 
 
@@ -143,7 +141,7 @@ class ClipModel:
 
 
 def text_hash(text: str) -> str:
-    """Name of a caption in the feature store."""
+    """The key of a caption in the feature store."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from eval.networks.clip import ClipModel, find_clip, network_name, zero_shot_probabilities
-from eval.networks.detectors import FoundObject
+from eval.networks.protocols import FoundObject
 from eval.pictures.geneval_names import COLORS
 from eval.weights import file_sha256
 

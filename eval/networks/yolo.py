@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import batched_nms
 
-from eval.networks.detectors import Comparable, FoundObject
-from eval.weights import file_sha256, find_weights_file
+from eval.networks.detector_source import DetectorSource, listed_weights
+from eval.networks.protocols import Comparable, FoundObject
+from eval.weights import file_sha256
 from trainer.config import require
 from trainer.encoders.pretrained import encoder_device
 
@@ -92,8 +93,7 @@ def _decode(out_NCHW: Tensor, stride: int, anchors: tuple[tuple[int, int], ...])
     return torch.cat([centre - half, centre + half, x[..., 4:].sigmoid()], -1).reshape(count, -1, 85)
 
 
-def yolo_card(weights_sha256: str) -> dict[str, str]:
-    """The detector's card."""
+def _card(weights_sha256: str) -> dict[str, str]:
     return {"detector": "yolov3-tiny", "weights_sha256": weights_sha256, "input": f"letterbox {_SIZE}"}
 
 
@@ -102,11 +102,10 @@ class YoloDetector:
 
     comparable: Comparable = "approximate"
 
-    def __init__(self) -> None:
-        path = find_weights_file("yolov3-tiny")
+    def __init__(self, path: Path) -> None:
         self.device = encoder_device()
         self.net = YoloV3Tiny().load_darknet(path).to(self.device)
-        self.card = yolo_card(file_sha256(path))
+        self.card = _card(file_sha256(path))
 
     @torch.inference_mode()
     def detect(self, picture_HW3: Tensor) -> list[FoundObject]:
@@ -130,3 +129,11 @@ class YoloDetector:
             for i in kept
             for x1, y1, x2, y2 in [boxes[i].tolist()]
         ]
+
+
+YOLOV3_TINY = DetectorSource(
+    comparable=YoloDetector.comparable,
+    find=listed_weights("yolov3-tiny"),
+    card=lambda path: _card(file_sha256(path)),
+    load=YoloDetector,
+)

@@ -7,7 +7,7 @@ from eval.metrics.frechet import FrechetReference, fid_infinity, inception_score
 from eval.metrics.kernel import kid
 from eval.metrics.neighbours import memorisation, neighbours
 from eval.metrics.statistics import moments_of, read_statistics
-from eval.networks.encoders import SLIM, InceptionEncoder, classifier_weight
+from eval.networks.inception import SLIM, InceptionEncoder, classifier_weight
 from eval.pictures.prompts import Prompt
 from eval.scoring import Result, ScoreConfig, ScoringJob, attempt, is_statistics, needs_reference
 from eval.weights import find_weights_file
