@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reducing_metrics import FrechetDistance
 
 from eval.demo.features import (
     find_weights,
@@ -13,7 +14,6 @@ from eval.demo.features import (
     load_inception,
 )
 from eval.metrics.fid import (
-    FrechetDistance,
     Moments,
     covariance_factor,
     frechet_from_features,

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from scipy.linalg.lapack import dpstrf
 from torch import Tensor
-from torchmetrics import Metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,43 +87,3 @@ def frechet_from_features(a_ND: Tensor, b_ND: Tensor) -> float:
     cross = torch.linalg.svdvals(a_factor @ b_factor.T).sum()
     traces = a_factor.square().sum() + b_factor.square().sum()
     return float((a_mean - b_mean).square().sum() + traces - 2 * cross)
-
-
-class FrechetDistance(Metric):
-    """Frechet distance over features that arrive in batches and live on several ranks.
-
-    State is the count, sum and sum of outer products of each side in float64, reduced by summation, so
-    the value does not depend on how the pictures were spread over ranks (up to float64 rounding).
-    """
-
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        for side in ("real", "generated"):
-            self.add_state(f"{side}_count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-            self.add_state(f"{side}_sum", torch.zeros(num_features, dtype=torch.float64), dist_reduce_fx="sum")
-            outer = torch.zeros(num_features, num_features, dtype=torch.float64)
-            self.add_state(f"{side}_outer", outer, dist_reduce_fx="sum")
-
-    def update(self, features_ND: Tensor, *, real: bool) -> None:
-        """Add features [N, D] to the real or to the generated side."""
-        side = "real" if real else "generated"
-        x_ND = features_ND.double()
-        for name, value in (("count", len(x_ND)), ("sum", x_ND.sum(0)), ("outer", x_ND.T @ x_ND)):
-            setattr(self, f"{side}_{name}", getattr(self, f"{side}_{name}") + value)
-
-    def _moments(self, side: str) -> Moments:
-        count, total, outer = (getattr(self, f"{side}_{name}") for name in ("count", "sum", "outer"))
-        if count < 2:
-            raise ValueError(f"{int(count)} {side} pictures: need 2 or more")
-        mean = total / count
-        covariance = (outer - count * mean.outer(mean)) / (count - 1)
-        return Moments(count=int(count), mean_D=mean, covariance_DD=covariance)
-
-    def compute(self) -> Tensor:
-        """Squared Frechet distance as a float64 scalar; raises ValueError below two pictures on a side."""
-        value = frechet_from_moments(self._moments("real"), self._moments("generated"))
-        return torch.tensor(value, dtype=torch.float64)

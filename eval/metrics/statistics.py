@@ -10,7 +10,7 @@ Shapes: N pictures, D features.
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,17 +59,6 @@ def moments_of(parts: Iterable[Tensor]) -> Moments:
         raise ValueError(f"{count} pictures: statistics need 2 or more")
     mean = total / count
     return Moments(count=count, mean_D=shift + mean, covariance_DD=(outer - count * mean.outer(mean)) / (count - 1))
-
-
-def merge(parts: Sequence[Moments]) -> Moments:
-    """Moments of the union of disjoint sets, exact in float64 (Chan, Golub, LeVeque 1983)."""
-    count = sum(part.count for part in parts)
-    mean = sum((part.count * part.mean_D for part in parts), torch.zeros_like(parts[0].mean_D)) / count
-    scatter = torch.zeros_like(parts[0].covariance_DD)
-    for part in parts:
-        offset = part.mean_D - mean
-        scatter += (part.count - 1) * part.covariance_DD + part.count * offset.outer(offset)
-    return Moments(count=count, mean_D=mean, covariance_DD=scatter / (count - 1))
 
 
 def write_statistics(path: Path, statistics: Statistics) -> None:
