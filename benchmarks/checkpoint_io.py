@@ -10,6 +10,23 @@ plain seconds / seconds: 1 is the speed of the disk.
 """
 
 import argparse
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Options; see the module docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dim", type=int, default=512, help="width of the model; bytes grow with its square")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", help="a folder on the disk to measure; default: the system's temporary one")
+    parser.add_argument("--resume", action="store_true", help="time the start of a resumed run instead")
+    parser.add_argument("--recipe", default="debug", help="recipe of --resume")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of --resume")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse_known_args()  # --help and mistakes are answered before torch is imported
+
 import os
 import re
 import shutil
@@ -218,14 +235,7 @@ def time_to_first_step(recipe: str, overrides: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Print one of the two measurements."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dim", type=int, default=512, help="width of the model; bytes grow with its square")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--folder", help="a folder on the disk to measure; default: the system's temporary one")
-    parser.add_argument("--resume", action="store_true", help="time the start of a resumed run instead")
-    parser.add_argument("--recipe", default="debug", help="recipe of --resume")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of --resume")
-    arguments = parser.parse_args(argv)
+    arguments = command_line().parse_args(argv)
     if arguments.resume:
         time_to_first_step(arguments.recipe, arguments.overrides)
     else:

@@ -14,12 +14,30 @@ encode   a tar of JPEGs, 128 pixels: `encode` is trainer.data.encode with its de
 scale    10^9 samples in 10^5 shards: set-up, look-up and memory of the order of an epoch
 """
 
+import argparse
+from pathlib import Path
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Options; see the module docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["reader", "encode", "scale"], help="one of the tables")
+    parser.add_argument("--samples", type=int, default=4000, help="samples of the reader's table")
+    parser.add_argument("--pictures", type=int, default=192, help="pictures of the encoders' table")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse_known_args()  # --help and mistakes are answered before torch is imported
+
 import os
 
 # Read by the OpenMP runtime that torch loads: waiting threads sleep, so CPU time counts work only.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import argparse
 import io
 import json
 import resource
@@ -31,7 +49,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from itertools import islice
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -247,14 +264,7 @@ def scale_table(folder: Path) -> tuple[str, dict[str, float]]:
 
 
 def _main(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["reader", "encode", "scale"], help="one of the tables")
-    parser.add_argument("--samples", type=int, default=4000, help="samples of the reader's table")
-    parser.add_argument("--pictures", type=int, default=192, help="pictures of the encoders' table")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    args = parser.parse_args(argv)
+    args = command_line().parse_args(argv)
     require(args.samples >= 32, f"--samples is {args.samples}: use 32 or more")
     for name in ("pictures", "rounds"):
         require(getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}: use 1 or more")

@@ -10,12 +10,29 @@ frechet     distance of 2048 features from moments: `ours`, scipy's sqrtm, torch
 memory      peak of a process that streams 30,000 and 10^6 pictures' features into moments, and that indexes 10^6
 """
 
+import argparse
+from pathlib import Path
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Options; see the module docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["features", "detection", "frechet", "memory"], help="one of the tables")
+    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse_known_args()  # --help and mistakes are answered before torch is imported
+
 import os
 
 # Read by the OpenMP runtime that torch loads: waiting threads sleep, so CPU time counts work only.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import argparse
 import itertools
 import json
 import resource
@@ -24,7 +41,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -194,13 +210,7 @@ def frechet_table(rounds: int) -> tuple[str, dict[str, Any]]:
 
 
 def _main(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["features", "detection", "frechet", "memory"], help="one of the tables")
-    parser.add_argument("--pictures", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    args = parser.parse_args(argv)
+    args = command_line().parse_args(argv)
     for name in ("pictures", "rounds"):
         require(getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}: use 1 or more")
     torch.set_num_threads(args.threads)

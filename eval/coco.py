@@ -17,8 +17,6 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from eval.feature_store import num_workers, prefetched
-from eval.pictures.generate import write_text
 from trainer.config import ConfigError, require, run_cli
 from trainer.files import replacing
 
@@ -68,6 +66,8 @@ def crop_square(image: Image.Image, size: int) -> Image.Image:
 
 def write_pictures(rows: list[dict[str, Any]], folder: Path, out: Path, size: int) -> int:
     """Write the list's pictures as PNG, those there are skipped; ConfigError naming the first missing or damaged."""
+    from eval.feature_store import num_workers, prefetched  # imports torch: here, so that --help is quick
+
     require(bool(rows) and all("file" in row for row in rows), "the list has no file names: make it by eval.coco list")
     missing = [row["file"] for row in rows if not (folder / row["file"]).is_file()]
     require(not missing, f"{len(missing)} pictures are not in {folder}, first {missing[0] if missing else ''}")
@@ -110,7 +110,9 @@ def _main(argv: list[str] | None) -> None:
         require(given.count >= 1, f"--count is {given.count}: use 1 or more")
         rows = build_list(read_annotations(given.annotations), given.count, given.seed)
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_text(given.out, text)
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(given.out) as temporary:
+            temporary.write_text(text)
         print(f"{len(rows)} captions, sha256 {hashlib.sha256(text.encode()).hexdigest()}: {given.out}")
         return
     require(given.list.is_file(), f"{given.list} is not a file: make it by eval.coco list")
