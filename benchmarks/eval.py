@@ -50,8 +50,7 @@ from torch import Tensor
 
 from benchmarks.interleaved import markdown_table, ratio, time_interleaved, write_json
 from eval.feature_store import FeatureStore, add_picture_features
-from eval.metrics.fid import Moments, frechet_from_moments
-from eval.metrics.statistics import moments_of
+from eval.metrics.fid import Moments, frechet_from_moments, moments_of
 from eval.networks.detectors import build_detector
 from eval.networks.inception import InceptionEncoder
 from eval.pictures.image_files import read_picture

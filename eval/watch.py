@@ -2,14 +2,11 @@
 
     python -m eval.watch runs/mine --prompts demo --num-prompts 48 --suite fid --reference data/real
     python -m eval.watch runs/mine --once                      # what is there, then end (a job after each checkpoint)
-    python -m eval.watch runs/mine -- --suite geneval          # eval.run with these options, on all processes
+    python -m eval.watch runs/mine -- --suite geneval          # eval.run with these options, see eval/newest.py
 
 Training is not slowed down or stopped by it: it reads whole checkpoints from disk, on a CPU or a spare GPU. Results go
 to the run's TensorBoard at the checkpoint's step, to RUN/eval/watch/step_*/ and to RUN/eval/watch/watch.jsonl; a
 checkpoint that is listed there is not evaluated again. FID of so few pictures is biased: its note says so.
-
-With `--` the newest checkpoint is scored as `eval.run` does, into RUN/eval/step_*, by as many processes as are started;
-those that appear meanwhile are passed over but for the newest. slurm/eval.sbatch does this.
 """
 
 import argparse
@@ -20,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval import run as eval_run
+from eval.newest import last_is_there, score_newest
 from eval.pages.numbers import flat_numbers, log_numbers
 from eval.pictures.generate import write_text
 from eval.pictures.prompt_files import read_prompts
@@ -29,12 +26,10 @@ from eval.scoring import SUITES, ScoreConfig, check_all
 from eval.standard import add_score_arguments, score_config
 from eval.standard_run import draw_and_score
 from eval.validation_loss import fixed_samples, validation_loss
-from trainer.checkpoint.folder import fault, list_checkpoints, step_of
-from trainer.checkpoint.state import read_state
-from trainer.config import ConfigError, config_from_dict, require, run_cli
+from trainer.checkpoint.folder import fault, list_checkpoints
+from trainer.config import ConfigError, require, run_cli
 from trainer.data.dataset import open_dataset
 from trainer.diffusion.pipeline import Pipeline
-from trainer.distributed import detect_world, from_main, init_distributed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,20 +93,8 @@ def evaluate_checkpoint(config: WatchConfig, checkpoint: Path) -> dict[str, floa
 def pending(run: Path) -> list[Path]:
     """Whole checkpoints that are not listed as finished, oldest first."""
     done = finished_steps(run)
-    found = [path for path in list_checkpoints(run / "checkpoints") if step_of(path) not in done]
+    found = [path for path in list_checkpoints(run / "checkpoints") if int(path.name[5:]) not in done]
     return [path for path in found if not fault(path)]
-
-
-def newest(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run."""
-    return next((path for path in reversed(list_checkpoints(run / "checkpoints")) if not fault(path)), None)
-
-
-def _is_last(checkpoint: Path) -> bool:
-    """Whether a checkpoint is of its run's last step."""
-    state = read_state(checkpoint)
-    settings = config_from_dict(state["config"]).train
-    return bool(state["step"] >= (settings.stop_at_step or settings.max_steps))
 
 
 def watch(config: WatchConfig) -> None:
@@ -126,57 +109,10 @@ def watch(config: WatchConfig) -> None:
                 if checkpoint.is_dir():
                     raise
                 continue  # it was not damaged: the run has pruned it meanwhile (train.keep_last)
-            print(f"step {step_of(checkpoint)}: validation loss {numbers['validation_loss/mean']:.5f}", flush=True)
-        last = newest(config.run)
-        if config.once or (last is not None and _is_last(last) and not pending(config.run)):
+            print(f"step {int(checkpoint.name[5:])}: validation loss {numbers['validation_loss/mean']:.5f}", flush=True)
+        if config.once or (last_is_there(config.run) and not pending(config.run)):
             return
         time.sleep(config.seconds)
-
-
-def _report(run: Path, checkpoint: Path) -> Path:
-    return run / "eval" / checkpoint.name / "report.json"
-
-
-def _look(config: WatchConfig) -> tuple[Path | None, bool]:
-    """The newest checkpoint if eval.run has not scored it yet, and whether no further one has to be waited for."""
-    found = newest(config.run)
-    if found is None:
-        return None, config.once
-    if not _report(config.run, found).exists():
-        return found, False
-    return None, config.once or _is_last(found)
-
-
-def score_newest(config: WatchConfig, options: list[str]) -> None:
-    """Score the newest checkpoint by `eval.run` with `options`, until the run's last one is scored. Collective.
-
-    A checkpoint that the run prunes while it is read is passed over, but ends several processes with its error: they
-    no longer agree on what to do, and are to be started again.
-    """
-    eval_run.parse([str(config.run), *options])  # a wrong option ends it now, not at the first checkpoint
-    world = detect_world()
-    if world.size > 1:
-        init_distributed(world)
-    while True:
-        checkpoint, finished = from_main(world, lambda: _look(config)) if world.size > 1 else _look(config)
-        if finished:
-            break
-        if checkpoint is None:
-            time.sleep(config.seconds)
-            continue
-        report = _report(config.run, checkpoint)
-        report.parent.mkdir(parents=True, exist_ok=True)  # slurm/eval.sbatch sees from it which one was taken
-        try:
-            eval_run.evaluate(eval_run.parse([str(checkpoint), *options, "--out", str(report.parent)]))
-        except (ConfigError, OSError):
-            if world.size > 1 or checkpoint.is_dir():
-                raise
-        # The first process scores alone, maybe for longer than others may wait in a collective.
-        while world.size > 1 and not report.exists():
-            time.sleep(1)
-    last = newest(config.run)
-    if world.is_main and last is not None:
-        print(f"the last checkpoint, step {step_of(last)}, is scored", flush=True)
 
 
 def parse(argv: list[str] | None) -> WatchConfig:
@@ -217,12 +153,12 @@ def main(argv: list[str] | None = None) -> None:
     at = given.index("--") if "--" in given else len(given)
 
     def run() -> None:
-        config, options = parse(given[:at]), given[at + 1 :]
+        config = parse(given[:at])
         if at == len(given):
             watch(config)
             return
         require(config.score is None, "--suite stands before the --: with it, give all options of eval.run after it")
-        score_newest(config, options)
+        score_newest(config.run, given[at + 1 :], seconds=config.seconds, once=config.once)
 
     run_cli(run)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from tests_launcher import Launcher
 
-from eval.watch import main, newest
+from eval.newest import newest
+from eval.watch import main
 from trainer.data import encode
 from trainer.data.demo import scenes
 

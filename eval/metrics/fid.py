@@ -8,6 +8,7 @@ otherwise L1 comes from Cholesky, with pivots where S1 is not safely positive de
 Shapes: N pictures, D features.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,29 @@ def moments(features_ND: Tensor) -> Moments:
     _check_count(features_ND)
     x_ND = features_ND.double()
     return Moments(count=len(x_ND), mean_D=x_ND.mean(0), covariance_DD=torch.cov(x_ND.T).reshape(x_ND.shape[1], -1))
+
+
+def moments_of(parts: Iterable[Tensor]) -> Moments:
+    """Count, mean and unbiased covariance of features that come in parts [n, D], float64, D x D in memory at most.
+
+    The first part's mean is taken off before outer products are summed, so that nothing cancels.
+    Raises ValueError below two pictures.
+    """
+    count, shift, total, outer = 0, torch.empty(0), torch.empty(0), torch.empty(0)
+    for part_ND in parts:
+        x_ND = part_ND.double()
+        if len(x_ND) == 0:
+            continue
+        if count == 0:
+            shift = x_ND.mean(0)
+            total, outer = torch.zeros_like(shift), x_ND.new_zeros(x_ND.shape[1], x_ND.shape[1])
+        x_ND = x_ND - shift
+        count, total = count + len(x_ND), total + x_ND.sum(0)
+        outer.addmm_(x_ND.T, x_ND)
+    if count < 2:
+        raise ValueError(f"{count} pictures: statistics need 2 or more")
+    mean = total / count
+    return Moments(count=count, mean_D=shift + mean, covariance_DD=(outer - count * mean.outer(mean)) / (count - 1))
 
 
 def _check_count(features_ND: Tensor) -> None:
