@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from eval.metrics.geneval import Rules
 from eval.networks.colors import NearestColors, crop
-from eval.networks.detector_source import DetectorSource
 from eval.networks.detectors import DETECTORS, build_detector, check_detector, describe_detector
 from eval.networks.mask2former import Mask2Former, build_network, input_size, instances, mask_box, unused_weights
 from eval.networks.mask2former_keys import convert_key, convert_mask2former, reorder_merging
 from eval.networks.maskrcnn import MaskRcnn, build_maskrcnn
-from eval.networks.protocols import FoundObject
+from eval.networks.protocols import DetectorSource, FoundObject
 from eval.pictures.generate import picture_path, write_picture, write_text
 from eval.pictures.geneval_names import CATEGORY_NUMBERS, CLASSES
 from eval.pictures.geneval_prompts import OFFICIAL_SHA256, geneval_prompts, geneval_rows, rows_sha256
@@ -158,10 +157,9 @@ def test_unknown_detectors_and_missing_weights_are_one_sentence(
 def test_a_further_detector_is_one_line_of_registration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toy = DetectorSource(
         comparable="approximate",
-        find=lambda folder: tmp_path / folder,
+        find_folder=lambda folder: tmp_path / folder,
         card=lambda path: {"detector": path.name},
         load=lambda path: Scripted(),
-        takes_folder=True,
     )
     monkeypatch.setitem(DETECTORS, "toy", toy)
     assert describe_detector("toy:small") == ("approximate", {"detector": "small"})

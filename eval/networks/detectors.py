@@ -11,12 +11,12 @@ its `DetectorSource`, and a line in DETECTORS.
 
 from pathlib import Path
 
-from eval.networks.detector_source import DetectorSource
 from eval.networks.mask2former import MASK2FORMER, MASK2FORMER_FOLDER
 from eval.networks.maskrcnn import MASKRCNN
-from eval.networks.protocols import Comparable, ObjectDetector
+from eval.networks.protocols import Comparable, DetectorSource, ObjectDetector
 from eval.networks.yolo import YOLOV3_TINY
-from trainer.config import require
+from eval.weights import find_weights_file
+from trainer.config import ConfigError
 
 DETECTORS = {
     "mask2former": MASK2FORMER,
@@ -29,12 +29,11 @@ DETECTORS = {
 def _find(spec: str) -> tuple[DetectorSource, Path]:
     """Source and weights of the detector that `spec` names; ConfigError if it is unknown or they are not here."""
     name, colon, folder = spec.partition(":")
-    *names, last = (f"{known}:DIR" if source.takes_folder else known for known, source in DETECTORS.items())
-    require(
-        name in DETECTORS and DETECTORS[name].takes_folder == bool(colon),
-        f"--detector {spec} is unknown: choose from {', '.join(names)} or {last}",
-    )
-    return DETECTORS[name], DETECTORS[name].find(folder)
+    *names, last = (f"{known}:DIR" if source.find_folder else known for known, source in DETECTORS.items())
+    source = DETECTORS.get(name)
+    if source is None or bool(source.find_folder) != bool(colon):
+        raise ConfigError(f"--detector {spec} is unknown: choose from {', '.join(names)} or {last}")
+    return source, source.find_folder(folder) if source.find_folder else find_weights_file(source.weights)
 
 
 def check_detector(spec: str) -> None:

@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from eval.metrics.geneval import Box
-from eval.networks.detector_source import DetectorSource, listed_weights
 from eval.networks.mask2former_keys import convert_mask2former
-from eval.networks.protocols import Comparable, FoundObject
+from eval.networks.protocols import Comparable, DetectorSource, FoundObject
 from eval.networks.weight_files import must_fit
 from eval.pictures.geneval_names import CLASSES
 from eval.weights import file_sha256
@@ -169,7 +168,7 @@ def _card(name: str, weights_sha256: str, long: int = _LONG, short: int = _SHORT
 _OFFICIAL = "mask2former-swin-s-coco (GenEval's)"
 MASK2FORMER = DetectorSource(
     comparable="official",
-    find=listed_weights("mask2former-swin-s-coco"),
+    weights="mask2former-swin-s-coco",
     card=lambda path: _card(_OFFICIAL, file_sha256(path)),
     load=lambda path: Mask2Former(_load_mmdet(path), _OFFICIAL, file_sha256(path), "official"),
 )
@@ -190,10 +189,9 @@ def _folder_digest(folder: Path) -> str:
 
 MASK2FORMER_FOLDER = DetectorSource(
     comparable="approximate",
-    find=_find_folder,
+    find_folder=_find_folder,
     card=lambda folder: _card(f"mask2former-hf:{folder.name}", _folder_digest(folder)),
     load=lambda folder: Mask2Former(
         _load_folder(folder), f"mask2former-hf:{folder.name}", _folder_digest(folder), "approximate"
     ),
-    takes_folder=True,
 )

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.networks.detector_source import DetectorSource, listed_weights
-from eval.networks.protocols import Comparable, FoundObject
+from eval.networks.protocols import Comparable, DetectorSource, FoundObject
 from eval.networks.weight_files import must_fit
 from eval.pictures.geneval_names import CATEGORY_NUMBERS
 from eval.weights import file_sha256
@@ -59,7 +58,7 @@ def _load(path: Path) -> MaskRcnn:
 
 MASKRCNN = DetectorSource(
     comparable=MaskRcnn.comparable,
-    find=listed_weights("maskrcnn-resnet50-fpn-v2-coco"),
+    weights="maskrcnn-resnet50-fpn-v2-coco",
     card=lambda path: _card(file_sha256(path)),
     load=_load,
 )

@@ -3,7 +3,9 @@
 Shapes: N pictures, H x W pixels, h x w pixels of a network's input, D features.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -60,3 +62,18 @@ class ObjectDetector(Protocol):
     def detect(self, picture_HW3: Tensor) -> list[FoundObject]:
         """Objects of a uint8 picture [H, W, 3], best first."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorSource:
+    """How a detector's own file tells the registry (`eval.networks.detectors`) to find, describe and load it."""
+
+    comparable: Comparable
+    card: Callable[[Path], dict[str, str]]
+    """The card that a detector with these weights has; loads nothing."""
+    load: Callable[[Path], ObjectDetector]
+    """The detector with these weights; ConfigError if they are those of another network."""
+    weights: str = ""
+    """Entry of eval/weights_table.py."""
+    find_folder: Callable[[str], Path] | None = None
+    """For a detector named NAME:DIR instead, DIR to the folder of weights; ConfigError if they are not in it."""

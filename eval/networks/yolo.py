@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import batched_nms
 
-from eval.networks.detector_source import DetectorSource, listed_weights
-from eval.networks.protocols import Comparable, FoundObject
+from eval.networks.protocols import Comparable, DetectorSource, FoundObject
 from eval.weights import file_sha256
 from trainer.config import require
 from trainer.encoders.pretrained import encoder_device
@@ -133,7 +132,7 @@ class YoloDetector:
 
 YOLOV3_TINY = DetectorSource(
     comparable=YoloDetector.comparable,
-    find=listed_weights("yolov3-tiny"),
+    weights="yolov3-tiny",
     card=lambda path: _card(file_sha256(path)),
     load=YoloDetector,
 )
