@@ -74,7 +74,7 @@ def write_pictures(folder: Path, count: int) -> list[Path]:
 
 
 def feature_work(folder: Path, files: list[Path]) -> Work:
-    """The way from files to stored features, and its network alone."""
+    """`store`: from files to stored features. `bare`: the network alone, on inputs in memory."""
     encoder = InceptionEncoder("torch-fidelity")
     ready = torch.stack([encoder.prepare(read_picture(file)) for file in files]).split(BATCH)
     numbers = itertools.count()
@@ -87,7 +87,7 @@ def feature_work(folder: Path, files: list[Path]) -> Work:
 
 
 def detection_work(folder: Path, files: list[Path]) -> Work:
-    """The way from files to cached detections, and its detector alone."""
+    """`cached`: from files to cached detections. `bare`: the detector alone, on pictures in memory."""
     detector = build_detector("yolov3-tiny")
     ready = [read_picture(file) for file in files]
     numbers = itertools.count()
@@ -109,7 +109,7 @@ def random_moments(count: int, seed: int) -> Moments:
 
 
 def scipy_distance(a: Moments, b: Moments) -> float:
-    """As pytorch-fid and clean-fid compute it, for the scipy that is here."""
+    """Frechet distance as pytorch-fid and clean-fid compute it, with the installed scipy."""
     from scipy import linalg
 
     root = linalg.sqrtm(a.covariance_DD.numpy() @ b.covariance_DD.numpy())
@@ -118,14 +118,14 @@ def scipy_distance(a: Moments, b: Moments) -> float:
 
 
 def torchmetrics_distance(a: Moments, b: Moments) -> float:
-    """As torchmetrics computes it."""
+    """Frechet distance as torchmetrics computes it."""
     from torchmetrics.image.fid import _compute_fid
 
     return float(_compute_fid(a.mean_D, a.covariance_DD, b.mean_D, b.covariance_DD))
 
 
 def frechet_work(count: int) -> tuple[Work, dict[str, float]]:
-    """The three ways on the same moments, and their values."""
+    """The same distance computed in three ways, and the dictionary in which they leave its values."""
     a, b = random_moments(count, 0), random_moments(count, 1)
     ways = {"ours": frechet_from_moments, "scipy": scipy_distance, "torchmetrics": torchmetrics_distance}
     values: dict[str, float] = {}
@@ -164,7 +164,7 @@ def measure_index(count: int) -> float:
 
 
 def memory_table() -> tuple[str, dict[str, float]]:
-    """Each measurement in a process of its own, whose peak is nobody else's."""
+    """Peaks of memory, each measured in a process of its own."""
     found = {}
     jobs: tuple[tuple[str, Callable[[int], float], int], ...] = (
         ("moments of 30,000 pictures, MB", measure_moments, 30_000),
@@ -198,7 +198,7 @@ def _discard(action: Callable[[], object]) -> Callable[[], None]:
 
 
 def frechet_table(rounds: int) -> tuple[str, dict[str, Any]]:
-    """Full rank and rank-deficient moments."""
+    """Times of the three ways for covariances of full rank (5,000 pictures) and below it (1,000)."""
     texts, found = [], {}
     for count in (5000, 1000):
         work, values = frechet_work(count)

@@ -22,7 +22,7 @@ from trainer.files import replacing
 
 
 def read_annotations(path: Path) -> dict[str, Any]:
-    """A captions_*.json of COCO; ConfigError if it is none."""
+    """Content of a captions_*.json of COCO; ConfigError if it is no such file."""
     require(path.is_file(), f"annotations {path} are not a file: give captions_val2014.json of COCO")
     try:
         content = json.loads(path.read_text())
@@ -55,7 +55,7 @@ def build_list(annotations: dict[str, Any], count: int, seed: int) -> list[dict[
 
 
 def crop_square(image: Image.Image, size: int) -> Image.Image:
-    """Short side to `size` by an antialiased bicubic resize, centre crop, RGB."""
+    """RGB picture of size x size pixels: the short side resized (bicubic, antialiased), the centre cut out."""
     image = image.convert("RGB")
     scale = size / min(image.size)
     width, height = (max(size, round(length * scale)) for length in image.size)
@@ -122,7 +122,7 @@ def _main(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of the list builder."""
+    """Command line."""
     run_cli(lambda: _main(argv))
 
 

@@ -29,17 +29,17 @@ from trainer.files import replacing
 
 
 def cache_folder() -> Path:
-    """Folder of weights that were fetched or added."""
+    """Folder of the weights that `fetch` and `add` put on this machine."""
     return Path(os.environ.get("ECDIT_WEIGHTS") or Path.home() / ".cache" / "ec_dit" / "weights")
 
 
 def variable(name: str) -> str:
-    """The environment variable that names a local file for an entry."""
+    """Name of the environment variable that says where a local copy of an entry is."""
     return "ECDIT_WEIGHTS_" + name.upper().replace("-", "_").replace(".", "_")
 
 
 def entry(name: str) -> Weights:
-    """The table's entry; ConfigError for a name that it lacks."""
+    """The entry of the table; ConfigError for an unknown name."""
     require(name in TABLE, f"weights {name} are unknown: choose from {', '.join(TABLE)}")
     return TABLE[name]
 
@@ -58,7 +58,7 @@ def _hash_file(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def _candidates(found: Weights) -> Iterator[tuple[Path, str]]:
-    """Places to look, with the words that name them in an error."""
+    """Paths where an entry may be, in order, each with how an error names it."""
     given = os.environ.get(variable(found.name))
     if given:
         yield Path(given), f"{variable(found.name)}={given}"
@@ -183,7 +183,7 @@ def _main(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of the registry."""
+    """Command line."""
     run_cli(lambda: _main(argv))
 
 

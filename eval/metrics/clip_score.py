@@ -29,12 +29,12 @@ class ClipScore:
 
 
 def cosines(images_ND: Tensor, texts_ND: Tensor) -> Tensor:
-    """Cosine of each pair, float64 [N]."""
+    """Cosine of each picture's and its caption's features, float64 [N]."""
     return (functional.normalize(images_ND.double(), dim=1) * functional.normalize(texts_ND.double(), dim=1)).sum(1)
 
 
 def clip_score(cosine_N: Tensor) -> ClipScore:
-    """Summary of cosines; raises ValueError below two."""
+    """Summary of the cosines of pictures and their captions; ValueError for fewer than two."""
     if len(cosine_N) < 2:
         raise ValueError(f"{len(cosine_N)} pictures: the standard error needs 2 or more")
     positive_N = cosine_N.clamp_min(0)

@@ -136,7 +136,7 @@ def _main(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of the reference builder."""
+    """Command line."""
     run_cli(lambda: _main(argv))
 
 

@@ -1,7 +1,9 @@
-"""CLIP models of open_clip: `ARCH:FILE`, or `ARCH:TAG` of open_clip's own table, such as ViT-L-14:openai.
+"""CLIP models of open_clip, named `ARCH:FILE`, or `ARCH:TAG` with a tag of open_clip such as ViT-L-14:openai.
 
-Local files only. Pictures are the saved 8-bit ones, resized and cropped as the model's authors do; captions longer
-than the context are cut, and counted. Shapes: N pictures or captions, D features.
+Weights are read from this machine and never downloaded. Pictures are read as 8-bit files, then resized and cropped as
+the model's authors do it; captions longer than the context are cut, and counted.
+
+Shapes: N pictures or captions, D features.
 """
 
 import hashlib
@@ -97,6 +99,7 @@ class ClipModel:
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
         text = open_clip.get_model_config(arch)["text_cfg"]
+        # Other tokenizers load from the transformers hub, which this evaluation does not read from.
         strange = [name for name in _TOKENIZER_KEYS if text.get(name)]
         require(not strange, f"{arch} has the tokenizer {text.get('hf_tokenizer_name')}: use one with CLIP's own")
         self.context = int(text.get("context_length", 77))
@@ -116,7 +119,7 @@ class ClipModel:
         }
 
     def prepare(self, picture_HW3: Tensor) -> Tensor:
-        """The model's own resize, crop and scaling."""
+        """Resize, crop and scale a uint8 picture as the model was trained with."""
         found: Tensor = self.transform(Image.fromarray(picture_HW3.numpy()))
         return found
 
@@ -136,7 +139,7 @@ class ClipModel:
         return torch.cat(parts) if parts else torch.empty(0, self.dim)
 
     def is_truncated(self, text: str) -> bool:
-        """Whether the caption and its two marks exceed the context."""
+        """Whether the caption, with its start and end tokens, is longer than the context."""
         return len(self.tokenizer.encode(text)) + 2 > self.context
 
 

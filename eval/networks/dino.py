@@ -38,13 +38,13 @@ class DinoEncoder:
         self.model = model.eval().requires_grad_(False).to(self.device)
 
     def prepare(self, picture_HW3: Tensor) -> Tensor:
-        """Squash to 224 x 224 and scale."""
+        """Resize to 224 x 224 without regard to the sides' ratio, and scale."""
         mean, std = (torch.tensor(value)[:, None, None] for value in (_MEAN, _STD))
         return (pil_bicubic(picture_HW3, 224) / 255 - mean) / std
 
     @torch.inference_mode()
     def encode(self, x_N3hw: Tensor) -> Tensor:
-        """[N, 3, 224, 224] -> [N, D]."""
+        """Inputs [N, 3, 224, 224] to features [N, D], fp32 on the CPU."""
         features: Tensor = self.model(x_N3hw.to(self.device)).float().cpu()
         return features
 

@@ -36,12 +36,12 @@ class InceptionEncoder:
         self.net = net.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def prepare(self, picture_HW3: Tensor) -> Tensor:
-        """Resize to 299 and scale."""
+        """Resize a uint8 picture to 299 x 299 by the convention, and scale it."""
         return fid_input(picture_HW3, self.convention)
 
     @torch.inference_mode()
     def encode(self, x_N3hw: Tensor) -> Tensor:
-        """[N, 3, 299, 299] -> [N, 2048]."""
+        """Inputs [N, 3, 299, 299] to features [N, 2048], fp32 on the CPU."""
         x_N3hw = x_N3hw.to(self.device).contiguous(memory_format=torch.channels_last)
         features: Tensor = self.net(x_N3hw).float().cpu()
         return features

@@ -129,7 +129,7 @@ class _Parallel(nn.Module):
 
 
 def _build_chain(in_channels: int, chain: Chain) -> tuple[nn.Sequential, int]:
-    """Modules of one chain and its number of output channels."""
+    """The modules of one chain, and how many channels come out of it."""
     modules: list[nn.Module] = []
     for step in chain:
         if isinstance(step, Conv):
@@ -176,6 +176,7 @@ def build_inception(state: Mapping[str, Tensor]) -> Inception:
         weight, beta, mean, var = (state[f"{layer}.{part}"] for part in ("weight", "beta", "mean", "var"))
         if weight.shape != conv.weight.shape:
             raise ValueError(f"{layer} is {tuple(weight.shape)}, the network has {tuple(conv.weight.shape)}")
+        # gain 1: y = (conv(x) - mean) / std + beta is a convolution with scaled weights and one bias.
         scale = (var.double() + BATCH_NORM_EPS).rsqrt()
         assert conv.bias is not None
         conv.weight.copy_(weight.double() * scale[:, None, None, None])

@@ -85,7 +85,7 @@ def _load_folder(folder: Path) -> Any:
 
 
 def input_size(height: int, width: int, long: int = _LONG, short: int = _SHORT) -> tuple[int, int]:
-    """Height and width after the keep-ratio resize."""
+    """Height and width of a picture resized to fit into long x short pixels, its sides' ratio kept."""
     scale = min(long / max(height, width), short / min(height, width))
     return int(height * scale + 0.5), int(width * scale + 0.5)
 
@@ -110,7 +110,7 @@ def masks_at_picture_size(mask_Qhw: Tensor, padded: tuple[int, int], size: tuple
 
 
 def mask_box(mask_HW: Tensor) -> Box:
-    """Tight box, x2 and y2 exclusive; zeros for an empty mask."""
+    """The smallest box around a mask, x2 and y2 exclusive; zeros for an empty mask."""
     rows, columns = mask_HW.any(1).nonzero().flatten(), mask_HW.any(0).nonzero().flatten()
     if len(rows) == 0:
         return 0.0, 0.0, 0.0, 0.0

@@ -55,7 +55,7 @@ class YoloV3Tiny(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """All candidates of both scales."""
+        """Candidates of the coarse and the fine grid, one after the other."""
         route = x_NCHW
         for i, layer in enumerate(self.body):
             x_NCHW = layer(x_NCHW)
@@ -71,7 +71,7 @@ class YoloV3Tiny(nn.Module):
         return torch.cat([_decode(coarse, 32, _ANCHORS[3:]), _decode(fine, 16, _ANCHORS[:3])], 1)
 
     def load_darknet(self, path: Path) -> "YoloV3Tiny":
-        """Fill from a darknet file; ConfigError when its size does not fit."""
+        """Read the weights from a darknet file; ConfigError if it does not have as many numbers as the network."""
         values = torch.from_numpy(np.fromfile(path, np.float32, offset=_HEADER))
         convolutions = [module for module in self.modules() if isinstance(module, _Conv)]
         targets = [tensor for module in convolutions for tensor in module.parameters_in_file_order()]
