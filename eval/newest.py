@@ -2,24 +2,27 @@
 
 Every process of the job draws and measures, the first one scores. A report goes to RUN/eval/step_*, and a checkpoint
 that has one is not scored again. Checkpoints that appear meanwhile are passed over but for the newest.
+
+What imports torch is imported within the functions, so that --help of eval.watch is quick.
 """
 
 import time
 from pathlib import Path
 
-from trainer.checkpoint.folder import fault, list_checkpoints, step_of
-from trainer.checkpoint.state import read_state
 from trainer.config import ConfigError, config_from_dict
-from trainer.distributed import detect_world, from_main, init_distributed
 
 
 def newest(run: Path) -> Path | None:
     """The newest whole checkpoint of a run."""
+    from trainer.checkpoint.folder import fault, list_checkpoints
+
     return next((path for path in reversed(list_checkpoints(run / "checkpoints")) if not fault(path)), None)
 
 
 def last_is_there(run: Path) -> bool:
     """Whether the newest checkpoint is of the run's last step."""
+    from trainer.checkpoint.state import read_state
+
     found = newest(run)
     if found is None:
         return False
@@ -49,7 +52,9 @@ def score_newest(run: Path, options: list[str], *, seconds: float, once: bool) -
     is read is passed over. Among several processes it ends all of them instead, with the error of the one that missed
     it, because the others are waiting for that one: the job has to start them again.
     """
-    from eval.run import evaluate, parse  # the networks: here, so that --help is quick
+    from eval.run import evaluate, parse
+    from trainer.checkpoint.folder import step_of
+    from trainer.distributed import detect_world, from_main, init_distributed
 
     parse([str(run), *options])  # a wrong option ends it now, not at the first checkpoint
     world = detect_world()
