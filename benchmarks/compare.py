@@ -11,6 +11,28 @@ machine does meets all variants alike. Result: OUT/compare.md, compare.json and 
 """
 
 import argparse
+from pathlib import Path
+
+DEFAULT_VARIANTS = ("dense", "token_choice", "expert_choice", "diffmoe", "nucleus")
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Options; see the module docstring."""
+    parser = argparse.ArgumentParser(prog="benchmarks.compare", description="Compare routers at equal FLOPs.")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--steps", type=int, default=400, help="of each run (default %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="+", default=list(DEFAULT_VARIANTS), help="(default %(default)s)")
+    parser.add_argument("--per-category", type=int, default=20, help="prompts per category (default %(default)s)")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--speed-rounds", type=int, default=3, help="turns of each variant (default %(default)s)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="of the recipe, for every run")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse_known_args()  # --help and mistakes are answered before torch is imported
+
 import json
 import shutil
 import statistics
@@ -18,7 +40,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from benchmarks.compare_report import write_report
@@ -53,7 +74,6 @@ VARIANTS: dict[str, list[str]] = {
         "moe.num_shared_experts=1", "moe.capacity_factor=1",
     ],
 }  # fmt: skip
-DEFAULT_VARIANTS = ("dense", "token_choice", "expert_choice", "diffmoe", "nucleus")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,16 +110,7 @@ class CompareConfig:
 
 def parse(argv: list[str] | None) -> CompareConfig:
     """Command line; see the module docstring."""
-    parser = argparse.ArgumentParser(prog="benchmarks.compare", description="Compare routers at equal FLOPs.")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
-    parser.add_argument("--steps", type=int, default=400, help="of each run (default %(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", default=list(DEFAULT_VARIANTS), help=", ".join(VARIANTS))
-    parser.add_argument("--per-category", type=int, default=20, help="prompts per category (default %(default)s)")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--speed-rounds", type=int, default=3, help="turns of each variant (default %(default)s)")
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="of the recipe, for every run")
-    given = parser.parse_args(argv)
+    given = command_line().parse_args(argv)
     return CompareConfig(
         out=given.out, steps=given.steps, seeds=tuple(given.seeds), variants=tuple(given.variants),
         per_category=given.per_category, processes=given.processes,

@@ -10,12 +10,29 @@ frechet     distance of 2048 features from moments: `ours`, scipy's sqrtm, torch
 memory      peak of a process that streams 30,000 and 10^6 pictures' features into moments, and that indexes 10^6
 """
 
+import argparse
+from pathlib import Path
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Options; see the module docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["features", "detection", "frechet", "memory"], help="one of the tables")
+    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse_known_args()  # --help and mistakes are answered before torch is imported
+
 import os
 
 # Read by the OpenMP runtime that torch loads: waiting threads sleep, so CPU time counts work only.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import argparse
 import itertools
 import json
 import resource
@@ -24,7 +41,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,10 +50,9 @@ from torch import Tensor
 
 from benchmarks.interleaved import markdown_table, ratio, time_interleaved, write_json
 from eval.feature_store import FeatureStore, add_picture_features
-from eval.metrics.fid import Moments, frechet_from_moments
-from eval.metrics.statistics import moments_of
+from eval.metrics.fid import Moments, frechet_from_moments, moments_of
 from eval.networks.detectors import build_detector
-from eval.networks.encoders import InceptionEncoder
+from eval.networks.inception import InceptionEncoder
 from eval.pictures.image_files import read_picture
 from eval.suites.geneval_steps import detect_files, open_detections
 from eval.weights import find_file
@@ -59,7 +74,7 @@ def write_pictures(folder: Path, count: int) -> list[Path]:
 
 
 def feature_work(folder: Path, files: list[Path]) -> Work:
-    """The way from files to stored features, and its network alone."""
+    """`store`: from files to stored features. `bare`: the network alone, on inputs in memory."""
     encoder = InceptionEncoder("torch-fidelity")
     ready = torch.stack([encoder.prepare(read_picture(file)) for file in files]).split(BATCH)
     numbers = itertools.count()
@@ -72,7 +87,7 @@ def feature_work(folder: Path, files: list[Path]) -> Work:
 
 
 def detection_work(folder: Path, files: list[Path]) -> Work:
-    """The way from files to cached detections, and its detector alone."""
+    """`cached`: from files to cached detections. `bare`: the detector alone, on pictures in memory."""
     detector = build_detector("yolov3-tiny")
     ready = [read_picture(file) for file in files]
     numbers = itertools.count()
@@ -94,7 +109,7 @@ def random_moments(count: int, seed: int) -> Moments:
 
 
 def scipy_distance(a: Moments, b: Moments) -> float:
-    """As pytorch-fid and clean-fid compute it, for the scipy that is here."""
+    """Frechet distance as pytorch-fid and clean-fid compute it, with the installed scipy."""
     from scipy import linalg
 
     root = linalg.sqrtm(a.covariance_DD.numpy() @ b.covariance_DD.numpy())
@@ -103,14 +118,14 @@ def scipy_distance(a: Moments, b: Moments) -> float:
 
 
 def torchmetrics_distance(a: Moments, b: Moments) -> float:
-    """As torchmetrics computes it."""
+    """Frechet distance as torchmetrics computes it."""
     from torchmetrics.image.fid import _compute_fid
 
     return float(_compute_fid(a.mean_D, a.covariance_DD, b.mean_D, b.covariance_DD))
 
 
 def frechet_work(count: int) -> tuple[Work, dict[str, float]]:
-    """The three ways on the same moments, and their values."""
+    """The same distance computed in three ways, and the dictionary in which they leave its values."""
     a, b = random_moments(count, 0), random_moments(count, 1)
     ways = {"ours": frechet_from_moments, "scipy": scipy_distance, "torchmetrics": torchmetrics_distance}
     values: dict[str, float] = {}
@@ -149,7 +164,7 @@ def measure_index(count: int) -> float:
 
 
 def memory_table() -> tuple[str, dict[str, float]]:
-    """Each measurement in a process of its own, whose peak is nobody else's."""
+    """Peaks of memory, each measured in a process of its own."""
     found = {}
     jobs: tuple[tuple[str, Callable[[int], float], int], ...] = (
         ("moments of 30,000 pictures, MB", measure_moments, 30_000),
@@ -183,7 +198,7 @@ def _discard(action: Callable[[], object]) -> Callable[[], None]:
 
 
 def frechet_table(rounds: int) -> tuple[str, dict[str, Any]]:
-    """Full rank and rank-deficient moments."""
+    """Times of the three ways for covariances of full rank (5,000 pictures) and below it (1,000)."""
     texts, found = [], {}
     for count in (5000, 1000):
         work, values = frechet_work(count)
@@ -194,13 +209,7 @@ def frechet_table(rounds: int) -> tuple[str, dict[str, Any]]:
 
 
 def _main(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["features", "detection", "frechet", "memory"], help="one of the tables")
-    parser.add_argument("--pictures", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    args = parser.parse_args(argv)
+    args = command_line().parse_args(argv)
     for name in ("pictures", "rounds"):
         require(getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}: use 1 or more")
     torch.set_num_threads(args.threads)

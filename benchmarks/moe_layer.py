@@ -15,16 +15,37 @@ size, with biases:
 Shapes: B images, S tokens, D width, F hidden width, E experts, C capacity, N = B * C rows of one expert.
 """
 
+import argparse
+from pathlib import Path
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Options; see the module docstring."""
+    parser = argparse.ArgumentParser(prog="benchmarks.moe_layer", description="Ratios of one MoE layer.")
+    parser.add_argument("--experts", type=int, nargs="+", default=[8, 16, 64])
+    parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--batch-size", type=int, default=8, help="images (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens per image (default %(default)s)")
+    parser.add_argument("--dim", type=int, default=512, help="width, hidden width / 4 (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default %(default)s)")
+    parser.add_argument("--threads", type=int, help="of torch (default: what it takes by itself)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=1, help="calls of a turn, 10 on a GPU (default %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write ratios with quartiles to this file")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse_known_args()  # --help and mistakes are answered before torch is imported
+
 import os
 
 # Read by the OpenMP runtime that torch loads: waiting threads sleep, so CPU time counts work only.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -185,22 +206,6 @@ def table(results: list[dict[str, Any]], clock: str) -> str:
     return markdown_table(header, rows)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Command line; see the module docstring."""
-    parser = argparse.ArgumentParser(prog="benchmarks.moe_layer", description="Ratios of one MoE layer.")
-    parser.add_argument("--experts", type=int, nargs="+", default=[8, 16, 64])
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--batch-size", type=int, default=8, help="images (default %(default)s)")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens per image (default %(default)s)")
-    parser.add_argument("--dim", type=int, default=512, help="width, hidden width / 4 (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default %(default)s)")
-    parser.add_argument("--repeats", type=int, default=1, help="calls of a turn, 10 on a GPU (default %(default)s)")
-    parser.add_argument("--json", type=Path, help="also write ratios with quartiles to this file")
-    return parser.parse_args(argv)
-
-
 def run(options: argparse.Namespace) -> None:
     """Measure every case, print both tables, write the JSON."""
     for flag in ("rounds", "repeats"):
@@ -221,7 +226,7 @@ def run(options: argparse.Namespace) -> None:
         for dtype in options.dtypes
         for num_experts in options.experts
     ]
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
     keep_freed_memory()
     results = []
     for case in cases:
@@ -232,7 +237,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"{case.label}: {options.rounds} rounds measured", flush=True)
     settings = {
         "rounds": options.rounds,
-        "threads": options.threads,
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "deepspeed": version("deepspeed"),
         "repeats": options.repeats,
@@ -247,7 +252,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the ratio tables; exit code 2 and one sentence on a wrong option."""
-    options = parse(argv)
+    options = command_line().parse_args(argv)
     run_cli(lambda: run(options))
 
 

@@ -13,6 +13,22 @@ Exits 1 if a row is outside the bounds.
 """
 
 import argparse
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Options; see the module docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--ep-sizes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--optimizers", nargs="+", default=["sgd", "adamw"], choices=["sgd", "adamw"])
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--routers", nargs="+", default=["expert_choice"])
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse_known_args()  # --help and mistakes are answered before torch is imported
+
 import itertools
 import sys
 from dataclasses import dataclass, replace
@@ -171,13 +187,11 @@ def differences(reference: Trace, trace: Trace) -> tuple[float, float, float]:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table for this number of processes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--ep-sizes", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--optimizers", nargs="+", default=["sgd", "adamw"], choices=["sgd", "adamw"])
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--routers", nargs="+", default=["expert_choice"], choices=list(VARIANTS))
+    parser = command_line()
     arguments = parser.parse_args(argv)
+    for router in arguments.routers:
+        if router not in VARIANTS:
+            parser.error(f"argument --routers: invalid choice: {router!r} (choose from {', '.join(VARIANTS)})")
     world = detect_world()
     import deepspeed.utils
 

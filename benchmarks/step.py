@@ -12,10 +12,25 @@ slower. Memory is the most that PyTorch held at once, and with it what the devic
 """
 
 import argparse
+from pathlib import Path
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Options; see the module docstring."""
+    parser = argparse.ArgumentParser(prog="benchmarks.step", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="h100", help="what trainer.plan takes the devices for")
+    parser.add_argument("--steps", type=int, default=10, help="measured steps (default %(default)s)")
+    parser.add_argument("--warmups", type=int, default=3, help="steps before them (default %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write everything to this file")
+    return parser
+
+
+if __name__ == "__main__":
+    command_line().parse_known_args()  # --help and mistakes are answered before torch is imported
+
 import statistics
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -169,12 +184,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table; exit code 2 and one sentence on a wrong option."""
-    parser = argparse.ArgumentParser(prog="benchmarks.step", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="h100", help="what trainer.plan takes the devices for")
-    parser.add_argument("--steps", type=int, default=10, help="measured steps (default %(default)s)")
-    parser.add_argument("--warmups", type=int, default=3, help="steps before them (default %(default)s)")
-    parser.add_argument("--json", type=Path, help="also write everything to this file")
-    options, rest = parser.parse_known_args(argv)
+    options, rest = command_line().parse_known_args(argv)
     run_cli(lambda: run(options, rest))
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.networks.encoders import ImageEncoder
+from eval.networks.protocols import ImageEncoder
 from eval.pictures.generate import write_text
 from eval.pictures.image_files import read_picture
 from eval.weights import file_sha256

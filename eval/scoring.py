@@ -22,7 +22,7 @@ import torch
 from eval.feature_store import FeatureStore, add_picture_features, hash_files
 from eval.metrics.geneval import Rules
 from eval.networks.clip import CMMD_CLIP, DEFAULT_CLIP
-from eval.networks.encoders import ImageEncoder
+from eval.networks.protocols import ImageEncoder
 from eval.networks.resize import CONVENTIONS, check_convention
 from eval.pictures.image_files import folder_files, open_npz, unpack_npz
 from eval.pictures.prompts import Prompt

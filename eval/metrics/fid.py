@@ -8,13 +8,13 @@ otherwise L1 comes from Cholesky, with pivots where S1 is not safely positive de
 Shapes: N pictures, D features.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from scipy.linalg.lapack import dpstrf
 from torch import Tensor
-from torchmetrics import Metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,29 @@ def moments(features_ND: Tensor) -> Moments:
     _check_count(features_ND)
     x_ND = features_ND.double()
     return Moments(count=len(x_ND), mean_D=x_ND.mean(0), covariance_DD=torch.cov(x_ND.T).reshape(x_ND.shape[1], -1))
+
+
+def moments_of(parts: Iterable[Tensor]) -> Moments:
+    """Count, mean and unbiased covariance of features that come in parts [n, D], float64, D x D in memory at most.
+
+    The first part's mean is taken off before outer products are summed, so that nothing cancels.
+    Raises ValueError below two pictures.
+    """
+    count, shift, total, outer = 0, torch.empty(0), torch.empty(0), torch.empty(0)
+    for part_ND in parts:
+        x_ND = part_ND.double()
+        if len(x_ND) == 0:
+            continue
+        if count == 0:
+            shift = x_ND.mean(0)
+            total, outer = torch.zeros_like(shift), x_ND.new_zeros(x_ND.shape[1], x_ND.shape[1])
+        x_ND = x_ND - shift
+        count, total = count + len(x_ND), total + x_ND.sum(0)
+        outer.addmm_(x_ND.T, x_ND)
+    if count < 2:
+        raise ValueError(f"{count} pictures: statistics need 2 or more")
+    mean = total / count
+    return Moments(count=count, mean_D=shift + mean, covariance_DD=(outer - count * mean.outer(mean)) / (count - 1))
 
 
 def _check_count(features_ND: Tensor) -> None:
@@ -88,43 +111,3 @@ def frechet_from_features(a_ND: Tensor, b_ND: Tensor) -> float:
     cross = torch.linalg.svdvals(a_factor @ b_factor.T).sum()
     traces = a_factor.square().sum() + b_factor.square().sum()
     return float((a_mean - b_mean).square().sum() + traces - 2 * cross)
-
-
-class FrechetDistance(Metric):
-    """Frechet distance over features that arrive in batches and live on several ranks.
-
-    State is the count, sum and sum of outer products of each side in float64, reduced by summation, so
-    the value does not depend on how the pictures were spread over ranks (up to float64 rounding).
-    """
-
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        for side in ("real", "generated"):
-            self.add_state(f"{side}_count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-            self.add_state(f"{side}_sum", torch.zeros(num_features, dtype=torch.float64), dist_reduce_fx="sum")
-            outer = torch.zeros(num_features, num_features, dtype=torch.float64)
-            self.add_state(f"{side}_outer", outer, dist_reduce_fx="sum")
-
-    def update(self, features_ND: Tensor, *, real: bool) -> None:
-        """Add features [N, D] to the real or to the generated side."""
-        side = "real" if real else "generated"
-        x_ND = features_ND.double()
-        for name, value in (("count", len(x_ND)), ("sum", x_ND.sum(0)), ("outer", x_ND.T @ x_ND)):
-            setattr(self, f"{side}_{name}", getattr(self, f"{side}_{name}") + value)
-
-    def _moments(self, side: str) -> Moments:
-        count, total, outer = (getattr(self, f"{side}_{name}") for name in ("count", "sum", "outer"))
-        if count < 2:
-            raise ValueError(f"{int(count)} {side} pictures: need 2 or more")
-        mean = total / count
-        covariance = (outer - count * mean.outer(mean)) / (count - 1)
-        return Moments(count=int(count), mean_D=mean, covariance_DD=covariance)
-
-    def compute(self) -> Tensor:
-        """Squared Frechet distance as a float64 scalar; raises ValueError below two pictures on a side."""
-        value = frechet_from_moments(self._moments("real"), self._moments("generated"))
-        return torch.tensor(value, dtype=torch.float64)

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.metrics.fid import Moments, covariance_factor
-from eval.metrics.statistics import moments_of
+from eval.metrics.fid import Moments, covariance_factor, moments_of
 
 
 @dataclass(frozen=True, kw_only=True)

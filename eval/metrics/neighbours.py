@@ -18,7 +18,7 @@ _CHUNK = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbours:
-    """The four shares (density may exceed 1) for one k."""
+    """Precision, recall, density (may exceed 1) and coverage for one k."""
 
     precision: float
     recall: float
@@ -43,7 +43,7 @@ class Memorisation:
 
 
 def _distances(a_ND: Tensor, b_MD: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """First row and Euclidean distances [n, M] of each chunk of `a`, float64."""
+    """For each chunk of n rows of `a`: the number of its first row, and Euclidean distances to `b`, float64 [n, M]."""
     squares_M = b_MD.square().sum(1)
     for start in range(0, len(a_ND), _CHUNK):
         part = a_ND[start : start + _CHUNK]

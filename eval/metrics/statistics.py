@@ -10,66 +10,27 @@ Shapes: N pictures, D features.
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from eval.feature_store import FeatureStore, add_picture_features, hash_files
-from eval.metrics.fid import Moments
-from eval.networks.encoders import InceptionEncoder
-from eval.networks.resize import CONVENTIONS, check_convention
-from eval.pictures.image_files import folder_files, open_npz, unpack_npz
 from trainer.config import ConfigError, require, run_cli
 from trainer.files import replacing
+
+if TYPE_CHECKING:  # imports torch: below within functions, so that --help is quick
+    from eval.metrics.fid import Moments
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
     """Moments with their origin; `count` 0 and empty texts mean that a file did not say."""
 
-    moments: Moments
+    moments: "Moments"
     convention: str = ""
     weights_sha256: str = ""
     source: str = ""
-
-
-def moments_of(parts: Iterable[Tensor]) -> Moments:
-    """Count, mean and unbiased covariance of features that come in parts [n, D], float64, D x D in memory at most.
-
-    The first part's mean is taken off before outer products are summed, so that nothing cancels.
-    Raises ValueError below two pictures.
-    """
-    count, shift, total, outer = 0, torch.empty(0), torch.empty(0), torch.empty(0)
-    for part_ND in parts:
-        x_ND = part_ND.double()
-        if len(x_ND) == 0:
-            continue
-        if count == 0:
-            shift = x_ND.mean(0)
-            total, outer = torch.zeros_like(shift), x_ND.new_zeros(x_ND.shape[1], x_ND.shape[1])
-        x_ND = x_ND - shift
-        count, total = count + len(x_ND), total + x_ND.sum(0)
-        outer.addmm_(x_ND.T, x_ND)
-    if count < 2:
-        raise ValueError(f"{count} pictures: statistics need 2 or more")
-    mean = total / count
-    return Moments(count=count, mean_D=shift + mean, covariance_DD=(outer - count * mean.outer(mean)) / (count - 1))
-
-
-def merge(parts: Sequence[Moments]) -> Moments:
-    """Moments of the union of disjoint sets, exact in float64 (Chan, Golub, LeVeque 1983)."""
-    count = sum(part.count for part in parts)
-    mean = sum((part.count * part.mean_D for part in parts), torch.zeros_like(parts[0].mean_D)) / count
-    scatter = torch.zeros_like(parts[0].covariance_DD)
-    for part in parts:
-        offset = part.mean_D - mean
-        scatter += (part.count - 1) * part.covariance_DD + part.count * offset.outer(offset)
-    return Moments(count=count, mean_D=mean, covariance_DD=scatter / (count - 1))
 
 
 def write_statistics(path: Path, statistics: Statistics) -> None:
@@ -89,6 +50,8 @@ def write_statistics(path: Path, statistics: Statistics) -> None:
 
 def _read_arrays(path: Path) -> tuple[Any, Any, str, int, dict[str, str]]:
     """mu, sigma, the convention, the count and the texts that a file holds; ConfigError if it has no statistics."""
+    from eval.pictures.image_files import open_npz
+
     with open_npz(path) as content:
         require(
             "mu" in content and "sigma" in content,
@@ -113,6 +76,10 @@ def read_statistics(path: Path, convention: str = "") -> Statistics:
     `convention` is what the caller compares with: a file that names another one is refused, and for a file that
     names none it says what the file is. ConfigError for whatever does not fit.
     """
+    import torch
+
+    from eval.metrics.fid import Moments
+
     mu, sigma, named, count, texts = _read_arrays(path)
     mu = np.squeeze(mu)
     require(
@@ -131,6 +98,11 @@ def read_statistics(path: Path, convention: str = "") -> Statistics:
 
 def build_statistics(pictures: Path, store_folder: Path, convention: str, *, progress: bool = False) -> Statistics:
     """Statistics of a folder or ADM batch file of pictures; features are kept in `store_folder`."""
+    from eval.feature_store import FeatureStore, add_picture_features, hash_files
+    from eval.metrics.fid import moments_of
+    from eval.networks.inception import InceptionEncoder
+    from eval.pictures.image_files import folder_files, unpack_npz
+
     files = unpack_npz(pictures, store_folder / "unpacked") if pictures.suffix == ".npz" else folder_files(pictures)
     encoder = InceptionEncoder(convention)
     store = FeatureStore(store_folder, encoder.key, encoder.dim)
@@ -150,9 +122,11 @@ def _main(argv: list[str] | None) -> None:
     )
     parser.add_argument("pictures", type=Path, help="folder of pictures, or an npz with arr_0")
     parser.add_argument("--out", type=Path, required=True, help="npz to write")
-    parser.add_argument("--convention", default=CONVENTIONS[0], help=f"one of {', '.join(CONVENTIONS)}")
+    parser.add_argument("--convention", default="torch-fidelity", help="or clean, pytorch-fid (default %(default)s)")
     parser.add_argument("--features", type=Path, help="folder of cached features (default beside --out)")
     given = parser.parse_args(argv)
+    from eval.networks.resize import check_convention
+
     check_convention(given.convention)
     if given.out.suffix != ".npz":
         raise ConfigError(f"--out {given.out} must end in .npz")
@@ -162,7 +136,7 @@ def _main(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of the reference builder."""
+    """Command line."""
     run_cli(lambda: _main(argv))
 
 

@@ -1,7 +1,9 @@
-"""CLIP models of open_clip: `ARCH:FILE`, or `ARCH:TAG` of open_clip's own table, such as ViT-L-14:openai.
+"""CLIP models of open_clip, named `ARCH:FILE`, or `ARCH:TAG` with a tag of open_clip such as ViT-L-14:openai.
 
-Local files only. Pictures are the saved 8-bit ones, resized and cropped as the model's authors do; captions longer
-than the context are cut, and counted. Shapes: N pictures or captions, D features.
+Weights are read from this machine and never downloaded. Pictures are read as 8-bit files, then resized and cropped as
+the model's authors do it; captions longer than the context are cut, and counted.
+
+Shapes: N pictures or captions, D features.
 """
 
 import hashlib
@@ -16,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from eval.feature_store import SHARD_ROWS, FeatureStore
-from eval.networks.inception import read_torchscript
+from eval.networks.weight_files import must_fit, read_torchscript
 from eval.weights import cache_folder, file_sha256, find_weights_file
 from eval.weights_table import TABLE
-from trainer.config import ConfigError, require
+from trainer.config import require
 from trainer.encoders.pretrained import encoder_device
 
 DEFAULT_CLIP, CMMD_CLIP = "ViT-L-14:openai", "ViT-L-14-336:openai"
@@ -78,16 +80,14 @@ def load_clip(spec: str) -> "ClipModel":
     # OpenAI trained with a quicker GELU, whatever the architecture's name says.
     quick = tag == "openai" or any(entry.sha256 == sha256 and "openai" in entry.name for entry in TABLE.values())
     model = open_clip.create_model(arch, pretrained_text=False, force_quick_gelu=quick)
-    try:
+    with must_fit(f"{path} does not hold weights of {arch}"):
         model.load_state_dict(_read_state(path))
-    except (RuntimeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{path} does not hold weights of {arch}: {' '.join(str(error).split())[:200]}") from error
     preset = open_clip.get_pretrained_cfg(arch, tag) if tag else {}
     return ClipModel(arch, model, sha256, preset)
 
 
 def network_name(arch: str) -> str:
-    """Of a model in keys and cards."""
+    """What an architecture of open_clip is called in the keys of features and on protocol cards."""
     return f"open_clip-{arch}"
 
 
@@ -99,6 +99,7 @@ class ClipModel:
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
         text = open_clip.get_model_config(arch)["text_cfg"]
+        # Other tokenizers load from the transformers hub, which this evaluation does not read from.
         strange = [name for name in _TOKENIZER_KEYS if text.get(name)]
         require(not strange, f"{arch} has the tokenizer {text.get('hf_tokenizer_name')}: use one with CLIP's own")
         self.context = int(text.get("context_length", 77))
@@ -118,7 +119,7 @@ class ClipModel:
         }
 
     def prepare(self, picture_HW3: Tensor) -> Tensor:
-        """The model's own resize, crop and scaling."""
+        """Resize, crop and scale a uint8 picture as the model was trained with."""
         found: Tensor = self.transform(Image.fromarray(picture_HW3.numpy()))
         return found
 
@@ -138,12 +139,12 @@ class ClipModel:
         return torch.cat(parts) if parts else torch.empty(0, self.dim)
 
     def is_truncated(self, text: str) -> bool:
-        """Whether the caption and its two marks exceed the context."""
+        """Whether the caption, with its start and end tokens, is longer than the context."""
         return len(self.tokenizer.encode(text)) + 2 > self.context
 
 
 def text_hash(text: str) -> str:
-    """Name of a caption in the feature store."""
+    """The key of a caption in the feature store."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from eval.networks.clip import ClipModel, find_clip, network_name, zero_shot_probabilities
-from eval.networks.detectors import FoundObject
+from eval.networks.protocols import FoundObject
 from eval.pictures.geneval_names import COLORS
 from eval.weights import file_sha256
 
@@ -32,7 +32,7 @@ class ColorJudge(Protocol):
 
 
 def crop(picture_HW3: Tensor, item: FoundObject) -> Image.Image:
-    """The object on grey, cut to its box; at least a pixel wide and high."""
+    """The object's box cut out, grey outside of its mask; at least one pixel wide and high."""
     image = Image.fromarray(picture_HW3.numpy())
     if item.mask_HW is not None:
         blank = Image.new("RGB", image.size, BLANK)
@@ -42,7 +42,7 @@ def crop(picture_HW3: Tensor, item: FoundObject) -> Image.Image:
 
 
 class ClipColors:
-    """The official judge, with any CLIP model."""
+    """GenEval's judge: zero-shot classification by CLIP (the official one is ViT-L-14:openai)."""
 
     def __init__(self, clip: ClipModel) -> None:
         self.clip = clip
@@ -50,7 +50,7 @@ class ClipColors:
         self._classifiers: dict[str, Tensor] = {}
 
     def classifier(self, name: str) -> Tensor:
-        """One row per colour for objects of a class, fp32 [K, D]."""
+        """CLIP features of the ten colours of objects of a class, one row a colour, fp32 [K, D]."""
         if name not in self._classifiers:
             texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
             features = functional.normalize(self.clip.encode_texts(texts), dim=1)
@@ -59,13 +59,13 @@ class ClipColors:
         return self._classifiers[name]
 
     def classify(self, picture_HW3: Tensor, found: Sequence[FoundObject], name: str) -> Tensor:
-        """Probabilities of the ten colours."""
+        """Softmax over the ten colours of each object, fp32 [N, K]."""
         if not found:
             return torch.empty(0, len(COLORS))
         return zero_shot_probabilities(self.clip, [crop(picture_HW3, item) for item in found], self.classifier(name))
 
 
-# Light of the ten names on a screen, in [0, 255].
+# What the ten names look like on a screen: RGB in [0, 255].
 _LIGHT = {
     "red": (214, 39, 40), "orange": (245, 140, 30), "yellow": (240, 220, 50), "green": (50, 150, 60),
     "blue": (45, 90, 200), "purple": (130, 70, 160), "pink": (240, 150, 190), "brown": (120, 75, 40),
@@ -79,7 +79,7 @@ class NearestColors:
     card: dict[str, str] = {"colors": "nearest-rgb-1", "weights_sha256": ""}  # noqa: RUF012
 
     def classify(self, picture_HW3: Tensor, found: Sequence[FoundObject], name: str) -> Tensor:
-        """Shares of pixels."""
+        """Share of each object's pixels that is nearest to each colour, fp32 [N, K]."""
         del name
         palette_K3 = torch.tensor([_LIGHT[color] for color in COLORS]).float()
         rows = torch.zeros(len(found), len(COLORS))

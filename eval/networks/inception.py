@@ -1,213 +1,59 @@
-"""The InceptionV3 graph of 2015-12-05 that defines FID, built from one table (arXiv 1512.00567, 1706.08500).
-
-It differs from torchvision's network: average pools leave the padding out of the count, the last block
-pools by maximum, and batch normalisation has no gain and eps 1e-3. Normalisation is folded into the
-convolutions. Shapes: N pictures, C channels, H and W pixels, D = 2048 features.
-"""
-
-import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+"""Features of the FID network, InceptionV3 of 2015-12-05. Shapes: N pictures, H x W pixels, D features, K classes."""
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-BATCH_NORM_EPS = 1e-3
-NUM_FEATURES = 2048
+from eval.networks.inception_network import NUM_FEATURES, Inception, build_inception
+from eval.networks.resize import check_convention, fid_input
+from eval.networks.weight_files import read_torchscript
+from eval.weights import file_sha256, find_file, find_weights_file
+from trainer.encoders.pretrained import encoder_device
 
-
-@dataclass(frozen=True)
-class Conv:
-    """Convolution, normalisation, ReLU; padded to keep the size unless `valid` or strided."""
-
-    out: int
-    kernel: tuple[int, int] = (1, 1)
-    stride: int = 1
-    valid: bool = False
+SLIM, FULL = "inception-2015-12-05", "inception-2015-12-05-full"
+"""Entries of the weights table: the network without its classifier, and with it."""
 
 
-@dataclass(frozen=True)
-class Pool:
-    """3x3 pooling: `average` and `max` keep the size, `halve` is a maximum with stride 2."""
+class InceptionEncoder:
+    """Pool features of the FID network, under a named resize convention; an ImageEncoder.
 
-    kind: str
+    `net` replaces the listed weights by a network of the caller's.
+    """
 
+    dim = NUM_FEATURES
 
-@dataclass(frozen=True)
-class Branches:
-    """Parallel chains of steps over the same input, concatenated over channels."""
+    def __init__(self, convention: str, net: Inception | None = None, weights_sha256: str = "") -> None:
+        self.convention = check_convention(convention)
+        if net is None:
+            path = find_weights_file(SLIM)
+            net, weights_sha256 = build_inception(read_torchscript(path)), file_sha256(path)
+        self.key = {
+            "network": "inception-2015-12-05",
+            "weights_sha256": weights_sha256,
+            "preprocess": f"{convention}-299",
+            "precision": "fp32",
+        }
+        self.device = encoder_device()
+        self.net = net.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    chains: tuple["Chain", ...]
+    def prepare(self, picture_HW3: Tensor) -> Tensor:
+        """Resize a uint8 picture to 299 x 299 by the convention, and scale it."""
+        return fid_input(picture_HW3, self.convention)
 
-
-Step = Conv | Pool | Branches
-Chain = tuple[Step, ...]
-
-SQUARE, FIVE, WIDE, TALL = (3, 3), (5, 5), (1, 7), (7, 1)
-AVERAGE, MAXIMUM, HALVE = Pool("average"), Pool("max"), Pool("halve")
-FORK = Branches(((Conv(384, (1, 3)),), (Conv(384, (3, 1)),)))
-
-
-def _block_35(pooled: int) -> Branches:
-    return Branches(
-        (
-            (Conv(64),),
-            (Conv(48), Conv(64, FIVE)),
-            (Conv(64), Conv(96, SQUARE), Conv(96, SQUARE)),
-            (AVERAGE, Conv(pooled)),
-        )
-    )
-
-
-def _block_17(width: int) -> Branches:
-    return Branches(
-        (
-            (Conv(192),),
-            (Conv(width), Conv(width, WIDE), Conv(192, TALL)),
-            (Conv(width), Conv(width, TALL), Conv(width, WIDE), Conv(width, TALL), Conv(192, WIDE)),
-            (AVERAGE, Conv(192)),
-        )
-    )
-
-
-def _block_8(pool: Pool) -> Branches:
-    return Branches(((Conv(320),), (Conv(384), FORK), (Conv(448), Conv(384, SQUARE), FORK), (pool, Conv(192))))
-
-
-INCEPTION_2015: Chain = (
-    Conv(32, SQUARE, 2),
-    Conv(32, SQUARE, valid=True),
-    Conv(64, SQUARE),
-    HALVE,
-    Conv(80, valid=True),
-    Conv(192, SQUARE, valid=True),
-    HALVE,
-    *(_block_35(pooled) for pooled in (32, 64, 64)),
-    Branches(((Conv(384, SQUARE, 2),), (Conv(64), Conv(96, SQUARE), Conv(96, SQUARE, 2)), (HALVE,))),
-    *(_block_17(width) for width in (128, 160, 160, 192)),
-    Branches(
-        (
-            (Conv(192), Conv(320, SQUARE, 2)),
-            (Conv(192), Conv(192, WIDE), Conv(192, TALL), Conv(192, SQUARE, 2)),
-            (HALVE,),
-        )
-    ),
-    _block_8(AVERAGE),
-    _block_8(MAXIMUM),
-)
-
-
-class _ConvRelu(nn.Module):
-    def __init__(self, in_channels: int, spec: Conv) -> None:
-        super().__init__()
-        keep = spec.stride == 1 and not spec.valid
-        padding = (spec.kernel[0] // 2, spec.kernel[1] // 2) if keep else (0, 0)
-        self.conv = nn.Conv2d(in_channels, spec.out, spec.kernel, spec.stride, padding)
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        return functional.relu(self.conv(x_NCHW), inplace=True)
-
-
-class _Pool(nn.Module):
-    def __init__(self, spec: Pool) -> None:
-        super().__init__()
-        self.kind = spec.kind
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        if self.kind == "average":
-            return functional.avg_pool2d(x_NCHW, 3, 1, 1, count_include_pad=False)
-        return functional.max_pool2d(x_NCHW, 3, 2) if self.kind == "halve" else functional.max_pool2d(x_NCHW, 3, 1, 1)
-
-
-class _Parallel(nn.Module):
-    def __init__(self, chains: list[nn.Module]) -> None:
-        super().__init__()
-        self.chains = nn.ModuleList(chains)
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        return torch.cat([chain(x_NCHW) for chain in self.chains], dim=1)
-
-
-def _build_chain(in_channels: int, chain: Chain) -> tuple[nn.Sequential, int]:
-    """Modules of one chain and its number of output channels."""
-    modules: list[nn.Module] = []
-    for step in chain:
-        if isinstance(step, Conv):
-            modules.append(_ConvRelu(in_channels, step))
-            in_channels = step.out
-        elif isinstance(step, Pool):
-            modules.append(_Pool(step))
-        else:
-            built = [_build_chain(in_channels, inner) for inner in step.chains]
-            modules.append(_Parallel([module for module, _ in built]))
-            in_channels = sum(out for _, out in built)
-    return nn.Sequential(*modules), in_channels
-
-
-class Inception(nn.Module):
-    """Features of pictures that are already resized to 299 and scaled: [N, 3, 299, 299] -> [N, 2048]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, width = _build_chain(3, INCEPTION_2015)
-        assert width == NUM_FEATURES
-        self.eval().requires_grad_(False)
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        features: Tensor = self.body(x_NCHW).mean((2, 3))
+    @torch.inference_mode()
+    def encode(self, x_N3hw: Tensor) -> Tensor:
+        """Inputs [N, 3, 299, 299] to features [N, 2048], fp32 on the CPU."""
+        x_N3hw = x_N3hw.to(self.device).contiguous(memory_format=torch.channels_last)
+        features: Tensor = self.net(x_N3hw).float().cpu()
         return features
 
-    def convolutions(self) -> Iterator[nn.Conv2d]:
-        """The 94 convolutions in the order of the table."""
-        return (module for module in self.modules() if isinstance(module, nn.Conv2d))
 
+def classifier_weight() -> Tensor | None:
+    """Weights [K, D] of the FID network's classifier, fp32 [1008, 2048]; None if its full weights are not here.
 
-def read_torchscript(path: Path) -> dict[str, Tensor]:
-    """State dict of a TorchScript archive; nothing in it is called."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the loader of this archived format is deprecated
-        state: dict[str, Tensor] = torch.jit.load(str(path), map_location="cpu").state_dict()
-    return state
-
-
-def build_inception(state: Mapping[str, Tensor]) -> Inception:
-    """Network from a state dict that has `weight`, `beta`, `mean`, `var` per layer, in the table's order.
-
-    Raises ValueError when the layers do not fit the table.
+    The Inception score uses the logits without bias, as torch-fidelity and the original graph do.
     """
-    net = Inception()
-    layers = list(dict.fromkeys(name.rsplit(".", 1)[0] for name in state))
-    convolutions = list(net.convolutions())
-    if len(layers) != len(convolutions):
-        raise ValueError(f"{len(layers)} layers in the weights, the network has {len(convolutions)}")
-    for layer, conv in zip(layers, convolutions, strict=True):
-        weight, beta, mean, var = (state[f"{layer}.{part}"] for part in ("weight", "beta", "mean", "var"))
-        if weight.shape != conv.weight.shape:
-            raise ValueError(f"{layer} is {tuple(weight.shape)}, the network has {tuple(conv.weight.shape)}")
-        scale = (var.double() + BATCH_NORM_EPS).rsqrt()
-        assert conv.bias is not None
-        conv.weight.copy_(weight.double() * scale[:, None, None, None])
-        conv.bias.copy_(beta.double() - mean.double() * scale)
-    return net
-
-
-def fidelity_layers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """torch-fidelity's and pytorch-fid's state dict in the form that `build_inception` reads.
-
-    Its layers come in the table's order, each a convolution and a normalisation whose gain may differ from 1.
-    Raises ValueError when a part of a layer is missing.
-    """
-    found: dict[str, Tensor] = {}
-    for name in (key.removesuffix(".conv.weight") for key in state if key.endswith(".conv.weight")):
-        parts = {part: state.get(f"{name}.bn.{part}") for part in ("weight", "bias", "running_mean", "running_var")}
-        gain, bias, mean, var = parts["weight"], parts["bias"], parts["running_mean"], parts["running_var"]
-        if bias is None or mean is None or var is None:
-            raise ValueError(f"{name} has no complete normalisation: give the weights of torch-fidelity")
-        weight = state[f"{name}.conv.weight"]
-        if gain is not None:
-            # The gain moves into the convolution, so the mean and the variance scale with it.
-            weight, mean = weight * gain[:, None, None, None], mean * gain
-        found |= {f"{name}.weight": weight, f"{name}.beta": bias, f"{name}.mean": mean, f"{name}.var": var}
-    return found
+    if find_file(FULL) is None:
+        return None
+    state = torch.load(find_weights_file(FULL), map_location="cpu", weights_only=True)
+    weight: Tensor = state["fc.weight"]
+    return weight.float()

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from eval.metrics.geneval import Box
-from eval.networks.detectors import Comparable, FoundObject, load_weights
 from eval.networks.mask2former_keys import convert_mask2former
+from eval.networks.protocols import Comparable, DetectorSource, FoundObject
+from eval.networks.weight_files import must_fit
 from eval.pictures.geneval_names import CLASSES
+from eval.weights import file_sha256
 from trainer.config import ConfigError, require
 from trainer.encoders.pretrained import encoder_device, files_digest, load_local, require_package, weight_files
 
@@ -45,7 +47,7 @@ def build_network(**swin: Any) -> Any:
     return model(configure(backbone_config=backbone, num_labels=len(CLASSES)))
 
 
-def load_official(path: Path) -> Any:
+def _load_mmdet(path: Path) -> Any:
     """The network with an mmdet checkpoint; ConfigError unless every weight finds its place."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -56,7 +58,8 @@ def load_official(path: Path) -> Any:
     except KeyError as error:
         raise ConfigError(f"{path} is no Mask2Former-Swin checkpoint of mmdet: it has {error}") from error
     model = build_network()
-    load_weights(model, {**unused_weights(model), **state}, path)
+    with must_fit(f"{path} does not hold the weights of this detector"):
+        model.load_state_dict({**unused_weights(model), **state})
     return model
 
 
@@ -65,8 +68,8 @@ def unused_weights(model: Any) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if name.startswith(_UNUSED)}
 
 
-def load_folder(folder: Path) -> tuple[Any, str]:
-    """transformers' own checkpoint in a local folder, and the digest of its weights."""
+def _load_folder(folder: Path) -> Any:
+    """The network with transformers' own checkpoint in a local folder."""
     setting = f"--detector mask2former-hf:{folder}"
     require_package(setting, "transformers")
     from transformers import Mask2FormerForUniversalSegmentation
@@ -78,21 +81,11 @@ def load_folder(folder: Path) -> tuple[Any, str]:
         f"{setting} knows {model.config.num_labels} classes, {len(CLASSES)} of COCO are needed: use "
         "facebook/mask2former-swin-small-coco-instance",
     )
-    return model, folder_digest(folder)
-
-
-def folder_digest(folder: Path) -> str:
-    """Digest of the weights in a local folder."""
-    return files_digest(weight_files(f"--detector mask2former-hf:{folder}", folder))
-
-
-def mask2former_card(name: str, weights_sha256: str, long: int = _LONG, short: int = _SHORT) -> dict[str, str]:
-    """The detector's card."""
-    return {"detector": name, "weights_sha256": weights_sha256, "input": f"{long}x{short}, pad {_MULTIPLE}"}
+    return model
 
 
 def input_size(height: int, width: int, long: int = _LONG, short: int = _SHORT) -> tuple[int, int]:
-    """Height and width after the keep-ratio resize."""
+    """Height and width of a picture resized to fit into long x short pixels, its sides' ratio kept."""
     scale = min(long / max(height, width), short / min(height, width))
     return int(height * scale + 0.5), int(width * scale + 0.5)
 
@@ -117,7 +110,7 @@ def masks_at_picture_size(mask_Qhw: Tensor, padded: tuple[int, int], size: tuple
 
 
 def mask_box(mask_HW: Tensor) -> Box:
-    """Tight box, x2 and y2 exclusive; zeros for an empty mask."""
+    """The smallest box around a mask, x2 and y2 exclusive; zeros for an empty mask."""
     rows, columns = mask_HW.any(1).nonzero().flatten(), mask_HW.any(0).nonzero().flatten()
     if len(rows) == 0:
         return 0.0, 0.0, 0.0, 0.0
@@ -155,7 +148,7 @@ class Mask2Former:
         self.comparable, self.long, self.short = comparable, long, short
         self.device = encoder_device()
         self.model = model.eval().requires_grad_(False).to(self.device)
-        self.card = mask2former_card(name, weights_sha256, long, short)
+        self.card = _card(name, weights_sha256, long, short)
 
     @torch.inference_mode()
     def detect(self, picture_HW3: Tensor) -> list[FoundObject]:
@@ -166,3 +159,39 @@ class Mask2Former:
         padded = (x_NCHW.shape[2], x_NCHW.shape[3])
         masks = masks_at_picture_size(out.masks_queries_logits[0].float(), padded, size, picture_HW3.shape[:2])
         return instances(out.class_queries_logits[0].float(), masks)
+
+
+def _card(name: str, weights_sha256: str, long: int = _LONG, short: int = _SHORT) -> dict[str, str]:
+    return {"detector": name, "weights_sha256": weights_sha256, "input": f"{long}x{short}, pad {_MULTIPLE}"}
+
+
+_OFFICIAL = "mask2former-swin-s-coco (GenEval's)"
+MASK2FORMER = DetectorSource(
+    comparable="official",
+    weights="mask2former-swin-s-coco",
+    card=lambda path: _card(_OFFICIAL, file_sha256(path)),
+    load=lambda path: Mask2Former(_load_mmdet(path), _OFFICIAL, file_sha256(path), "official"),
+)
+
+
+def _find_folder(name: str) -> Path:
+    require(
+        (Path(name) / "config.json").is_file(),
+        f"--detector mask2former-hf:{name}: {name} has no config.json, copy "
+        "facebook/mask2former-swin-small-coco-instance to it",
+    )
+    return Path(name)
+
+
+def _folder_digest(folder: Path) -> str:
+    return files_digest(weight_files(f"--detector mask2former-hf:{folder}", folder))
+
+
+MASK2FORMER_FOLDER = DetectorSource(
+    comparable="approximate",
+    find_folder=_find_folder,
+    card=lambda folder: _card(f"mask2former-hf:{folder.name}", _folder_digest(folder)),
+    load=lambda folder: Mask2Former(
+        _load_folder(folder), f"mask2former-hf:{folder.name}", _folder_digest(folder), "approximate"
+    ),
+)

@@ -137,7 +137,7 @@ def convert_key(name: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def convert_mask2former(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A whole checkpoint's `state_dict`; raises KeyError for a foreign name."""
+    """A checkpoint's `state_dict` of mmdet as one of transformers; KeyError for a name that neither has."""
     found: dict[str, Tensor] = {}
     for name, value in state.items():
         found |= convert_key(name, value)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import batched_nms
 
-from eval.networks.detectors import Comparable, FoundObject
-from eval.weights import file_sha256, find_weights_file
+from eval.networks.protocols import Comparable, DetectorSource, FoundObject
+from eval.weights import file_sha256
 from trainer.config import require
 from trainer.encoders.pretrained import encoder_device
 
@@ -55,7 +55,7 @@ class YoloV3Tiny(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        """All candidates of both scales."""
+        """Candidates of the coarse and the fine grid, one after the other."""
         route = x_NCHW
         for i, layer in enumerate(self.body):
             x_NCHW = layer(x_NCHW)
@@ -71,7 +71,7 @@ class YoloV3Tiny(nn.Module):
         return torch.cat([_decode(coarse, 32, _ANCHORS[3:]), _decode(fine, 16, _ANCHORS[:3])], 1)
 
     def load_darknet(self, path: Path) -> "YoloV3Tiny":
-        """Fill from a darknet file; ConfigError when its size does not fit."""
+        """Read the weights from a darknet file; ConfigError if it does not have as many numbers as the network."""
         values = torch.from_numpy(np.fromfile(path, np.float32, offset=_HEADER))
         convolutions = [module for module in self.modules() if isinstance(module, _Conv)]
         targets = [tensor for module in convolutions for tensor in module.parameters_in_file_order()]
@@ -92,8 +92,7 @@ def _decode(out_NCHW: Tensor, stride: int, anchors: tuple[tuple[int, int], ...])
     return torch.cat([centre - half, centre + half, x[..., 4:].sigmoid()], -1).reshape(count, -1, 85)
 
 
-def yolo_card(weights_sha256: str) -> dict[str, str]:
-    """The detector's card."""
+def _card(weights_sha256: str) -> dict[str, str]:
     return {"detector": "yolov3-tiny", "weights_sha256": weights_sha256, "input": f"letterbox {_SIZE}"}
 
 
@@ -102,11 +101,10 @@ class YoloDetector:
 
     comparable: Comparable = "approximate"
 
-    def __init__(self) -> None:
-        path = find_weights_file("yolov3-tiny")
+    def __init__(self, path: Path) -> None:
         self.device = encoder_device()
         self.net = YoloV3Tiny().load_darknet(path).to(self.device)
-        self.card = yolo_card(file_sha256(path))
+        self.card = _card(file_sha256(path))
 
     @torch.inference_mode()
     def detect(self, picture_HW3: Tensor) -> list[FoundObject]:
@@ -130,3 +128,11 @@ class YoloDetector:
             for i in kept
             for x1, y1, x2, y2 in [boxes[i].tolist()]
         ]
+
+
+YOLOV3_TINY = DetectorSource(
+    comparable=YoloDetector.comparable,
+    weights="yolov3-tiny",
+    card=lambda path: _card(file_sha256(path)),
+    load=YoloDetector,
+)

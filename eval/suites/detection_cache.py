@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.networks.detectors import FoundObject
+from eval.networks.protocols import FoundObject
 from eval.pictures.generate import write_text
 from eval.suites.rle import decode_mask, encode_mask
 

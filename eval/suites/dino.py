@@ -3,7 +3,7 @@
 from eval.feature_store import hash_files
 from eval.metrics.frechet import FrechetReference
 from eval.metrics.neighbours import neighbours
-from eval.networks.encoders import DinoEncoder
+from eval.networks.dino import DINO_WEIGHTS, DinoEncoder
 from eval.pictures.prompts import Prompt
 from eval.scoring import Result, ScoreConfig, ScoringJob, attempt, needs_reference
 from eval.weights import find_weights_file
@@ -12,7 +12,7 @@ from eval.weights import find_weights_file
 def check(config: ScoreConfig, prompts: list[Prompt]) -> None:
     """Weights and reference pictures must be here."""
     del prompts
-    find_weights_file("dinov2-vit-l-14")
+    find_weights_file(DINO_WEIGHTS)
     needs_reference(config, pictures=True)
 
 

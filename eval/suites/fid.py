@@ -3,11 +3,12 @@
 from torch import Tensor
 
 from eval.feature_store import FeatureStore, hash_files
+from eval.metrics.fid import moments_of
 from eval.metrics.frechet import FrechetReference, fid_infinity, inception_score
 from eval.metrics.kernel import kid
 from eval.metrics.neighbours import memorisation, neighbours
-from eval.metrics.statistics import moments_of, read_statistics
-from eval.networks.encoders import SLIM, InceptionEncoder, classifier_weight
+from eval.metrics.statistics import read_statistics
+from eval.networks.inception import SLIM, InceptionEncoder, classifier_weight
 from eval.pictures.prompts import Prompt
 from eval.scoring import Result, ScoreConfig, ScoringJob, attempt, is_statistics, needs_reference
 from eval.weights import find_weights_file

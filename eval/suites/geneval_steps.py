@@ -16,7 +16,7 @@ from eval.demo.controls import judge_all
 from eval.feature_store import hash_files, num_workers, prefetched
 from eval.metrics.geneval import Detection, PictureVerdict, Rules, Summary, result_row, select_objects
 from eval.networks.colors import ColorJudge
-from eval.networks.detectors import ObjectDetector
+from eval.networks.protocols import ObjectDetector
 from eval.pictures.geneval_names import CLASSES, COLORS
 from eval.pictures.image_files import read_picture
 from eval.pictures.prompts import Prompt

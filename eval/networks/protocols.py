@@ -1,0 +1,79 @@
+"""What the metrics ask of a network: pictures to features (`ImageEncoder`), pictures to objects (`ObjectDetector`).
+
+Shapes: N pictures, H x W pixels, h x w pixels of a network's input, D features.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from eval.metrics.geneval import Box
+from eval.pictures.geneval_names import CLASSES
+
+Comparable = Literal["official", "approximate"]
+"""Whether scores of a detector may stand beside published ones."""
+
+
+class ImageEncoder(Protocol):
+    """A frozen network from pictures to `dim` features.
+
+    `key` holds everything that shapes the features: network, hash of its weights, preprocessing, precision.
+    """
+
+    key: dict[str, str]
+    dim: int
+
+    def prepare(self, picture_HW3: Tensor) -> Tensor:
+        """A uint8 picture [H, W, 3] as the network's input, float32 [3, h, w]; runs in worker threads on the CPU."""
+        ...
+
+    def encode(self, x_N3hw: Tensor) -> Tensor:
+        """A batch of inputs to features, on the device; fp32 [N, D] on the CPU."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundObject:
+    """One object: number of its class, score, box in pixels (x2, y2 exclusive), mask bool [H, W] if there is one."""
+
+    class_number: int
+    score: float
+    box: Box
+    mask_HW: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        """GenEval's name of the class."""
+        return CLASSES[self.class_number]
+
+
+class ObjectDetector(Protocol):
+    """A frozen network from pictures to objects of COCO's 80 classes.
+
+    `card` is what a protocol card needs to know of it: name, hash of its weights, settings.
+    """
+
+    comparable: Comparable
+    card: dict[str, str]
+
+    def detect(self, picture_HW3: Tensor) -> list[FoundObject]:
+        """Objects of a uint8 picture [H, W, 3], best first."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorSource:
+    """How a detector's own file tells the registry (`eval.networks.detectors`) to find, describe and load it."""
+
+    comparable: Comparable
+    card: Callable[[Path], dict[str, str]]
+    """The card that a detector with these weights has; loads nothing."""
+    load: Callable[[Path], ObjectDetector]
+    """The detector with these weights; ConfigError if they are those of another network."""
+    weights: str = ""
+    """Entry of eval/weights_table.py."""
+    find_folder: Callable[[str], Path] | None = None
+    """For a detector named NAME:DIR instead, DIR to the folder of weights; ConfigError if they are not in it."""
