@@ -18,9 +18,8 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from eval.feature_store import num_workers, prefetched
-from eval.pictures.generate import write_text
 from trainer.config import ConfigError, require, run_cli
-from trainer.files import replacing
+from trainer.files import replacing, write_text
 
 
 def read_annotations(path: Path) -> dict[str, Any]:

@@ -16,9 +16,8 @@ from eval.networks.clip import ClipModel, find_clip, load_clip, text_features
 from eval.networks.colors import TEMPLATES, ClipColors
 from eval.networks.detectors import FoundObject
 from eval.networks.encoders import DinoEncoder
-from eval.pictures.generate import picture_path, write_picture
 from eval.pictures.geneval_names import COLORS
-from eval.pictures.image_files import read_picture
+from eval.pictures.image_files import picture_path, read_picture, write_picture
 from eval.pictures.prompts import Prompt
 from eval.scoring import ScoreConfig, ScoringJob, check_all, prepare_all, score_all
 from trainer.config import ConfigError

@@ -9,9 +9,9 @@ import torch
 
 from eval.demo.detector import RULES, DetectorConfig, _match, detect, detect_at, main
 from eval.demo.detector_check import degrade, measure, negative_rates
+from eval.demo.prompts import demo_prompts, render_prompts
 from eval.demo.templates import build_bank, gaussian_blur
 from eval.metrics.geneval import judge
-from eval.pictures.prompts import demo_prompts, render_prompts
 from trainer.data.demo.scenes import COLORS, OBJECTS, Scene, SceneObject, render, training_scene
 
 

@@ -18,8 +18,7 @@ from eval.metrics.frechet import inception_score
 from eval.networks.encoders import InceptionEncoder, full_inception
 from eval.networks.inception import build_inception, fidelity_layers, read_torchscript
 from eval.networks.resize import CONVENTIONS, fid_input
-from eval.pictures.generate import write_picture
-from eval.pictures.image_files import folder_files, geneval_files, read_picture, unpack_npz, write_npz
+from eval.pictures.image_files import folder_files, geneval_files, read_picture, unpack_npz, write_npz, write_picture
 from eval.weights import find_weights_file
 from trainer.config import ConfigError
 

@@ -14,14 +14,8 @@ from eval.demo.features import (
     load_inception,
     preprocess,
 )
-from eval.metrics.fid import (
-    FrechetDistance,
-    Moments,
-    covariance_factor,
-    frechet_from_features,
-    frechet_from_moments,
-    moments,
-)
+from eval.metrics.fid import FrechetDistance, frechet_from_features, frechet_from_moments, moments
+from eval.metrics.frechet import Moments, covariance_factor
 from eval.networks.inception import Inception, build_inception
 from trainer.config import ConfigError
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from eval.pictures.generate import generate_pictures, picture_path, picture_seed, read_pictures
-from eval.pictures.prompts import demo_prompts, metadata_lines, prompts_sha256, render_prompts, scene_clauses
+from eval.demo.prompts import demo_prompts, render_prompts, scene_clauses
+from eval.pictures.generate import generate_pictures, read_pictures
+from eval.pictures.image_files import picture_path
+from eval.pictures.prompts import metadata_lines, picture_seed, prompts_sha256
 from trainer.config import ConfigError
 from trainer.data.demo.scenes import CATEGORIES, Scene, held_out_scenes, render
 

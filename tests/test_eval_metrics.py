@@ -11,11 +11,11 @@ from torch import Tensor
 
 from eval.metrics.clip_score import ClipScoreMetric, clip_score, cosines, r_precision
 from eval.metrics.fid import frechet_from_features, frechet_from_moments, moments
-from eval.metrics.frechet import FrechetReference, fid_infinity, inception_score
+from eval.metrics.frechet import FrechetReference, fid_infinity, inception_score, moments_of
 from eval.metrics.gathered import GatheredMetric
 from eval.metrics.kernel import cmmd, kid, polynomial_mmd
 from eval.metrics.neighbours import memorisation, neighbours
-from eval.metrics.statistics import Statistics, merge, moments_of, read_statistics, write_statistics
+from eval.metrics.statistics import Statistics, merge, read_statistics, write_statistics
 from trainer.config import ConfigError
 
 

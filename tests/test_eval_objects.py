@@ -15,9 +15,9 @@ from eval.networks.colors import NearestColors, crop
 from eval.networks.detectors import FoundObject, MaskRcnn, build_detector, build_maskrcnn, describe_detector
 from eval.networks.mask2former import Mask2Former, build_network, input_size, instances, mask_box, unused_weights
 from eval.networks.mask2former_keys import convert_key, convert_mask2former, reorder_merging
-from eval.pictures.generate import picture_path, write_picture, write_text
 from eval.pictures.geneval_names import CATEGORY_NUMBERS, CLASSES
 from eval.pictures.geneval_prompts import OFFICIAL_SHA256, geneval_prompts, geneval_rows, rows_sha256
+from eval.pictures.image_files import picture_path, write_picture
 from eval.pictures.prompts import Prompt
 from eval.suites import geneval_results as results
 from eval.suites.detection_cache import LineCache, from_line, to_line
@@ -32,6 +32,7 @@ from eval.suites.geneval_steps import (
 )
 from eval.suites.rle import decode_mask, encode_mask
 from trainer.config import ConfigError
+from trainer.files import write_text
 
 CAT, DOG, CUP = (CLASSES.index(name) for name in ("cat", "dog", "cup"))
 

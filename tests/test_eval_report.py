@@ -13,14 +13,14 @@ import torch
 from browser import DESK, PHONE, find_browser, width_in_browser
 
 from eval.demo.background import background_score, border_colors
-from eval.demo.controls import judge_all, permuted_scores, with_overall
 from eval.demo.detector import RULES, detect
+from eval.demo.prompts import demo_prompts, render_prompts
 from eval.demo.suite import SUITES, Evaluation
+from eval.metrics.controls import judge_all, permuted_scores, with_overall
 from eval.metrics.geneval import Detection, judge
 from eval.pages.charts import coverage_layers, training_chart
 from eval.pages.compute_map import ComputeMaps, compute_by_region, object_patches, trace_compute
 from eval.pictures.generate import generate_pictures
-from eval.pictures.prompts import demo_prompts, render_prompts
 from eval.report import read_metrics
 from eval.run import EvalConfig, main, parse, run_folder, score
 from trainer.config import ConfigError, load_config

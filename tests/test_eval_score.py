@@ -17,8 +17,8 @@ from tests_launcher import Launcher
 
 from eval import coco
 from eval.pages.numbers import flat_numbers
-from eval.pictures.generate import picture_path, write_picture
 from eval.pictures.geneval_prompts import OFFICIAL_SHA256
+from eval.pictures.image_files import picture_path, write_picture
 from eval.pictures.prompt_files import read_prompts
 from eval.pictures.prompts import metadata_lines, prompts_sha256
 from eval.score import main

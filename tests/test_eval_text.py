@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from eval.pictures.generate import picture_path, write_picture
+from eval.pictures.image_files import picture_path, write_picture
 from eval.pictures.prompts import Prompt
 from eval.scoring import SUITES, ScoreConfig, ScoringJob
 from eval.suites.text import asked_text, reading_order, similarity, word_accuracy

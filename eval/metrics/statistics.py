@@ -10,17 +10,15 @@ Shapes: N pictures, D features.
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from eval.feature_store import FeatureStore, add_picture_features, hash_files
-from eval.metrics.fid import Moments
+from eval.metrics.frechet import Moments, moments_of
 from eval.networks.encoders import InceptionEncoder
 from eval.networks.resize import CONVENTIONS, check_convention
 from eval.pictures.image_files import folder_files, open_npz, unpack_npz
@@ -36,40 +34,6 @@ class Statistics:
     convention: str = ""
     weights_sha256: str = ""
     source: str = ""
-
-
-def moments_of(parts: Iterable[Tensor]) -> Moments:
-    """Count, mean and unbiased covariance of features that come in parts [n, D], float64, D x D in memory at most.
-
-    The first part's mean is taken off before outer products are summed, so that nothing cancels.
-    Raises ValueError below two pictures.
-    """
-    count, shift, total, outer = 0, torch.empty(0), torch.empty(0), torch.empty(0)
-    for part_ND in parts:
-        x_ND = part_ND.double()
-        if len(x_ND) == 0:
-            continue
-        if count == 0:
-            shift = x_ND.mean(0)
-            total, outer = torch.zeros_like(shift), x_ND.new_zeros(x_ND.shape[1], x_ND.shape[1])
-        x_ND = x_ND - shift
-        count, total = count + len(x_ND), total + x_ND.sum(0)
-        outer.addmm_(x_ND.T, x_ND)
-    if count < 2:
-        raise ValueError(f"{count} pictures: statistics need 2 or more")
-    mean = total / count
-    return Moments(count=count, mean_D=shift + mean, covariance_DD=(outer - count * mean.outer(mean)) / (count - 1))
-
-
-def merge(parts: Sequence[Moments]) -> Moments:
-    """Moments of the union of disjoint sets, exact in float64 (Chan, Golub, LeVeque 1983)."""
-    count = sum(part.count for part in parts)
-    mean = sum((part.count * part.mean_D for part in parts), torch.zeros_like(parts[0].mean_D)) / count
-    scatter = torch.zeros_like(parts[0].covariance_DD)
-    for part in parts:
-        offset = part.mean_D - mean
-        scatter += (part.count - 1) * part.covariance_DD + part.count * offset.outer(offset)
-    return Moments(count=count, mean_D=mean, covariance_DD=scatter / (count - 1))
 
 
 def write_statistics(path: Path, statistics: Statistics) -> None:

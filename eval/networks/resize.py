@@ -10,15 +10,18 @@ with statistics and results, and sets of two conventions are never compared.
 Shapes: H x W pixels.
 """
 
+from functools import cache
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from eval.demo.features import RESOLUTION
-from eval.demo.features import preprocess as tf1_preprocess
 from trainer.config import require
+
+RESOLUTION = 299
+"""Pixels of a side of the FID network's input."""
 
 CONVENTIONS = ("torch-fidelity", "clean", "pytorch-fid")
 
@@ -36,6 +39,28 @@ def pil_bicubic(picture_HW3: Tensor, size: int) -> Tensor:
         np.asarray(Image.fromarray(channels[:, :, i]).resize((size, size), Image.Resampling.BICUBIC)) for i in range(3)
     ]
     return torch.from_numpy(np.stack(parts).clip(0, 255))
+
+
+@cache
+def _resize_matrix(size: int, resolution: int) -> Tensor:
+    """TF1 bilinear interpolation along one axis as a matrix [resolution, size]."""
+    source = torch.arange(resolution, dtype=torch.float64) * (size / resolution)
+    low = source.floor().long().clamp(max=size - 1)
+    high = (low + 1).clamp(max=size - 1)
+    weight = source - low
+    matrix = torch.zeros(resolution, size, dtype=torch.float64)
+    rows = torch.arange(resolution)
+    matrix.index_put_((rows, low), 1 - weight, accumulate=True)
+    matrix.index_put_((rows, high), weight, accumulate=True)
+    return matrix.float()
+
+
+def tf1_preprocess(images_NHWC: Tensor, resolution: int = RESOLUTION) -> Tensor:
+    """uint8 pictures [N, H, W, 3] -> network input [N, 3, resolution, resolution], float32 in [-1, 1)."""
+    x_NCHW = images_NHWC.permute(0, 3, 1, 2).float()
+    rows = _resize_matrix(images_NHWC.shape[1], resolution).to(x_NCHW.device)
+    columns = _resize_matrix(images_NHWC.shape[2], resolution).to(x_NCHW.device)
+    return (rows @ x_NCHW @ columns.T - 128) / 128
 
 
 def fid_input(picture_HW3: Tensor, convention: str, size: int = RESOLUTION) -> Tensor:

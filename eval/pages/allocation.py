@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eval.pages.page import escape
 from moe.routing import RoutingStats
 from trainer.diffusion.flow import interpolate
 from trainer.diffusion.pipeline import Pipeline
 from trainer.diffusion.sampling import pad_text
 from trainer.diffusion.solver import initial_noise
+from trainer.telemetry.page import escape
 
 TIMES = (0.3, 0.6, 0.9)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.pages.numbers import flat_numbers
-from eval.pages.page import escape, page, table
 from trainer.config import ConfigError, require
+from trainer.telemetry.page import escape, page, table
 
 # Settings that describe what was scored, not how: runs are meant to differ in them.
 _SUBJECT = {"checkpoint_step", "weights", "ema_decay", "versions"}
@@ -21,7 +21,7 @@ _HIDDEN = ("/low", "/high", "/correct", "/total")
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """A report's name, step, numbers, and the cards of its suites."""
+    """A report's name, step, numbers, and the cards of its suites and of the sampling."""
 
     name: str
     step: int
@@ -49,6 +49,7 @@ def read_scores(path: Path) -> Scores:
         report = json.loads(file.read_text())
         results: Mapping[str, Any] = report["results"]
         cards = {name: dict(result.get("card", {})) for name, result in results.items()}
+        cards["sampling"] = dict(report.get("sampling", {}))
         return Scores(name=report["run"], step=report["step"], numbers=flat_numbers(results), cards=cards)
     except (ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"{file} is no report of eval.run ({error!r}): run the evaluation again") from error
@@ -58,7 +59,7 @@ def card_differences(scores: Sequence[Scores]) -> list[str]:
     """One sentence per setting that differs between the cards of a suite that all have."""
     found = []
     for suite in dict.fromkeys(name for item in scores for name in item.cards):
-        cards = [item.cards[suite] for item in scores if suite in item.cards]
+        cards = [item.cards[suite] for item in scores if item.cards.get(suite)]
         for key in dict.fromkeys(key for one in cards for key in one if key not in _SUBJECT):
             values = list(dict.fromkeys(json.dumps(one.get(key), sort_keys=True) for one in cards))
             if len(values) > 1:

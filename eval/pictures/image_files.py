@@ -15,11 +15,23 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from eval.pictures.generate import picture_path, write_picture
 from trainer.config import ConfigError, require
+from trainer.files import replacing
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _NUMBERED = re.compile(r"\d+\.png")
+
+
+def picture_path(folder: Path, number: int, sample: int) -> Path:
+    """Where picture `sample` of prompt `number` lies."""
+    return folder / f"{number:05d}" / "samples" / f"{sample:04d}.png"
+
+
+def write_picture(path: Path, picture_HWC: Tensor) -> None:
+    """Write a uint8 picture [H, W, 3] as PNG, whole or not at all; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        Image.fromarray(picture_HWC.cpu().numpy()).save(temporary, format="PNG")
 
 
 def read_picture(path: Path) -> Tensor:

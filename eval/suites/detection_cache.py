@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from eval.networks.detectors import FoundObject
-from eval.pictures.generate import write_text
 from eval.suites.rle import decode_mask, encode_mask
+from trainer.files import write_text
 
 FLOOR = 0.05  # objects below this score are not kept; the judge's thresholds lie above
 Line = dict[str, Any]

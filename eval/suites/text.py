@@ -17,7 +17,7 @@ from eval.feature_store import hash_files, num_workers, prefetched
 from eval.metrics.geneval import share_score
 from eval.pictures.image_files import read_picture
 from eval.pictures.prompts import Prompt, prompts_sha256
-from eval.scoring import ScoreConfig, ScoringJob
+from eval.scoring import Result, ScoreConfig, ScoringJob, Suite
 from eval.suites.detection_cache import LineCache
 from trainer.config import require
 
@@ -96,7 +96,7 @@ def prepare(job: ScoringJob) -> None:
             bar.update()
 
 
-def score(job: ScoringJob) -> dict[str, Any]:
+def score(job: ScoringJob) -> Result:
     """Means over pictures, and the share of pictures with every word."""
     lines = LineCache(job.config.out / "texts", _card()).read()
     missing = sum(name not in lines for name in job.hashes)
@@ -111,3 +111,16 @@ def score(job: ScoringJob) -> dict[str, Any]:
         "skipped": {},
         "card": {**_card(), "pictures": len(pairs), "prompts_sha256": prompts_sha256(job.prompts)},
     }
+
+
+SUITE = Suite(
+    check=check,
+    prepare=prepare,
+    score=score,
+    title="Rendered text",
+    names={
+        "word_accuracy": "asked words that are read",
+        "similarity": "similarity of the text that is read",
+        "all_words/value": "pictures with every word",
+    },
+)
