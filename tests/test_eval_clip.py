@@ -9,8 +9,8 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from reducing_metrics import frechet_from_features
 
-from eval.metrics.fid import frechet_from_features
 from eval.metrics.kernel import cmmd
 from eval.networks.clip import ClipModel, find_clip, load_clip, text_features
 from eval.networks.colors import TEMPLATES, ClipColors

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reducing_metrics import frechet_from_features
 from torch import Tensor
 from torch.nn import functional
 
 from eval.feature_store import FeatureStore, add_picture_features, hash_files, prefetched
 from eval.metrics import statistics
-from eval.metrics.fid import frechet_from_features
 from eval.metrics.frechet import inception_score
 from eval.networks.encoders import InceptionEncoder, full_inception
 from eval.networks.inception import build_inception, fidelity_layers, read_torchscript

@@ -6,16 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from reducing_metrics import ClipScoreMetric, GatheredMetric, frechet_from_features, frechet_from_moments, moments
 from tests_launcher import Launcher
 from torch import Tensor
 
-from eval.metrics.clip_score import ClipScoreMetric, clip_score, cosines, r_precision
-from eval.metrics.fid import frechet_from_features, frechet_from_moments, moments
+from eval.metrics.clip_score import clip_score, cosines, r_precision
 from eval.metrics.frechet import FrechetReference, fid_infinity, inception_score, moments_of
-from eval.metrics.gathered import GatheredMetric
 from eval.metrics.kernel import cmmd, kid, polynomial_mmd
 from eval.metrics.neighbours import memorisation, neighbours
-from eval.metrics.statistics import Statistics, merge, read_statistics, write_statistics
+from eval.metrics.statistics import Statistics, read_statistics, write_statistics
 from trainer.config import ConfigError
 
 
@@ -25,13 +24,13 @@ def _features(count: int, width: int, seed: int, shift: float = 0.0) -> Tensor:
     return torch.randn(count, width, generator=generator, dtype=torch.float64) @ mix + shift
 
 
-def test_streamed_and_merged_moments_equal_the_whole() -> None:
+def test_streamed_moments_equal_the_whole() -> None:
     x = _features(101, 12, 0) + 1000
     whole = moments(x)
-    for found in (moments_of(x.split(7)), merge([moments(part) for part in x.split(34)])):
-        assert found.count == 101
-        torch.testing.assert_close(found.mean_D, whole.mean_D, rtol=1e-13, atol=0)
-        torch.testing.assert_close(found.covariance_DD, whole.covariance_DD, rtol=1e-9, atol=1e-10)
+    found = moments_of(x.split(7))
+    assert found.count == 101
+    torch.testing.assert_close(found.mean_D, whole.mean_D, rtol=1e-13, atol=0)
+    torch.testing.assert_close(found.covariance_DD, whole.covariance_DD, rtol=1e-9, atol=1e-10)
     with pytest.raises(ValueError, match="1 pictures"):
         moments_of([x[:1]])
 

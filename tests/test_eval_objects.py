@@ -21,14 +21,13 @@ from eval.pictures.image_files import picture_path, write_picture
 from eval.pictures.prompts import Prompt
 from eval.suites import geneval_results as results
 from eval.suites.detection_cache import LineCache, from_line, to_line
+from eval.suites.geneval import Scored, best_of, result_lines, score_detections
 from eval.suites.geneval_steps import (
-    best_of,
     detect_files,
     judge_colors,
     open_colors,
     open_detections,
-    result_lines,
-    score_files,
+    read_detections,
 )
 from eval.suites.rle import decode_mask, encode_mask
 from trainer.config import ConfigError
@@ -199,6 +198,17 @@ def _red_pictures(folder: Path, prompts: list[Prompt], samples: int) -> list[Pat
     return files
 
 
+def score_files(
+    detections: LineCache,
+    colors: LineCache | None,
+    prompts: list[Prompt],
+    files: list[Path],
+    rules: Rules | None = None,
+) -> Scored:
+    """As the suite does with what is kept."""
+    return score_detections(prompts, read_detections(detections, colors, prompts, files), rules or Rules())
+
+
 def test_cached_detections_score_again_without_the_detector(tmp_path: Path) -> None:
     prompts = _prompts()
     files = _red_pictures(tmp_path / "pictures", prompts, 2)
@@ -221,11 +231,16 @@ def test_cached_detections_score_again_without_the_detector(tmp_path: Path) -> N
     assert [verdict.correct for verdict in scored.verdicts] == [True, False, True, False, False, False]
     assert best_of(scored, 2) == {"1": pytest.approx(2 / 3), "2": pytest.approx(2 / 3)}
     assert scored.summary.faults["colors"] == {"missing": 2, "color": 1}
-    rows = [json.loads(line) for line in result_lines(scored, prompts, files).splitlines()]
+    rows = [json.loads(line) for line in result_lines(scored, prompts, files, Rules()).splitlines()]
     assert json.loads(rows[0]["details"]) == {"cat": [[2, 2, 8, 8, 0.95]]}
     strict = score_files(cache, judged, prompts, files, Rules(score=0.96))
     assert strict.summary.images.correct == 0
     assert detector.seen == 7
+    # For controls the colours of a class are judged wherever it was found, whatever the picture's prompt asks for.
+    assert judge_colors(judged, colors, cache, prompts, files, every=["cat"]) == 1  # the first prompt's cat
+    found = read_detections(cache, judged, prompts, files, every=["cat"])
+    assert {item.color for items in found for item in items if item.name == "cat"} == {"red"}
+    assert {item.color for items in found for item in items if item.name == "dog"} == {""}
 
 
 def test_lines_keep_boxes_and_masks(tmp_path: Path) -> None:
@@ -288,7 +303,7 @@ def test_real_photographs_through_a_real_detector(tmp_path: Path, photographs: d
     scored = score_files(cache, None, prompts, files)
     assert [verdict.correct for verdict in scored.verdicts] == [expected for *_, expected in pairs]
     assert "left of" in scored.verdicts[5].reason
-    write_text(tmp_path / "results.jsonl", result_lines(scored, prompts, files))
+    write_text(tmp_path / "results.jsonl", result_lines(scored, prompts, files, Rules()))
 
 
 def test_results_of_others_are_read_if_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

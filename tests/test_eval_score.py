@@ -226,6 +226,30 @@ def test_geneval_with_a_real_detector_by_command(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("yolo")
+def test_any_closed_set_has_controls(tmp_path: Path, photographs: dict[str, torch.Tensor]) -> None:
+    rows = [
+        {"tag": "single_object", "include": [{"class": name, "count": 1}], "prompt": f"a photo of a {name}"}
+        for name in ("cup", "motorcycle")
+    ]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for i, picture in enumerate(photographs.values()):
+        write_picture(picture_path(tmp_path / "true", i, 0), picture)
+        write_picture(picture_path(tmp_path / "drawn", i, 0), photographs["coffee"])
+    out = tmp_path / "out"
+    main([
+        str(tmp_path / "drawn"), "--prompts", str(tmp_path / "set.jsonl"), "--suite", "geneval",
+        "--detector", "yolov3-tiny", "--true-pictures", str(tmp_path / "true"), "--out", str(out),
+    ])  # fmt: skip
+    found = json.loads((out / "report.json").read_text())["results"]["geneval"]
+    assert found["overall"]["value"] == 0.5
+    assert {name: values["overall"] for name, values in found["controls"].items()} == {
+        "chance": 0, "shuffled": 0.5, "ceiling": 1,
+    }  # fmt: skip
+    assert "Grey ticks are the controls" in (out / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("yolo")
 def test_a_killed_detection_ends_like_a_whole_one(
     tmp_path: Path, launcher: Launcher, photographs: dict[str, torch.Tensor]
 ) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchmetrics import Metric
 
 DISTRACTORS = 99
 
@@ -74,32 +73,3 @@ def r_precision(
         chosen += chosen >= own  # skip the picture's own caption
         right += bool((table_KD[own] @ image_D) > (table_KD[torch.from_numpy(chosen)] @ image_D).max())
     return right / len(captions), others
-
-
-class ClipScoreMetric(Metric):
-    """Mean cosine over pictures that arrive in batches and live on several ranks; states are float64 sums."""
-
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    count: Tensor
-    total: Tensor
-    square: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("count", "total", "square"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, images_ND: Tensor, texts_ND: Tensor) -> None:
-        """Add pairs of features [N, D]."""
-        cosine_N = cosines(images_ND, texts_ND)
-        self.count = self.count + len(cosine_N)
-        self.total = self.total + cosine_N.sum()
-        self.square = self.square + cosine_N.square().sum()
-
-    def compute(self) -> Tensor:
-        """Mean raw cosine and its standard error, float64 [2]."""
-        mean = self.total / self.count
-        variance = (self.square / self.count - mean.square()).clamp_min(0) * self.count / (self.count - 1)
-        return torch.stack([mean, (variance / self.count).sqrt()])

@@ -12,25 +12,22 @@ Shapes: N pictures, D features.
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from eval.feature_store import FeatureStore, add_picture_features, hash_files
-from eval.metrics.frechet import Moments, moments_of
-from eval.networks.encoders import InceptionEncoder
-from eval.networks.resize import CONVENTIONS, check_convention
-from eval.pictures.image_files import folder_files, open_npz, unpack_npz
 from trainer.config import ConfigError, require, run_cli
 from trainer.files import replacing
+
+if TYPE_CHECKING:
+    from eval.metrics.frechet import Moments
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
     """Moments with their origin; `count` 0 and empty texts mean that a file did not say."""
 
-    moments: Moments
+    moments: "Moments"
     convention: str = ""
     weights_sha256: str = ""
     source: str = ""
@@ -53,6 +50,8 @@ def write_statistics(path: Path, statistics: Statistics) -> None:
 
 def _read_arrays(path: Path) -> tuple[Any, Any, str, int, dict[str, str]]:
     """mu, sigma, the convention, the count and the texts that a file holds; ConfigError if it has no statistics."""
+    from eval.pictures.image_files import open_npz
+
     with open_npz(path) as content:
         require(
             "mu" in content and "sigma" in content,
@@ -77,6 +76,10 @@ def read_statistics(path: Path, convention: str = "") -> Statistics:
     `convention` is what the caller compares with: a file that names another one is refused, and for a file that
     names none it says what the file is. ConfigError for whatever does not fit.
     """
+    import torch
+
+    from eval.metrics.frechet import Moments
+
     mu, sigma, named, count, texts = _read_arrays(path)
     mu = np.squeeze(mu)
     require(
@@ -95,6 +98,11 @@ def read_statistics(path: Path, convention: str = "") -> Statistics:
 
 def build_statistics(pictures: Path, store_folder: Path, convention: str, *, progress: bool = False) -> Statistics:
     """Statistics of a folder or ADM batch file of pictures; features are kept in `store_folder`."""
+    from eval.feature_store import FeatureStore, add_picture_features, hash_files
+    from eval.metrics.frechet import moments_of
+    from eval.networks.encoders import InceptionEncoder
+    from eval.pictures.image_files import folder_files, unpack_npz
+
     files = unpack_npz(pictures, store_folder / "unpacked") if pictures.suffix == ".npz" else folder_files(pictures)
     encoder = InceptionEncoder(convention)
     store = FeatureStore(store_folder, encoder.key, encoder.dim)
@@ -114,9 +122,13 @@ def _main(argv: list[str] | None) -> None:
     )
     parser.add_argument("pictures", type=Path, help="folder of pictures, or an npz with arr_0")
     parser.add_argument("--out", type=Path, required=True, help="npz to write")
-    parser.add_argument("--convention", default=CONVENTIONS[0], help=f"one of {', '.join(CONVENTIONS)}")
+    parser.add_argument(
+        "--convention", default="torch-fidelity", help="torch-fidelity, clean, pytorch-fid (default %(default)s)"
+    )
     parser.add_argument("--features", type=Path, help="folder of cached features (default beside --out)")
     given = parser.parse_args(argv)
+    from eval.networks.resize import check_convention
+
     check_convention(given.convention)
     if given.out.suffix != ".npz":
         raise ConfigError(f"--out {given.out} must end in .npz")

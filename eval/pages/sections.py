@@ -73,8 +73,9 @@ def _shot(path: Path, caption: str, verdict: Mapping[str, Any] | None) -> str:
 def _pictures(report: Mapping[str, Any], prompts: Sequence[Prompt], files: Sequence[Path]) -> list[str]:
     samples, folded = len(files) // len(prompts), len(files) <= MAX_FOLDED
     verdicts = next((result["verdicts"] for result in report["results"].values() if "verdicts" in result), None)
-    rest_words = "; the rest folds out below" if folded else ""
-    parts = ["<h2>Pictures</h2>", f"<p>The first {SHOWN_PER_TAG} of each category, not selected{rest_words}.</p>"]
+    words = f"The first {SHOWN_PER_TAG} of each category, not selected{'; the rest folds out below' if folded else ''}."
+    boxes = " Boxes are what the detector found." if verdicts else ""
+    parts = ["<h2>Pictures</h2>", f"<p>{words}{boxes}</p>"]
     for tag in dict.fromkeys(prompt.tag for prompt in prompts):
         numbers = [i for i in range(len(files)) if prompts[i // samples].tag == tag]
         shots = [

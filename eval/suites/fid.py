@@ -128,8 +128,8 @@ def _section(result: Result) -> list[str]:
     if "controls" in result:
         parts.insert(
             1,
-            "<p>With few pictures the value is biased upwards: read it against that of true pictures, which a perfect "
-            "model would reach, and compare only values of the same number of pictures.</p>",
+            "<p>Read the FID against that of true pictures, which a perfect model would reach, and of the model before "
+            "its first step.</p>",
         )
     return parts
 
