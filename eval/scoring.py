@@ -85,22 +85,13 @@ class ScoreConfig:
 def score_config(given: argparse.Namespace, suites: tuple[str, ...], out: Path, num_samples: int) -> ScoreConfig:
     """Settings from the options of `eval.options`; what is not given keeps its default."""
     rules = {"score": given.min_score, "counting_score": given.min_counting_score}
-    settings = {
-        "reference": given.reference,
-        "true_pictures": given.true_pictures,
-        "convention": given.convention,
-        "clip": given.clip,
-        "cmmd_clip": given.cmmd_clip,
-        "detector": given.detector,
-        "colors": given.colors,
-        "num_neighbours": given.neighbours,
-    }
+    names = ("reference", "true_pictures", "convention", "clip", "cmmd_clip", "detector", "colors", "num_neighbours")
     return ScoreConfig(
         suites=suites,
         out=out,
         num_samples=num_samples,
         rules=Rules(**{name: value for name, value in rules.items() if value is not None}),
-        **{name: value for name, value in settings.items() if value is not None},
+        **{name: getattr(given, name) for name in names if getattr(given, name) is not None},
     )
 
 

@@ -18,7 +18,7 @@ from eval.metrics.frechet import inception_score
 from eval.networks.encoders import InceptionEncoder, full_inception
 from eval.networks.inception import build_inception, fidelity_layers, read_torchscript
 from eval.networks.resize import CONVENTIONS, fid_input
-from eval.pictures.image_files import folder_files, geneval_files, read_picture, unpack_npz, write_npz, write_picture
+from eval.pictures.image_files import folder_files, geneval_files, read_picture, unpack_npz, write_picture
 from eval.weights import find_weights_file
 from trainer.config import ConfigError
 
@@ -49,6 +49,11 @@ def _pictures(folder: Path, count: int, size: int = 12) -> list[Path]:
     for file in files:
         write_picture(file, torch.from_numpy(draw.integers(0, 256, (size, size + 3, 3), dtype=np.uint8)))
     return files
+
+
+def write_npz(path: Path, files: list[Path]) -> None:
+    """Pictures of one size as the batch file of ADM's evaluator."""
+    np.savez(path, arr_0=np.stack([read_picture(file).numpy() for file in files]))
 
 
 def test_each_convention_equals_its_owners_code() -> None:

@@ -16,9 +16,9 @@ from eval.networks.detectors import FoundObject, MaskRcnn, build_detector, build
 from eval.networks.mask2former import Mask2Former, build_network, input_size, instances, mask_box, unused_weights
 from eval.networks.mask2former_keys import convert_key, convert_mask2former, reorder_merging
 from eval.pictures.geneval_names import CATEGORY_NUMBERS, CLASSES
-from eval.pictures.geneval_prompts import OFFICIAL_SHA256, geneval_prompts, geneval_rows, rows_sha256
+from eval.pictures.geneval_prompts import OFFICIAL_SHA256, geneval_prompts, geneval_rows
 from eval.pictures.image_files import picture_path, write_picture
-from eval.pictures.prompts import Prompt
+from eval.pictures.prompts import Prompt, prompts_sha256
 from eval.suites import geneval_results as results
 from eval.suites.detection_cache import LineCache, from_line, to_line
 from eval.suites.geneval import Scored, best_of, result_lines, score_detections
@@ -38,7 +38,7 @@ CAT, DOG, CUP = (CLASSES.index(name) for name in ("cat", "dog", "cup"))
 
 def test_the_official_prompts_follow_from_the_rule() -> None:
     rows = geneval_rows()
-    assert rows_sha256(rows) == OFFICIAL_SHA256
+    assert prompts_sha256(geneval_prompts()) == OFFICIAL_SHA256
     counts = {tag: sum(row["tag"] == tag for row in rows) for tag in dict.fromkeys(row["tag"] for row in rows)}
     assert counts == {
         "single_object": 80,
@@ -48,7 +48,7 @@ def test_the_official_prompts_follow_from_the_rule() -> None:
         "position": 100,
         "color_attr": 100,
     }
-    assert rows_sha256(geneval_rows(7)) != OFFICIAL_SHA256
+    assert prompts_sha256(geneval_prompts(7)) != OFFICIAL_SHA256
     assert len({prompt.id for prompt in geneval_prompts()}) == 553
     assert len(CATEGORY_NUMBERS) == len(CLASSES) == 80
 

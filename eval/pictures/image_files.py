@@ -7,7 +7,6 @@ Nothing is dropped silently: a missing, empty or damaged picture is an error tha
 
 import re
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -100,15 +99,6 @@ def unpack_npz(path: Path, folder: Path) -> list[Path]:
         if not file.is_file():
             write_picture(file, torch.from_numpy(picture))
     return files
-
-
-def write_npz(path: Path, files: Sequence[Path]) -> None:
-    """Pictures of one size as the batch file that ADM's evaluator reads."""
-    pictures = [read_picture(file).numpy() for file in files]
-    shapes = sorted({picture.shape for picture in pictures})
-    require(len(shapes) == 1, f"pictures have {len(shapes)} sizes, first {shapes[:2]}: a batch file needs one")
-    with path.open("wb") as file:
-        np.savez(file, arr_0=np.stack(pictures))
 
 
 def open_npz(path: Path) -> "np.lib.npyio.NpzFile":

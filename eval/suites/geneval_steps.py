@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eval.feature_store import hash_files, num_workers, prefetched
+from eval.feature_store import hash_files
 from eval.metrics.geneval import Detection
 from eval.networks.colors import ColorJudge
 from eval.networks.detectors import ObjectDetector
@@ -20,33 +20,17 @@ from eval.pictures.prompts import Prompt
 from eval.suites.detection_cache import FLOOR, Line, LineCache, from_line, to_line
 from trainer.config import require
 
-_AHEAD = 16
-
 
 def open_detections(folder: Path, detector_card: Mapping[str, str]) -> LineCache:
     """The cache of a detector."""
     return LineCache(folder / "detections", {**detector_card, "floor": FLOOR})
 
 
-def detect_files(
-    cache: LineCache,
-    detector: ObjectDetector,
-    files: Sequence[Path],
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    progress: bool = False,
-) -> int:
-    """Detect in this rank's pictures that the cache lacks; returns how many. ConfigError for a damaged picture."""
-    mine = list(files[rank::world_size])
-    known = cache.read()
-    todo = {name: path for name, path in zip(hash_files(mine), mine, strict=True) if name not in known}
-    ready = prefetched(todo.values(), read_picture, num_workers(), _AHEAD)
-    with cache.appending() as out, tqdm(total=len(todo), desc="detections", unit="image", disable=not progress) as bar:
-        for name, picture in zip(todo, ready, strict=True):
-            out.write(to_line(name, picture, detector.detect(picture)))
-            bar.update()
-    return len(todo)
+def detect_files(cache: LineCache, detector: ObjectDetector, files: Sequence[Path], **share: Any) -> int:
+    """Detect in this rank's pictures that the cache lacks; `share` is passed to `LineCache.add`. Returns how many."""
+    return cache.add(
+        files, lambda name, picture: to_line(name, picture, detector.detect(picture)), title="detections", **share
+    )
 
 
 def asked_colors(metadata: Mapping[str, Any]) -> list[str]:
@@ -84,7 +68,7 @@ def judge_colors(
     found, known, judged = detections.read(), cache.read(), 0
     jobs = [i for i in range(rank, len(files), world_size) if every or asked_colors(prompts[i // samples].metadata)]
     names = hash_files([files[i] for i in jobs])
-    with cache.appending() as out, tqdm(total=len(jobs), desc="colours", unit="image", disable=not progress) as bar:
+    with cache.appending() as write, tqdm(total=len(jobs), desc="colours", unit="image", disable=not progress) as bar:
         for i, identity in zip(jobs, names, strict=True):
             classes = {item.name for item in from_line(found[identity])} & set(every)
             asked = [name for name in sorted({*asked_colors(prompts[i // samples].metadata), *classes})
@@ -95,7 +79,7 @@ def judge_colors(
                     numbers = [n for n, item in enumerate(objects) if item.name == name]
                     rows = judge.classify(picture, [objects[n] for n in numbers], name)
                     pairs = [[n, [round(p, 5) for p in row]] for n, row in zip(numbers, rows.tolist(), strict=True)]
-                    out.write({"id": _color_id(identity, name), "colors": pairs})
+                    write({"id": _color_id(identity, name), "colors": pairs})
                 judged += 1
             bar.update()
     return judged
