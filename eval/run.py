@@ -20,7 +20,7 @@ from eval.suites.registry import SUITES
 from trainer.config import require, run_cli
 
 if TYPE_CHECKING:
-    from eval.evaluation import EvalConfig
+    from eval.draw_and_score import EvalConfig
 
 DEMO_SUITES = ("geneval", "fid")
 _DEMO_DEFAULTS = {
@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(argv: Sequence[str] | None) -> "EvalConfig":
     """Settings from the command line; raises ConfigError on values that cannot work."""
     given = build_parser().parse_args(argv)
-    from eval.evaluation import EvalConfig, run_folder
+    from eval.draw_and_score import EvalConfig, run_folder
     from eval.scoring import score_config
     from trainer.checkpoint.export_reader import is_export
 
@@ -84,7 +84,7 @@ def parse(argv: Sequence[str] | None) -> "EvalConfig":
 
 def _main(argv: list[str] | None) -> None:
     config = parse(argv)
-    from eval.evaluation import evaluate
+    from eval.draw_and_score import evaluate
 
     evaluate(config)
 

@@ -33,7 +33,7 @@ def _main(argv: list[str] | None) -> None:
     given = build_parser().parse_args(argv)
     from eval.pictures.image_files import folder_files, geneval_files, unpack_npz
     from eval.pictures.prompt_files import read_prompts
-    from eval.reporting import ScoredSubject, score_and_report, show_progress
+    from eval.score_and_report import ScoredSubject, score_and_report, show_progress
     from eval.scoring import ScoringJob, check_all, score_config
     from trainer.distributed import detect_world, init_distributed
 

@@ -72,7 +72,7 @@ def finished_steps(run: Path) -> set[int]:
 
 def evaluate_checkpoint(config: WatchConfig, checkpoint: Path) -> dict[str, float]:
     """Validation loss and small scores of one checkpoint; lists it as finished."""
-    from eval.evaluation import draw_and_score
+    from eval.draw_and_score import draw_and_score
     from eval.pages.numbers import flat_numbers, log_numbers
     from eval.validation_loss import fixed_samples, validation_loss
     from trainer.data.dataset import open_dataset

@@ -15,7 +15,7 @@ from browser import DESK, PHONE, find_browser, width_in_browser
 from eval.demo.background import background_score, border_colors
 from eval.demo.detector import RULES, detect
 from eval.demo.prompts import demo_prompts, render_prompts
-from eval.evaluation import describe_model, run_folder, run_sections
+from eval.draw_and_score import describe_model, run_folder, run_sections
 from eval.metrics.controls import judge_all, permuted_scores, with_overall
 from eval.metrics.geneval import Detection, judge
 from eval.options import EMBEDDED
@@ -24,8 +24,8 @@ from eval.pages.compute_map import ComputeMaps, compute_by_region, object_patche
 from eval.pages.numbers import flat_numbers
 from eval.pages.run_sections import read_metrics
 from eval.pictures.image_files import geneval_files, picture_path, write_picture
-from eval.reporting import ScoredSubject, score_and_report
 from eval.run import DEMO_SUITES, main, parse
+from eval.score_and_report import ScoredSubject, score_and_report
 from eval.scoring import ScoreConfig, ScoringJob
 from trainer.config import ConfigError, load_config
 from trainer.data.dataset import LatentInfo

@@ -10,9 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from eval.pages.compare import read_scores
 from eval.pictures.image_files import picture_path, read_picture, write_picture
 from eval.pictures.prompts import Prompt
-from eval.reporting import ScoredSubject, score_and_report
 from eval.run import parse
 from eval.score import main
+from eval.score_and_report import ScoredSubject, score_and_report
 from eval.scoring import Result, ScoreConfig, ScoringJob, Suite
 from eval.suites.registry import SUITES
 from trainer.config import ConfigError, require

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from eval.demo.suite import EmbeddedObjects
+from eval.demo.objects import EmbeddedObjects
 from eval.metrics.controls import judge_all, permuted_scores, with_overall
 from eval.metrics.geneval import Detection, PictureVerdict, Rules, Summary, result_row, select_objects
 from eval.networks.clip import DEFAULT_CLIP, find_clip, load_clip

@@ -18,7 +18,7 @@ from eval.pictures.generate import draw_set
 from eval.pictures.image_files import geneval_files
 from eval.pictures.prompt_files import read_prompts
 from eval.pictures.prompts import Prompt
-from eval.reporting import ScoredSubject, score_and_report, show_progress
+from eval.score_and_report import ScoredSubject, score_and_report, show_progress
 from eval.scoring import ScoreConfig, ScoringJob, check_all
 from trainer.config import ConfigError, require
 from trainer.data.demo.emoji import ATTRIBUTION
