@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval.demo.detector import detect
-from eval.demo.prompts import demo_prompts
 from eval.options import EMBEDDED
 from eval.pages.compute_map import object_patches, trace_compute
 from eval.pages.run_sections import compute_section, training_section
 from eval.pictures.generate import draw_set
 from eval.pictures.image_files import geneval_files
-from eval.pictures.prompt_files import read_prompts
 from eval.pictures.prompts import Prompt
 from eval.score_and_report import ScoredSubject, score_and_report, show_progress
 from eval.scoring import ScoreConfig, ScoringJob, check_all
@@ -54,14 +52,6 @@ class EvalConfig:
 def run_folder(checkpoint: Path) -> Path:
     """The run that a checkpoint argument belongs to: itself, or the run above RUN/checkpoints/step_X."""
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
-
-
-def evaluate(config: EvalConfig) -> None:
-    """Draw and score the prompt set that the settings name. Collective."""
-    demo = config.prompts == "demo"
-    prompts = demo_prompts(config.seed, config.per_category) if demo else read_prompts(config.prompts)
-    run_dir = run_folder(config.checkpoint.resolve())
-    draw_and_score(config.checkpoint, config.prompts, prompts, config.score, config.batch_size, run_dir)
 
 
 def draw_and_score(

@@ -82,16 +82,21 @@ def parse(argv: Sequence[str] | None) -> "EvalConfig":
     )
 
 
-def _main(argv: list[str] | None) -> None:
-    config = parse(argv)
-    from eval.draw_and_score import evaluate
+def evaluate(config: "EvalConfig") -> None:
+    """Draw and score the prompt set that the settings name. Collective."""
+    from eval.demo.prompts import demo_prompts
+    from eval.draw_and_score import draw_and_score, run_folder
+    from eval.pictures.prompt_files import read_prompts
 
-    evaluate(config)
+    demo = config.prompts == "demo"
+    prompts = demo_prompts(config.seed, config.per_category) if demo else read_prompts(config.prompts)
+    run_dir = run_folder(config.checkpoint.resolve())
+    draw_and_score(config.checkpoint, config.prompts, prompts, config.score, config.batch_size, run_dir)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of the evaluation."""
-    run_cli(lambda: _main(argv))
+    run_cli(lambda: evaluate(parse(argv)))
 
 
 if __name__ == "__main__":
