@@ -17,13 +17,12 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from eval.feature_store import num_workers, prefetched
 from trainer.config import ConfigError, require, run_cli
-from trainer.files import replacing, write_text
+from trainer.files import replacing
 
 
 def read_annotations(path: Path) -> dict[str, Any]:
-    """A captions_*.json of COCO; ConfigError if it is none."""
+    """Content of a captions_*.json of COCO; ConfigError if it is no such file."""
     require(path.is_file(), f"annotations {path} are not a file: give captions_val2014.json of COCO")
     try:
         content = json.loads(path.read_text())
@@ -56,7 +55,7 @@ def build_list(annotations: dict[str, Any], count: int, seed: int) -> list[dict[
 
 
 def crop_square(image: Image.Image, size: int) -> Image.Image:
-    """Short side to `size` by an antialiased bicubic resize, centre crop, RGB."""
+    """RGB picture of size x size pixels: the short side resized (bicubic, antialiased), the centre cut out."""
     image = image.convert("RGB")
     scale = size / min(image.size)
     width, height = (max(size, round(length * scale)) for length in image.size)
@@ -67,6 +66,8 @@ def crop_square(image: Image.Image, size: int) -> Image.Image:
 
 def write_pictures(rows: list[dict[str, Any]], folder: Path, out: Path, size: int) -> int:
     """Write the list's pictures as PNG, those there are skipped; ConfigError naming the first missing or damaged."""
+    from eval.feature_store import num_workers, prefetched  # imports torch: here, so that --help is quick
+
     require(bool(rows) and all("file" in row for row in rows), "the list has no file names: make it by eval.coco list")
     missing = [row["file"] for row in rows if not (folder / row["file"]).is_file()]
     require(not missing, f"{len(missing)} pictures are not in {folder}, first {missing[0] if missing else ''}")
@@ -109,7 +110,9 @@ def _main(argv: list[str] | None) -> None:
         require(given.count >= 1, f"--count is {given.count}: use 1 or more")
         rows = build_list(read_annotations(given.annotations), given.count, given.seed)
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_text(given.out, text)
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(given.out) as temporary:
+            temporary.write_text(text)
         print(f"{len(rows)} captions, sha256 {hashlib.sha256(text.encode()).hexdigest()}: {given.out}")
         return
     require(given.list.is_file(), f"{given.list} is not a file: make it by eval.coco list")
@@ -119,7 +122,7 @@ def _main(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line of the list builder."""
+    """Command line."""
     run_cli(lambda: _main(argv))
 
 
