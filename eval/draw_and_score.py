@@ -4,10 +4,11 @@ The built-in scenes are one prompt set among others: a closed one, whose detecto
 embedded.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from eval.demo.detector import detect
 from eval.options import EMBEDDED
@@ -16,12 +17,12 @@ from eval.pages.run_sections import compute_section, training_section
 from eval.pictures.generate import draw_set
 from eval.pictures.image_files import geneval_files
 from eval.pictures.prompts import Prompt
-from eval.score_and_report import ScoredSubject, score_and_report, show_progress
+from eval.score_and_report import ScoredSubject, score_and_report
 from eval.scoring import ScoreConfig, ScoringJob, check_all
 from trainer.config import ConfigError, require
 from trainer.data.demo.emoji import ATTRIBUTION
 from trainer.diffusion.pipeline import Pipeline
-from trainer.distributed import barrier, detect_world, init_distributed
+from trainer.distributed import World, barrier, detect_world, init_distributed
 
 TRACED, TRACED_PER_TAG = 4, 4  # prompts whose routing is drawn, and of a closed set those of each tag
 
@@ -76,25 +77,14 @@ def draw_and_score(
     world = detect_world()
     if world.size > 1:
         init_distributed(world)
-    folders: dict[str, Path] = {}
-
-    def draw(weights: Literal["ema", "untrained"]) -> tuple[Pipeline, dict[str, Any]]:
-        pipeline = Pipeline.load(checkpoint, weights=weights)
-        folders[weights], card = draw_set(
-            pipeline, prompts, config.out / "pictures",
-            num_samples=config.num_samples, batch_size=batch_size, world=world,
-        )  # fmt: skip
-        return pipeline, card
-
+    untrained_files: list[Path] = []
     if config.true_pictures is not None:
-        draw("untrained")
-    pipeline, card = draw("ema")
-    if world.size > 1:
-        barrier()
-    files = {name: geneval_files(folder, len(prompts), config.num_samples) for name, folder in folders.items()}
+        untrained_files = _draw(Pipeline.load(checkpoint, weights="untrained"), prompts, config, batch_size, world)[1]
+    pipeline = Pipeline.load(checkpoint)
+    folder, files, card = _draw(pipeline, prompts, config, batch_size, world)
     subject = ScoredSubject(
         name=run_dir.name,
-        summary=f"{len(files['ema'])} pictures of {pipeline.config.data.image_size} pixels for {len(prompts)} prompts "
+        summary=f"{len(files)} pictures of {pipeline.config.data.image_size} pixels for {len(prompts)} prompts "
         f"of {prompt_set}",
         step=pipeline.step,
         sampling=card,
@@ -106,11 +96,22 @@ def draw_and_score(
     )
     del pipeline  # the scoring networks need the memory
     job = ScoringJob(
-        config=config, prompts=prompts, files=files["ema"], folder=folders["ema"],
-        untrained_files=files.get("untrained", []), rank=world.rank, world_size=world.size,
-        progress=show_progress(world),
+        config=config, prompts=prompts, files=files, folder=folder, untrained_files=untrained_files,
+        rank=world.rank, world_size=world.size, progress=world.is_main and sys.stderr.isatty(),
     )  # fmt: skip
     score_and_report(job, world, subject)
+
+
+def _draw(
+    pipeline: Pipeline, prompts: list[Prompt], config: ScoreConfig, batch_size: int, world: World
+) -> tuple[Path, list[Path], dict[str, Any]]:
+    """Draw this rank's share; returns the folder, all ranks' pictures in it and the sampling card. Collective."""
+    folder, card = draw_set(
+        pipeline, prompts, config.out / "pictures", num_samples=config.num_samples, batch_size=batch_size, world=world
+    )
+    if world.size > 1:
+        barrier()
+    return folder, geneval_files(folder, len(prompts), config.num_samples), card
 
 
 def describe_model(pipeline: Pipeline) -> dict[str, Any]:

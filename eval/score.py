@@ -8,6 +8,7 @@ With --prompts the folder must have GenEval's layout (DIR/00000/samples/0000.png
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from eval.options import add_score_options, split_names
@@ -33,7 +34,7 @@ def _main(argv: list[str] | None) -> None:
     given = build_parser().parse_args(argv)
     from eval.pictures.image_files import folder_files, geneval_files, unpack_npz
     from eval.pictures.prompt_files import read_prompts
-    from eval.score_and_report import ScoredSubject, score_and_report, show_progress
+    from eval.score_and_report import ScoredSubject, score_and_report
     from eval.scoring import ScoringJob, check_all, score_config
     from trainer.distributed import detect_world, init_distributed
 
@@ -52,7 +53,7 @@ def _main(argv: list[str] | None) -> None:
         init_distributed(world)
     job = ScoringJob(
         config=config, prompts=prompts, files=files, rank=world.rank, world_size=world.size,
-        progress=show_progress(world),
+        progress=world.is_main and sys.stderr.isatty(),
     )  # fmt: skip
     summary = f"{len(files)} pictures of {given.prompts or 'no prompts'}"
     score_and_report(job, world, ScoredSubject(name=given.pictures.resolve().name, summary=summary))

@@ -5,7 +5,6 @@ same command goes on and ends with the same report.
 """
 
 import json
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -89,12 +88,8 @@ def print_summary(results: Mapping[str, Result], out: Path) -> None:
     for name, result in results.items():
         suite = find_suite(name)
         lines = suite.summary(result) if suite.summary else headline_lines(name, suite.headlines, result)
-        print("\n".join(lines)) if lines else None
+        for line in lines:
+            print(line)
         for metric, why in result["skipped"].items():
             print(f"{name}: {metric} not computed, {why}")
     print(f"report: {out / 'report.html'}")
-
-
-def show_progress(world: World) -> bool:
-    """Whether this process draws bars."""
-    return world.is_main and sys.stderr.isatty()

@@ -14,7 +14,7 @@ from torch import Tensor
 from eval.demo.background import background_score
 from eval.demo.detector import RULES, VERSION, DetectorConfig, detect, detect_at
 from eval.metrics.controls import judge_all
-from eval.metrics.geneval import Detection, Rules
+from eval.metrics.geneval import Detection
 from eval.pictures.image_files import read_picture
 from eval.scoring import Result, ScoringJob
 
@@ -29,8 +29,8 @@ def _stack(files: Sequence[Path]) -> Tensor:
 class EmbeddedObjects:
     """Objects of the built-in scenes; the detector names the colour behind an object itself."""
 
-    comparable: str = "approximate"
-    rules: Rules = RULES
+    comparable = "approximate"
+    rules = RULES
 
     def __init__(self) -> None:
         self.card: dict[str, Any] = {

@@ -63,10 +63,8 @@ def score(job: ScoringJob) -> Result:
     reference, real_MD, reference_count = _fid_reference(job, store)
     skipped: dict[str, str] = {}
     result: Result = {}
-    streamed = len(names) >= encoder.dim
-    result["fid"] = (
-        reference.distance(moments_of(store.read(names))) if streamed else reference.distance_to_rows(features_ND)
-    )
+    moments = moments_of(store.read(names)) if len(names) >= encoder.dim else None
+    result["fid"] = reference.distance(moments) if moments else reference.distance_to_rows(features_ND)
     if job.control_files:
         result["controls"] = {
             name: reference.distance_to_rows(store.matrix(hash_files(files)))

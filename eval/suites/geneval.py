@@ -9,7 +9,7 @@ pictures judged by their own prompts.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -42,35 +42,15 @@ OFFICIAL_SAMPLES = 4
 SHOWN_BOXES = 12  # of a picture, on the page
 
 
-class ObjectSource(Protocol):
-    """Where the detections of pictures come from, with their colours."""
-
-    comparable: str
-    """`official` if scores may be compared with published ones, else `approximate`."""
-    rules: Rules
-    """Thresholds for these detections."""
-    card: dict[str, Any]
-    """Detector, weights and their hash, settings, judge of colours."""
-
-    def prepare(self, job: ScoringJob) -> None:
-        """This rank's share of the expensive part."""
-        ...
-
-    def detect(self, job: ScoringJob, files: Sequence[Path]) -> list[list[Detection]]:
-        """Objects of pictures of the job, in the order of its prompts, as many of each."""
-        ...
-
-    def extras(self, job: ScoringJob) -> Result:
-        """Further parts of the result."""
-        ...
-
-
 class NetworkObjects:
-    """Objects by a detector of COCO's classes and their colours by a judge, both kept on disk."""
+    """Objects by a detector of COCO's classes and their colours by a judge, both kept on disk.
+
+    `comparable` is `official` if scores may be compared with published ones, else `approximate`; `rules` are the
+    thresholds for these detections; `card` has detector, weights and their hash, and the judge of colours.
+    """
 
     def __init__(self, config: ScoreConfig, prompts: Sequence[Prompt]) -> None:
         self.config, self.rules = config, config.rules
-        self.comparable: str
         self.comparable, self.detector_card = describe_detector(config.detector)
         self.classes = sorted({name for prompt in prompts for name in asked_colors(prompt.metadata)})
         color_card = describe_colors(config.colors, config.clip) if self.classes else None
@@ -111,8 +91,11 @@ def _color_judge(config: ScoreConfig) -> ColorJudge:
     return ClipColors(load_clip(config.clip)) if config.colors == "clip" else NearestColors()
 
 
+ObjectSource = NetworkObjects | EmbeddedObjects
+
+
 def open_source(config: ScoreConfig, prompts: Sequence[Prompt]) -> ObjectSource:
-    """The source that --detector names."""
+    """Where the detections of pictures come from: what --detector names."""
     return EmbeddedObjects() if config.detector == EMBEDDED else NetworkObjects(config, prompts)
 
 
