@@ -238,6 +238,10 @@ def check_all(config: ScoreConfig, prompts: list[Prompt]) -> None:
     """Every suite's check; ConfigError for the first that cannot run."""
     path = config.true_pictures
     require(path is None or bool(prompts), "--true-pictures needs --prompts: each true picture belongs to one of a set")
+    lacking = sum("scene" not in prompt.metadata for prompt in prompts) if path == Path(EMBEDDED) else 0
+    require(
+        lacking == 0, f"--true-pictures embedded: {lacking} prompts are no built-in scenes, give a folder of pictures"
+    )
     require(path is None or path == Path(EMBEDDED) or path.is_dir(), f"--true-pictures {path} is not a folder")
     for name in config.suites:
         find_suite(name).check(config, prompts)

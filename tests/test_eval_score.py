@@ -134,6 +134,10 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(
         (["--suite", "fid", "--samples", "0"], "--samples is 0"),
         (["--suite", "fid", "--min-score", "0.01"], "--min-score is 0.01: use 0.05"),
         (["--suite", "fid", "--prompts", "demo"], "belongs to eval.run"),
+        (["--suite", "fid", "--true-pictures", str(tmp_path)], "--true-pictures needs --prompts"),
+        (["--suite", "fid", "--prompts", prompts, "--true-pictures", "no"], "--true-pictures no is not a folder"),
+        (["--suite", "fid", "--prompts", prompts, "--true-pictures", "embedded"], "1 prompts are no built-in scenes"),
+        (["--suite", "geneval", "--detector", "embedded", "--prompts", prompts, "--min-score", "0.5"], "own threshold"),
         (["--suite", "geneval", "--detector", "yolov3-tiny", "--prompts", prompts], "yolov3-tiny"),
     ):
         with pytest.raises(SystemExit) as stop:
