@@ -186,7 +186,7 @@ def score(config: CompareConfig, variant: str, seed: int) -> dict[str, Any]:
     return {
         "variant": variant, "seed": seed, "steps": pipeline.step,
         "validation_loss": loss, "mean_validation_loss": statistics.mean(loss.values()),
-        "fid": results["fid"]["generated"], "geneval": results["geneval"]["overall"]["value"],
+        "fid": results["fid"]["fid"], "geneval": results["geneval"]["overall"]["value"],
         "curve": [[line["step"], line["loss"]] for line in lines],
         **sizes(load_config(RECIPE, settings), pipeline.shape, pipeline.info.max_tokens),
     }  # fmt: skip

@@ -23,11 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.networks.protocols import ImageEncoder
-from eval.pictures.generate import write_text
 from eval.pictures.image_files import read_picture
 from eval.weights import file_sha256
 from trainer.config import ConfigError, require
-from trainer.files import replacing
+from trainer.files import replacing, write_text
 
 SHARD_ROWS = 512
 _AHEAD = 4  # batches of pictures that worker threads prepare while the network runs

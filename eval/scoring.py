@@ -1,16 +1,16 @@
-"""Suites over pictures on disk: what each needs, what all ranks compute and keep, what the first one makes of it.
+"""Suites of metrics over pictures on disk: their settings, the parts of a suite, and the job that suites work on.
 
-fid      Frechet distance, FID-infinity, KID, precision, recall, density, coverage, Inception score, memorisation
-cmmd     CLIP-MMD          dino     Frechet distance and precision, recall in DINOv2's space
-clip     CLIP score and R-precision against the prompts
-geneval  GenEval with a detector        text    quoted text by OCR
+A suite's `check` runs before anything is drawn or written; `prepare` runs on every rank, on its own share of the
+pictures, and may be killed at any time; `score` on the first rank turns what `prepare` has stored into numbers. A
+number that these pictures cannot have is listed under `skipped` with the reason. The suites are named in
+eval/suites/registry.py.
 
-`check` runs before anything is drawn or written; `prepare` on every rank, on its own share of the pictures, and may
-be killed at any time; `score` on the first rank reads what is kept. A number that cannot be had is listed under
-`skipped` with the reason. To add a suite, write a module with these three functions and name it in _MODULES.
+A closed set is one with a true picture for each prompt (`true_pictures`). Its scores come with controls, which a
+score is read against: the true pictures themselves, and those that the model drew before its first step.
 """
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -19,33 +19,53 @@ from typing import Any
 
 import torch
 
+from eval.demo.prompts import write_training_pictures, write_true_pictures
 from eval.feature_store import FeatureStore, add_picture_features, hash_files
 from eval.metrics.geneval import Rules
 from eval.networks.clip import CMMD_CLIP, DEFAULT_CLIP
 from eval.networks.protocols import ImageEncoder
 from eval.networks.resize import CONVENTIONS, check_convention
-from eval.pictures.image_files import folder_files, open_npz, unpack_npz
+from eval.options import EMBEDDED
+from eval.pictures.image_files import folder_files, geneval_files, open_npz, read_picture, unpack_npz
 from eval.pictures.prompts import Prompt
 from eval.suites.detection_cache import FLOOR
+from eval.suites.registry import SUITES
 from trainer.config import require
+
+Result = dict[str, Any]
+"""What a suite reports: nested numbers, `skipped` {name: reason}, `card` (the protocol), and what its section shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    """What to score with. `reference` is an npz of statistics or pictures, or a folder of pictures."""
+    """What to score with."""
 
     suites: tuple[str, ...]
+    """Names of eval/suites/registry.py, at least one."""
     out: Path
+    """Folder of the report, and of the features and detections that are kept for the next one."""
     num_samples: int = 1
+    """Pictures per prompt; 1 or more."""
     reference: Path | None = None
+    """Real pictures: a folder, an npz of statistics or of pictures, or `embedded` for as many training scenes."""
+    true_pictures: Path | None = None
+    """A true picture of each prompt, in GenEval's layout, or `embedded` for the built-in scenes; None: no controls."""
     convention: str = CONVENTIONS[0]
+    """How pictures are resized for the FID network; one of eval/networks/resize.py."""
     clip: str = DEFAULT_CLIP
+    """CLIP model of the CLIP score and of GenEval's colours, ARCH:TAG or ARCH:FILE."""
     cmmd_clip: str = CMMD_CLIP
+    """CLIP model of CMMD, ARCH:TAG or ARCH:FILE."""
     detector: str = "mask2former"
+    """Detector of GenEval: a name of eval/networks/detectors.py, or `embedded` for the one of the built-in scenes."""
     colors: str = "clip"
+    """Judge of the colours of detected objects: clip, or nearest (no weights, for checks only)."""
     batch_size: int = 32
+    """Pictures that a network gets at once; 1 or more."""
     num_neighbours: int = 5
+    """k of precision, recall, density and coverage; 1 or more."""
     rules: Rules = field(default_factory=Rules)
+    """Thresholds of GenEval's judge."""
 
     def __post_init__(self) -> None:
         for suite in self.suites:
@@ -62,13 +82,32 @@ class ScoreConfig:
             require(FLOOR <= value < 1, f"{flag} is {value}: use {FLOOR} (what is kept of detections) to 1")
 
 
+def score_config(given: argparse.Namespace, suites: tuple[str, ...], out: Path, num_samples: int) -> ScoreConfig:
+    """Settings from the options of `eval.options`; what is not given keeps its default."""
+    rules = {"score": given.min_score, "counting_score": given.min_counting_score}
+    names = ("reference", "true_pictures", "convention", "clip", "cmmd_clip", "detector", "colors", "num_neighbours")
+    return ScoreConfig(
+        suites=suites,
+        out=out,
+        num_samples=num_samples,
+        rules=Rules(**{name: value for name, value in rules.items() if value is not None}),
+        **{name: getattr(given, name) for name in names if getattr(given, name) is not None},
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoringJob:
-    """Pictures in the order of the prompts, `num_samples` of each, and this process's share of the work."""
+    """Pictures in the order of the prompts, `num_samples` of each, and this process's share of the work.
+
+    `folder` is what results.jsonl names pictures relative to; `untrained_files` are the untrained model's pictures of
+    a closed set, in the same order.
+    """
 
     config: ScoreConfig
     prompts: list[Prompt]
     files: list[Path]
+    folder: Path | None = None
+    untrained_files: list[Path] = field(default_factory=list)
     rank: int = 0
     world_size: int = 1
     progress: bool = False
@@ -79,21 +118,53 @@ class ScoringJob:
         return hash_files(self.files)
 
     @cached_property
+    def picture_size(self) -> int:
+        """Height of the first picture, pixels."""
+        return int(read_picture(self.files[0]).shape[0])
+
+    @cached_property
     def reference_files(self) -> list[Path]:
         """The reference's pictures; empty for statistics."""
         path = self.config.reference
         if path is None or is_statistics(path):
             return []
+        if path == Path(EMBEDDED):
+            folder = self.config.out / "reference" / f"training_scenes_{self.picture_size}px"
+            return write_training_pictures(folder, len(self.files), self.picture_size)
         return unpack_npz(path, self.config.out / "reference") if path.suffix == ".npz" else folder_files(path)
+
+    @property
+    def reference_name(self) -> str:
+        """The reference for a protocol card."""
+        if self.config.reference == Path(EMBEDDED):
+            return f"training scenes 0 to {len(self.files) - 1} of seed 0, {self.picture_size} px, drawn anew"
+        return str(self.config.reference)
+
+    @cached_property
+    def true_files(self) -> list[Path]:
+        """The true picture of each prompt; empty unless the set is closed."""
+        path = self.config.true_pictures
+        if path is None:
+            return []
+        if path == Path(EMBEDDED):
+            folder = self.config.out / "true" / f"{self.picture_size}px"
+            return write_true_pictures(folder, self.prompts, self.picture_size)
+        return geneval_files(path, len(self.prompts), 1)
+
+    @property
+    def control_files(self) -> dict[str, list[Path]]:
+        """Pictures that scores are read against, those of them that there are: `true`, `untrained`."""
+        found = {"true": self.true_files, "untrained": self.untrained_files}
+        return {name: files for name, files in found.items() if files}
 
     def texts(self) -> list[str]:
         """The caption of each picture."""
         return [self.prompts[i // self.config.num_samples].text for i in range(len(self.files))]
 
-    def add(self, encoder: ImageEncoder) -> None:
-        """Compute this rank's missing features of pictures and reference."""
+    def add(self, encoder: ImageEncoder, *more: list[Path]) -> None:
+        """Compute this rank's missing features of pictures, reference and further pictures."""
         store = self.store(encoder)
-        for files in (self.files, self.reference_files):
+        for files in (self.files, self.reference_files, *more):
             add_picture_features(
                 store, encoder, files, rank=self.rank, world_size=self.world_size,
                 batch_size=self.config.batch_size, progress=self.progress,
@@ -104,7 +175,31 @@ class ScoringJob:
         return FeatureStore(self.config.out / "features", encoder.key, encoder.dim)
 
 
-Result = dict[str, Any]
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """What a module of eval/suites defines as `SUITE`: three steps, and how its result is shown.
+
+    The page has a table of the numbers in `names` (path in the result, as {"kid/mean": "KID"}; all numbers if empty)
+    with their `spreads`, unless `section` returns other HTML; `stat` is a box for its head. The terminal gets the
+    `headlines` (paths), unless `summary` returns other lines.
+    """
+
+    check: Callable[[ScoreConfig, list[Prompt]], None]
+    prepare: Callable[[ScoringJob], None]
+    score: Callable[[ScoringJob], Result]
+    title: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    spreads: Mapping[str, str] = field(default_factory=dict)
+    headlines: tuple[str, ...] = ()
+    section: Callable[[Result], list[str]] | None = None
+    stat: Callable[[Result], str] | None = None
+    summary: Callable[[Result], list[str]] | None = None
+
+
+def find_suite(name: str) -> Suite:
+    """The suite of a name in the registry."""
+    found: Suite = import_module(SUITES[name]).SUITE
+    return found
 
 
 def is_statistics(path: Path) -> bool:
@@ -116,10 +211,11 @@ def is_statistics(path: Path) -> bool:
 
 
 def needs_reference(config: ScoreConfig, *, pictures: bool) -> Path:
+    """The reference; ConfigError if it is missing, or holds no pictures where `pictures` are needed."""
     path = config.reference
     require(path is not None, "--reference is missing: give the folder of real pictures, or an npz of their statistics")
     assert path is not None
-    require(path.exists(), f"--reference {path} does not exist")
+    require(path == Path(EMBEDDED) or path.exists(), f"--reference {path} does not exist")
     require(
         not (pictures and is_statistics(path)),
         f"--reference {path} holds statistics of another feature space: give a folder of pictures, or leave out cmmd "
@@ -138,43 +234,27 @@ def attempt(result: Result, skipped: dict[str, str], name: str, compute: Callabl
     result[name] = asdict(found) if hasattr(found, "__dataclass_fields__") else found
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoreSuite:
-    """The three steps of a suite."""
-
-    check: Callable[[ScoreConfig, list[Prompt]], None]
-    prepare: Callable[[ScoringJob], None]
-    score: Callable[[ScoringJob], Result]
-
-
-def _suite_of(module: str) -> ScoreSuite:
-    """The suite whose steps are functions of a module, which is imported when it is used."""
-
-    def step(name: str) -> Callable[..., Any]:
-        return lambda *arguments: getattr(import_module(module), name)(*arguments)
-
-    return ScoreSuite(check=step("check"), prepare=step("prepare"), score=step("score"))
-
-
-_MODULES = {name: f"eval.suites.{name}" for name in ("fid", "cmmd", "dino", "clip")}
-_MODULES |= {"geneval": "eval.suites.geneval", "text": "eval.suites.text"}
-SUITES = {name: _suite_of(module) for name, module in _MODULES.items()}
-
-
 def check_all(config: ScoreConfig, prompts: list[Prompt]) -> None:
     """Every suite's check; ConfigError for the first that cannot run."""
+    path = config.true_pictures
+    require(path is None or bool(prompts), "--true-pictures needs --prompts: each true picture belongs to one of a set")
+    lacking = sum("scene" not in prompt.metadata for prompt in prompts) if path == Path(EMBEDDED) else 0
+    require(
+        lacking == 0, f"--true-pictures embedded: {lacking} prompts are no built-in scenes, give a folder of pictures"
+    )
+    require(path is None or path == Path(EMBEDDED) or path.is_dir(), f"--true-pictures {path} is not a folder")
     for name in config.suites:
-        SUITES[name].check(config, prompts)
+        find_suite(name).check(config, prompts)
 
 
 def prepare_all(job: ScoringJob) -> None:
     """This rank's share of every suite's expensive part."""
     for name in job.config.suites:
-        SUITES[name].prepare(job)
+        find_suite(name).prepare(job)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the next suite's network needs the room
 
 
 def score_all(job: ScoringJob) -> dict[str, Result]:
     """Results of all suites, from what is kept."""
-    return {name: SUITES[name].score(job) for name in job.config.suites}
+    return {name: find_suite(name).score(job) for name in job.config.suites}

@@ -13,37 +13,40 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from eval.newest import last_is_there, score_newest
-from eval.pages.numbers import flat_numbers, log_numbers
-from eval.pictures.generate import write_text
-from eval.pictures.prompt_files import read_prompts
-from eval.pictures.prompts import Prompt, demo_prompts
-from eval.scoring import SUITES, ScoreConfig, check_all
-from eval.standard import add_score_arguments, score_config
-from eval.standard_run import draw_and_score
-from eval.validation_loss import fixed_samples, validation_loss
-from trainer.checkpoint.folder import fault, list_checkpoints
+from eval.options import add_score_options, split_names
+from eval.suites.registry import SUITES
 from trainer.config import ConfigError, require, run_cli
-from trainer.data.dataset import open_dataset
-from trainer.pipeline import Pipeline
+from trainer.files import write_text
+
+if TYPE_CHECKING:
+    from eval.pictures.prompts import Prompt
+    from eval.scoring import ScoreConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig:
-    """What to do with each checkpoint of a run; `score` None measures the validation loss only."""
+    """What to do with each checkpoint of a run."""
 
     run: Path
-    prompts: list[Prompt]
+    """Folder of the run."""
+    prompts: "list[Prompt]"
+    """Prompts of which a picture each is drawn and scored."""
     prompt_set: str
-    score: ScoreConfig | None
+    """Their name for the report."""
+    score: "ScoreConfig | None"
+    """Suites and their settings; None: the validation loss only."""
     num_samples: int = 64
+    """Samples of the validation loss; 1 or more."""
     batch_size: int = 16
+    """Samples and pictures at once; 1 or more."""
     seconds: float = 30.0
+    """Time between two looks for checkpoints; above 0."""
     once: bool = False
+    """End when no checkpoint is left, instead of after the run's last step."""
 
     def __post_init__(self) -> None:
         require(self.run.is_dir(), f"{self.run} does not exist: give the folder of a run")
@@ -71,6 +74,12 @@ def finished_steps(run: Path) -> set[int]:
 
 def evaluate_checkpoint(config: WatchConfig, checkpoint: Path) -> dict[str, float]:
     """Validation loss and small scores of one checkpoint; lists it as finished."""
+    from eval.draw_and_score import draw_and_score
+    from eval.pages.numbers import flat_numbers, log_numbers
+    from eval.validation_loss import fixed_samples, validation_loss
+    from trainer.data.dataset import open_dataset
+    from trainer.pipeline import Pipeline
+
     pipeline = Pipeline.load(checkpoint)
     dataset = open_dataset(pipeline.config)
     batches = fixed_samples(dataset, config.num_samples, config.batch_size)
@@ -78,7 +87,7 @@ def evaluate_checkpoint(config: WatchConfig, checkpoint: Path) -> dict[str, floa
     step = pipeline.step
     del pipeline
     if config.score is not None:
-        score = ScoreConfig(**{**vars(config.score), "out": log_file(config.run).parent / checkpoint.name})
+        score = replace(config.score, out=log_file(config.run).parent / checkpoint.name)
         draw_and_score(checkpoint, config.prompt_set, config.prompts, score, config.batch_size, config.run, log=False)
         results |= json.loads((score.out / "report.json").read_text())["results"]
     log_numbers(config.run, {"results": results, "step": step})
@@ -92,6 +101,8 @@ def evaluate_checkpoint(config: WatchConfig, checkpoint: Path) -> dict[str, floa
 
 def pending(run: Path) -> list[Path]:
     """Whole checkpoints that are not listed as finished, oldest first."""
+    from trainer.checkpoint.folder import fault, list_checkpoints
+
     done = finished_steps(run)
     found = [path for path in list_checkpoints(run / "checkpoints") if int(path.name[5:]) not in done]
     return [path for path in found if not fault(path)]
@@ -100,7 +111,11 @@ def pending(run: Path) -> list[Path]:
 def watch(config: WatchConfig) -> None:
     """Evaluate checkpoints as they appear, until the run's last step; with `once` only those that are there."""
     if config.score is not None:
+        from eval.scoring import check_all
+
         check_all(config.score, config.prompts)
+    from eval.newest import last_is_there
+
     while True:
         for checkpoint in pending(config.run):
             try:
@@ -115,25 +130,33 @@ def watch(config: WatchConfig) -> None:
         time.sleep(config.seconds)
 
 
-def parse(argv: list[str] | None) -> WatchConfig:
-    """Settings from the command line; raises ConfigError on values that cannot work."""
+def build_parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(
         prog="eval.watch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--prompts", default="demo", help="demo, geneval[:SEED], or a file or folder of prompts")
-    parser.add_argument("--num-prompts", type=int, default=48, help="the first so many are drawn, one picture each")
-    parser.add_argument(
-        "--suite", default="", help=f"comma list of {', '.join(SUITES)} (default: validation loss only)"
-    )
-    parser.add_argument("--loss-samples", type=int, default=WatchConfig.num_samples, help="samples of validation loss")
-    parser.add_argument("--batch-size", type=int, default=WatchConfig.batch_size)
-    parser.add_argument("--seconds", type=float, default=WatchConfig.seconds, help="time between two looks")
-    parser.add_argument("--once", action="store_true", help="end when no checkpoint is left")
-    add_score_arguments(parser)
-    given = parser.parse_args(argv)
+    add = parser.add_argument
+    add("run", type=Path, help="run folder")
+    add("--prompts", default="demo", help="demo, geneval[:SEED], or a file or folder of prompts")
+    add("--num-prompts", type=int, default=48, help="the first so many are drawn, one picture each")
+    add("--suite", default="", help=f"comma list of {', '.join(SUITES)} (default: validation loss only)")
+    add("--loss-samples", type=int, default=WatchConfig.num_samples, help="samples of validation loss")
+    add("--batch-size", type=int, default=WatchConfig.batch_size)
+    add("--seconds", type=float, default=WatchConfig.seconds, help="time between two looks")
+    add("--once", action="store_true", help="end when no checkpoint is left")
+    add_score_options(parser)
+    return parser
+
+
+def parse(argv: list[str] | None) -> WatchConfig:
+    """Settings from the command line; raises ConfigError on values that cannot work."""
+    given = build_parser().parse_args(argv)
+    from eval.demo.prompts import demo_prompts
+    from eval.pictures.prompt_files import read_prompts
+    from eval.scoring import score_config
+
     require(given.num_prompts >= 1, f"--num-prompts is {given.num_prompts}: use 1 or more")
-    suites = tuple(dict.fromkeys(name.strip() for name in given.suite.split(",") if name.strip()))
+    suites = split_names(given.suite)
     whole = demo_prompts(0, -(-given.num_prompts // 6)) if given.prompts == "demo" else read_prompts(given.prompts)
     return WatchConfig(
         run=given.run,
@@ -158,6 +181,8 @@ def main(argv: list[str] | None = None) -> None:
             watch(config)
             return
         require(config.score is None, "--suite stands before the --: with it, give all options of eval.run after it")
+        from eval.newest import score_newest
+
         score_newest(config.run, given[at + 1 :], seconds=config.seconds, once=config.once)
 
     run_cli(run)

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 import torch.distributed
-from reducing_metrics import ClipScoreMetric, FrechetDistance, GatheredMetric
+from reducing_metrics import ClipScoreMetric, FrechetDistance, GatheredMetric, frechet_from_features, moments
 
 from eval.metrics.clip_score import clip_score, cosines
-from eval.metrics.fid import frechet_from_features, moments
 from eval.metrics.kernel import kid
 from eval.metrics.neighbours import neighbours
 

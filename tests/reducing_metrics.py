@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from eval.metrics.clip_score import cosines
-from eval.metrics.fid import Moments, frechet_from_moments
+from eval.metrics.frechet import FrechetReference, Moments
 
 SetFunction = Callable[[Tensor, Tensor], float]
 _SIDES = ("generated", "real")
@@ -53,7 +53,7 @@ class FrechetDistance(Metric):
 
     def compute(self) -> Tensor:
         """Squared Frechet distance as a float64 scalar; raises ValueError below two pictures on a side."""
-        value = frechet_from_moments(self._moments("real"), self._moments("generated"))
+        value = FrechetReference.from_moments(self._moments("real")).distance(self._moments("generated"))
         return torch.tensor(value, dtype=torch.float64)
 
 
@@ -127,3 +127,19 @@ class GatheredMetric(Metric):
     def compute(self) -> Tensor:
         """The function's value, a float64 scalar."""
         return torch.tensor(self.function(self.rows("generated"), self.rows("real")), dtype=torch.float64)
+
+
+def moments(features_ND: Tensor) -> Moments:
+    """Moments of features [N, D] by torch's own covariance."""
+    x_ND = features_ND.double()
+    return Moments(count=len(x_ND), mean_D=x_ND.mean(0), covariance_DD=torch.cov(x_ND.T).reshape(x_ND.shape[1], -1))
+
+
+def frechet_from_moments(a: Moments, b: Moments) -> float:
+    """Squared Frechet distance of two Gaussians."""
+    return FrechetReference.from_moments(a).distance(b)
+
+
+def frechet_from_features(a_ND: Tensor, b_ND: Tensor) -> float:
+    """Squared Frechet distance of two feature sets."""
+    return FrechetReference.from_rows(a_ND).distance_to_rows(b_ND)

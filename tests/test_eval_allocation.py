@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from eval.demo.prompts import demo_prompts
 from eval.pages.allocation import WordShares, moved_share, word_lines, word_shares
 from eval.pages.charts import moved_chart
 from eval.pages.compute_map import ComputeMaps, trace_compute
-from eval.pictures.prompts import demo_prompts
 from trainer.config import load_config
 from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.model import EcDit, ModelShape

@@ -59,7 +59,7 @@ def test_numbers_reach_tensorboard_at_the_checkpoints_step(tmp_path: Path) -> No
     assert not log_numbers(tmp_path, report)
     (tmp_path / "tensorboard").mkdir()
     assert log_numbers(tmp_path, report)
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "eval"))
     events.Reload()
     assert events.Tags()["scalars"] == ["eval/geneval/overall"]
     (point,) = events.Scalars("eval/geneval/overall")

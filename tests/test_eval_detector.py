@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from eval.demo.detector import RULES, DetectorConfig, _match, detect, detect_at, main
-from eval.demo.detector_check import degrade, measure, negative_rates
+from eval.demo.ceiling import degrade, measure, negative_rates
+from eval.demo.detector import RULES, DetectorConfig, _match, detect, detect_at
+from eval.demo.detector_check import main
+from eval.demo.prompts import demo_prompts, render_prompts
 from eval.demo.templates import build_bank, gaussian_blur
 from eval.metrics.geneval import judge
-from eval.pictures.prompts import demo_prompts, render_prompts
 from trainer.data.demo.scenes import COLORS, OBJECTS, Scene, SceneObject, render, training_scene
 
 
@@ -159,7 +160,7 @@ def test_blur_keeps_a_constant() -> None:
 @pytest.mark.slow
 @pytest.mark.xdist_group("negative_rates")  # which are computed once in a process
 def test_command_line_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--self-test", "--per-category", "1"])
+    main(["--per-category", "1"])
     lines = capsys.readouterr().out.splitlines()
     assert "color_attr" in lines[0]
     assert "60 other things" in lines[-4]

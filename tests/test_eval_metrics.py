@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reducing_metrics import ClipScoreMetric, GatheredMetric
+from reducing_metrics import ClipScoreMetric, GatheredMetric, frechet_from_features, frechet_from_moments, moments
 from tests_launcher import Launcher
 from torch import Tensor
 
 from eval.metrics.clip_score import clip_score, cosines, r_precision
-from eval.metrics.fid import frechet_from_features, frechet_from_moments, moments, moments_of
-from eval.metrics.frechet import FrechetReference, fid_infinity, inception_score
+from eval.metrics.frechet import FrechetReference, fid_infinity, inception_score, moments_of
 from eval.metrics.kernel import cmmd, kid, polynomial_mmd
 from eval.metrics.neighbours import memorisation, neighbours
 from eval.metrics.statistics import Statistics, read_statistics, write_statistics

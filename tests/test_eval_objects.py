@@ -17,30 +17,30 @@ from eval.networks.mask2former import Mask2Former, build_network, input_size, in
 from eval.networks.mask2former_keys import convert_key, convert_mask2former, reorder_merging
 from eval.networks.maskrcnn import MaskRcnn, build_maskrcnn
 from eval.networks.protocols import DetectorSource, FoundObject
-from eval.pictures.generate import picture_path, write_picture, write_text
 from eval.pictures.geneval_names import CATEGORY_NUMBERS, CLASSES
-from eval.pictures.geneval_prompts import OFFICIAL_SHA256, geneval_prompts, geneval_rows, rows_sha256
-from eval.pictures.prompts import Prompt
+from eval.pictures.geneval_prompts import OFFICIAL_SHA256, geneval_prompts, geneval_rows
+from eval.pictures.image_files import picture_path, write_picture
+from eval.pictures.prompts import Prompt, prompts_sha256
 from eval.suites import geneval_results as results
 from eval.suites.detection_cache import LineCache, from_line, to_line
+from eval.suites.geneval import Scored, best_of, result_lines, score_detections
 from eval.suites.geneval_steps import (
-    best_of,
     detect_files,
     judge_colors,
     open_colors,
     open_detections,
-    result_lines,
-    score_files,
+    read_detections,
 )
 from eval.suites.rle import decode_mask, encode_mask
 from trainer.config import ConfigError
+from trainer.files import write_text
 
 CAT, DOG, CUP = (CLASSES.index(name) for name in ("cat", "dog", "cup"))
 
 
 def test_the_official_prompts_follow_from_the_rule() -> None:
     rows = geneval_rows()
-    assert rows_sha256(rows) == OFFICIAL_SHA256
+    assert prompts_sha256(geneval_prompts()) == OFFICIAL_SHA256
     counts = {tag: sum(row["tag"] == tag for row in rows) for tag in dict.fromkeys(row["tag"] for row in rows)}
     assert counts == {
         "single_object": 80,
@@ -50,7 +50,7 @@ def test_the_official_prompts_follow_from_the_rule() -> None:
         "position": 100,
         "color_attr": 100,
     }
-    assert rows_sha256(geneval_rows(7)) != OFFICIAL_SHA256
+    assert prompts_sha256(geneval_prompts(7)) != OFFICIAL_SHA256
     assert len({prompt.id for prompt in geneval_prompts()}) == 553
     assert len(CATEGORY_NUMBERS) == len(CLASSES) == 80
 
@@ -215,6 +215,17 @@ def _red_pictures(folder: Path, prompts: list[Prompt], samples: int) -> list[Pat
     return files
 
 
+def score_files(
+    detections: LineCache,
+    colors: LineCache | None,
+    prompts: list[Prompt],
+    files: list[Path],
+    rules: Rules | None = None,
+) -> Scored:
+    """As the suite does with what is kept."""
+    return score_detections(prompts, read_detections(detections, colors, prompts, files), rules or Rules())
+
+
 def test_cached_detections_score_again_without_the_detector(tmp_path: Path) -> None:
     prompts = _prompts()
     files = _red_pictures(tmp_path / "pictures", prompts, 2)
@@ -237,11 +248,16 @@ def test_cached_detections_score_again_without_the_detector(tmp_path: Path) -> N
     assert [verdict.correct for verdict in scored.verdicts] == [True, False, True, False, False, False]
     assert best_of(scored, 2) == {"1": pytest.approx(2 / 3), "2": pytest.approx(2 / 3)}
     assert scored.summary.faults["colors"] == {"missing": 2, "color": 1}
-    rows = [json.loads(line) for line in result_lines(scored, prompts, files).splitlines()]
+    rows = [json.loads(line) for line in result_lines(scored, prompts, files, Rules()).splitlines()]
     assert json.loads(rows[0]["details"]) == {"cat": [[2, 2, 8, 8, 0.95]]}
     strict = score_files(cache, judged, prompts, files, Rules(score=0.96))
     assert strict.summary.images.correct == 0
     assert detector.seen == 7
+    # For controls the colours of a class are judged wherever it was found, whatever the picture's prompt asks for.
+    assert judge_colors(judged, colors, cache, prompts, files, every=["cat"]) == 1  # the first prompt's cat
+    found = read_detections(cache, judged, prompts, files, every=["cat"])
+    assert {item.color for items in found for item in items if item.name == "cat"} == {"red"}
+    assert {item.color for items in found for item in items if item.name == "dog"} == {""}
 
 
 def test_lines_keep_boxes_and_masks(tmp_path: Path) -> None:
@@ -304,7 +320,7 @@ def test_real_photographs_through_a_real_detector(tmp_path: Path, photographs: d
     scored = score_files(cache, None, prompts, files)
     assert [verdict.correct for verdict in scored.verdicts] == [expected for *_, expected in pairs]
     assert "left of" in scored.verdicts[5].reason
-    write_text(tmp_path / "results.jsonl", result_lines(scored, prompts, files))
+    write_text(tmp_path / "results.jsonl", result_lines(scored, prompts, files, Rules()))
 
 
 def test_results_of_others_are_read_if_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,19 +13,24 @@ import torch
 from browser import DESK, PHONE, find_browser, width_in_browser
 
 from eval.demo.background import background_score, border_colors
-from eval.demo.controls import judge_all, permuted_scores, with_overall
 from eval.demo.detector import RULES, detect
-from eval.demo.suite import SUITES, Evaluation
+from eval.demo.prompts import demo_prompts, render_prompts
+from eval.draw_and_score import describe_model, run_folder, run_sections
+from eval.metrics.controls import judge_all, permuted_scores, with_overall
 from eval.metrics.geneval import Detection, judge
+from eval.options import EMBEDDED
 from eval.pages.charts import coverage_layers, training_chart
 from eval.pages.compute_map import ComputeMaps, compute_by_region, object_patches, trace_compute
-from eval.pictures.generate import generate_pictures
-from eval.pictures.prompts import demo_prompts, render_prompts
-from eval.report import read_metrics
-from eval.run import EvalConfig, main, parse, run_folder, score
+from eval.pages.numbers import flat_numbers
+from eval.pages.run_sections import read_metrics
+from eval.pictures.image_files import geneval_files, picture_path, write_picture
+from eval.run import DEMO_SUITES, main, parse
+from eval.score_and_report import ScoredSubject, score_and_report
+from eval.scoring import ScoreConfig, ScoringJob
 from trainer.config import ConfigError, load_config
 from trainer.data.demo.scenes import CATEGORIES
 from trainer.data.latents.samples import LatentInfo
+from trainer.distributed import World
 from trainer.pipeline import Pipeline
 
 PER_TAG = 2
@@ -152,36 +157,56 @@ def test_metrics_of_a_killed_run_are_read(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "none") == []
 
 
-def _evaluation(pipeline: Pipeline, out: Path) -> Evaluation:
+def _write_set(folder: Path, pictures: torch.Tensor) -> list[Path]:
+    """Pictures in GenEval's layout, one of each prompt."""
+    for number, picture in enumerate(pictures):
+        write_picture(picture_path(folder, number, 0), picture)
+    return geneval_files(folder, len(pictures), 1)
+
+
+def _score(run: Path, pipeline: Pipeline, out: Path) -> None:
+    """Score each prompt's neighbour's true picture, beside an untrained model's pictures."""
     prompts = demo_prompts(0, PER_TAG)
-    folder = out / "pictures"
-    generate_pictures(prompts, folder, pipeline.generate)
-    true = render_prompts(prompts, 32)
-    return Evaluation(
-        prompts=prompts,
-        num_samples=1,
-        pictures=true.roll(1, 0),
-        untrained=pipeline.generate([prompt.text for prompt in prompts], list(range(len(prompts)))),
-        true=true,
-        sampling={"checkpoint_step": 7},
-        folder=folder,
-        out=out,
+    captions = [prompt.text for prompt in prompts]
+    config = ScoreConfig(
+        suites=("geneval",), out=out, detector=EMBEDDED, true_pictures=Path(EMBEDDED), reference=Path(EMBEDDED)
     )
+    job = ScoringJob(
+        config=config,
+        prompts=prompts,
+        files=_write_set(out / "pictures", render_prompts(prompts, 32).roll(1, 0)),
+        folder=out / "pictures",
+        untrained_files=_write_set(out / "untrained", pipeline.generate(captions, list(range(len(prompts))))),
+    )
+    subject = ScoredSubject(
+        name=run.name,
+        summary=f"{len(prompts)} pictures",
+        step=pipeline.step,
+        sampling={"checkpoint_step": 7},
+        model=describe_model(pipeline),
+        run_sections=tuple(run_sections(pipeline, prompts, config, run)),
+        run_dir=run,
+    )
+    score_and_report(job, World(rank=0, local_rank=0, size=1), subject)
 
 
-def test_report_is_whole_and_needs_no_other_file(tmp_path: Path, pipeline: Pipeline) -> None:
+def test_report_is_whole_and_needs_no_other_file(
+    tmp_path: Path, pipeline: Pipeline, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "my <run>"
+    out = run / "eval"
     _write_run(run)
-    config = EvalConfig(checkpoint=run, out=run / "eval", suites=("geneval",), per_category=PER_TAG)
-    report = score(config, _evaluation(pipeline, config.out), pipeline)
+    _score(run, pipeline, out)
+    report = json.loads((out / "report.json").read_text())
+    assert capsys.readouterr().out.startswith("geneval ")
     geneval = report["results"]["geneval"]
     assert geneval["controls"]["ceiling"]["overall"] == 1
     assert geneval["controls"]["untrained"]["overall"] == 0
-    assert json.loads((config.out / "report.json").read_text())["results"]["geneval"]["overall"] == geneval["overall"]
-    lines = [json.loads(line) for line in (config.out / "results.jsonl").read_text().splitlines()]
+    assert flat_numbers(report["results"])["geneval/overall/value"] == geneval["overall"]["value"]
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert [line["correct"] for line in lines] == [verdict["correct"] for verdict in geneval["verdicts"]]
     assert lines[1]["filename"] == "00001/samples/0000.png"
-    text = (config.out / "report.html").read_text()
+    text = (out / "report.html").read_text()
     page = _Page()
     page.feed(text)
     assert not page.open
@@ -194,7 +219,7 @@ def test_report_is_whole_and_needs_no_other_file(tmp_path: Path, pipeline: Pipel
         base64.b64decode(link.split(",", 1)[1], validate=True)
     if find_browser():
         for width in (PHONE, DESK):
-            assert width_in_browser(config.out / "report.html", width, tmp_path) <= width
+            assert width_in_browser(out / "report.html", width, tmp_path) <= width
 
 
 def test_unknown_suite_and_missing_checkpoint_are_one_sentence(
@@ -218,10 +243,12 @@ def test_unknown_suite_and_missing_checkpoint_are_one_sentence(
 
 def test_command_line_defaults() -> None:
     config = parse(["runs/demo/checkpoints/step_00000010", "--suite", "fid, geneval"])
-    assert config.suites == ("fid", "geneval")
-    assert config.out == Path("runs/demo/eval").resolve()
+    assert config.score.suites == ("fid", "geneval")
+    assert config.score.out == Path("runs/demo/eval").resolve()
+    assert config.score.detector == EMBEDDED
     assert run_folder(Path("runs/demo")) == Path("runs/demo")
-    assert parse(["runs/demo"]).suites == tuple(SUITES)
+    assert parse(["runs/demo"]).score.suites == DEMO_SUITES
+    assert parse(["runs/demo", "--prompts", "geneval", "--suite", "geneval"]).score.true_pictures is None
     with pytest.raises(ConfigError, match="unknown"):
         parse(["runs/demo", "--suite", "clip"])
 
@@ -251,7 +278,7 @@ def test_a_real_run_is_scored_alike_by_one_and_by_two_processes(tmp_path: Path, 
     done = launcher.run(*command, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     one = run / "eval"
-    pictures = sorted(path.relative_to(one) for path in one.rglob("*.png"))
+    pictures = sorted(path.relative_to(one) for path in (one / "pictures").rglob("*.png"))
     assert len(pictures) == 2 * 18
-    assert pictures == sorted(path.relative_to(two) for path in two.rglob("*.png"))
+    assert pictures == sorted(path.relative_to(two) for path in (two / "pictures").rglob("*.png"))
     assert (one / "results.jsonl").read_text() == (two / "results.jsonl").read_text()

@@ -17,8 +17,8 @@ from tests_launcher import Launcher
 
 from eval import coco
 from eval.pages.numbers import flat_numbers
-from eval.pictures.generate import picture_path, write_picture
 from eval.pictures.geneval_prompts import OFFICIAL_SHA256
+from eval.pictures.image_files import picture_path, write_picture
 from eval.pictures.prompt_files import read_prompts
 from eval.pictures.prompts import metadata_lines, prompts_sha256
 from eval.score import main
@@ -134,6 +134,10 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(
         (["--suite", "fid", "--samples", "0"], "--samples is 0"),
         (["--suite", "fid", "--min-score", "0.01"], "--min-score is 0.01: use 0.05"),
         (["--suite", "fid", "--prompts", "demo"], "belongs to eval.run"),
+        (["--suite", "fid", "--true-pictures", str(tmp_path)], "--true-pictures needs --prompts"),
+        (["--suite", "fid", "--prompts", prompts, "--true-pictures", "no"], "--true-pictures no is not a folder"),
+        (["--suite", "fid", "--prompts", prompts, "--true-pictures", "embedded"], "1 prompts are no built-in scenes"),
+        (["--suite", "geneval", "--detector", "embedded", "--prompts", prompts, "--min-score", "0.5"], "own threshold"),
         (["--suite", "geneval", "--detector", "yolov3-tiny", "--prompts", prompts], "yolov3-tiny"),
     ):
         with pytest.raises(SystemExit) as stop:
@@ -222,6 +226,30 @@ def test_geneval_with_a_real_detector_by_command(tmp_path: Path) -> None:
     shutil.rmtree(out / "colors")
     main(command)
     assert (out / "results.jsonl").read_text() == first
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("yolo")
+def test_any_closed_set_has_controls(tmp_path: Path, photographs: dict[str, torch.Tensor]) -> None:
+    rows = [
+        {"tag": "single_object", "include": [{"class": name, "count": 1}], "prompt": f"a photo of a {name}"}
+        for name in ("cup", "motorcycle")
+    ]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for i, picture in enumerate(photographs.values()):
+        write_picture(picture_path(tmp_path / "true", i, 0), picture)
+        write_picture(picture_path(tmp_path / "drawn", i, 0), photographs["coffee"])
+    out = tmp_path / "out"
+    main([
+        str(tmp_path / "drawn"), "--prompts", str(tmp_path / "set.jsonl"), "--suite", "geneval",
+        "--detector", "yolov3-tiny", "--true-pictures", str(tmp_path / "true"), "--out", str(out),
+    ])  # fmt: skip
+    found = json.loads((out / "report.json").read_text())["results"]["geneval"]
+    assert found["overall"]["value"] == 0.5
+    assert {name: values["overall"] for name, values in found["controls"].items()} == {
+        "chance": 0, "shuffled": 0.5, "ceiling": 1,
+    }  # fmt: skip
+    assert "Grey ticks are the controls" in (out / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from trainer.config import ConfigError, ModelConfig, TrainConfig, load_config
 from trainer.diffusion.model import EcDit, init_weights
 from trainer.encoders.build import CODECS, TEXT_ENCODERS, build_codec, build_text_encoder
 from trainer.plan.arguments import parse
+from trainer.plan.command import plan
 from trainer.plan.memory import activation_terms
 from trainer.telemetry.flops import training_flops
 

@@ -38,6 +38,13 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove temporary files that killed writers of `path` left; only for the one process that may write it."""
     for temporary in path.parent.glob(f".{path.name}.*.tmp"):

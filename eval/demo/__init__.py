@@ -1,1 +1,1 @@
-"""The embedded benchmark: a detector, prompts and controls for the drawn scenes."""
+"""The built-in scenes as a prompt set: their prompts and true pictures, and a detector that knows them."""

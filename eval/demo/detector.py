@@ -11,7 +11,6 @@ as well is left out: half a cat and half a dog is neither.
 Shapes: N pictures, T templates of one size, h x w window places, k x k pixels.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -35,21 +34,22 @@ _FLOOR = 1e-3  # energy below which a window is plain, in squared [0, 1] light
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorConfig:
-    """`min_score` is the least score of a detection, `min_lead` the least share by which it leaves less
-    unexplained (1 - score) than any other object at its place; `blur` (pixels) is given to picture and templates
-    alike, `sizes` are object sizes in quarter pixels, `step` the distance of sub-pixel offsets in quarter
-    pixels, `max_overlap` the share of the smaller box that may lie in an accepted one.
-
-    Score and lead were set on pictures that no model drew: true ones all pass, also blurred and noisy, and blends of
-    two objects pass less often than by a score of 0.8 without a lead (`eval.demo.detector --self-test` prints it).
+    """Score and lead were set on pictures that no model drew: true ones all pass, also blurred and noisy, and blends
+    of two objects pass less often than by a score of 0.8 without a lead (`python -m eval.demo.detector_check`).
     """
 
     min_score: float = 0.7
+    """Least score of a detection, 0 to 1."""
     min_lead: float = 0.3
+    """Least share by which it leaves less unexplained (1 - score) than any other object at its place, 0 to 1."""
     blur: float = 0.6
+    """Sigma of the blur that picture and templates get alike, pixels; 0 or more."""
     sizes: tuple[int, ...] = (48, 52, 56, 60, 65, 70, 76, 82, 89, 96, 104, 112)
+    """Sizes of objects, quarter pixels."""
     step: int = 2
+    """Distance of sub-pixel offsets, quarter pixels; 1, 2 or 4."""
     max_overlap: float = 0.3
+    """Largest share of the smaller box that may lie in an accepted one, 0 to 1."""
 
 
 RULES = Rules(score=0.0, counting_score=0.0)  # the detector's own threshold has been applied
@@ -197,19 +197,3 @@ def detect_at(
             for one, into in zip(configs, detections, strict=True):
                 into.append(_select(found, rows_K, one, side / PICTURE_SIZE))
     return detections
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line: measure the detector on true pictures of the built-in scenes."""
-    from eval.demo.detector_check import print_self_test
-
-    parser = argparse.ArgumentParser(prog="eval.demo.detector", description=main.__doc__)
-    parser.add_argument("--self-test", action="store_true", required=True, help="print the detector's ceiling")
-    parser.add_argument("--per-category", type=int, default=40, help="pictures per tag")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes")
-    arguments = parser.parse_args(argv)
-    print_self_test(arguments.per_category, arguments.seed)
-
-
-if __name__ == "__main__":
-    main()

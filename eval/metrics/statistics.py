@@ -19,8 +19,8 @@ import numpy as np
 from trainer.config import ConfigError, require, run_cli
 from trainer.files import replacing
 
-if TYPE_CHECKING:  # imports torch: below within functions, so that --help is quick
-    from eval.metrics.fid import Moments
+if TYPE_CHECKING:
+    from eval.metrics.frechet import Moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def read_statistics(path: Path, convention: str = "") -> Statistics:
     """
     import torch
 
-    from eval.metrics.fid import Moments
+    from eval.metrics.frechet import Moments
 
     mu, sigma, named, count, texts = _read_arrays(path)
     mu = np.squeeze(mu)
@@ -99,7 +99,7 @@ def read_statistics(path: Path, convention: str = "") -> Statistics:
 def build_statistics(pictures: Path, store_folder: Path, convention: str, *, progress: bool = False) -> Statistics:
     """Statistics of a folder or ADM batch file of pictures; features are kept in `store_folder`."""
     from eval.feature_store import FeatureStore, add_picture_features, hash_files
-    from eval.metrics.fid import moments_of
+    from eval.metrics.frechet import moments_of
     from eval.networks.inception import InceptionEncoder
     from eval.pictures.image_files import folder_files, unpack_npz
 
@@ -122,7 +122,9 @@ def _main(argv: list[str] | None) -> None:
     )
     parser.add_argument("pictures", type=Path, help="folder of pictures, or an npz with arr_0")
     parser.add_argument("--out", type=Path, required=True, help="npz to write")
-    parser.add_argument("--convention", default="torch-fidelity", help="or clean, pytorch-fid (default %(default)s)")
+    parser.add_argument(
+        "--convention", default="torch-fidelity", help="torch-fidelity, clean, pytorch-fid (default %(default)s)"
+    )
     parser.add_argument("--features", type=Path, help="folder of cached features (default beside --out)")
     given = parser.parse_args(argv)
     from eval.networks.resize import check_convention

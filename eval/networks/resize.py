@@ -56,10 +56,7 @@ def _resize_matrix(size: int, resolution: int) -> Tensor:
 
 
 def tf1_preprocess(images_NHWC: Tensor, resolution: int = RESOLUTION) -> Tensor:
-    """uint8 pictures [N, H, W, 3] to network input [N, 3, resolution, resolution], float32 in [-1, 1).
-
-    The resize is that of TensorFlow 1, on whose network FID was defined: no half-pixel offset, no antialiasing.
-    """
+    """uint8 pictures [N, H, W, 3] -> network input [N, 3, resolution, resolution], float32 in [-1, 1)."""
     x_NCHW = images_NHWC.permute(0, 3, 1, 2).float()
     rows = _resize_matrix(images_NHWC.shape[1], resolution).to(x_NCHW.device)
     columns = _resize_matrix(images_NHWC.shape[2], resolution).to(x_NCHW.device)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eval.pages.page import escape
 from moe.routing import RoutingStats
 from trainer.data.latents.samples import pad_text
 from trainer.diffusion.flow import interpolate
 from trainer.diffusion.solver import initial_noise
+from trainer.formats.page import escape
 from trainer.pipeline import Pipeline
 
 TIMES = (0.3, 0.6, 0.9)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.pages.numbers import flat_numbers
-from eval.pages.page import escape, page, table
 from trainer.config import ConfigError, require
+from trainer.formats.page import escape, page, table
 
 # Settings that describe what was scored, not how: runs are meant to differ in them.
 _SUBJECT = {"checkpoint_step", "weights", "ema_decay", "versions"}
@@ -20,8 +20,8 @@ _HIDDEN = ("/low", "/high", "/correct", "/total")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
-    """A report's name, step, numbers, and the cards of its suites."""
+class ReportScores:
+    """A report's name, step, numbers, and the cards of its suites and of the sampling."""
 
     name: str
     step: int
@@ -42,23 +42,24 @@ def find_report(path: Path) -> Path:
     return found[0]
 
 
-def read_scores(path: Path) -> Scores:
+def read_scores(path: Path) -> ReportScores:
     """What a report holds; ConfigError for a damaged one."""
     file = find_report(path)
     try:
         report = json.loads(file.read_text())
         results: Mapping[str, Any] = report["results"]
         cards = {name: dict(result.get("card", {})) for name, result in results.items()}
-        return Scores(name=report["run"], step=report["step"], numbers=flat_numbers(results), cards=cards)
+        cards["sampling"] = dict(report.get("sampling", {}))
+        return ReportScores(name=report["run"], step=report["step"], numbers=flat_numbers(results), cards=cards)
     except (ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"{file} is no report of eval.run ({error!r}): run the evaluation again") from error
 
 
-def card_differences(scores: Sequence[Scores]) -> list[str]:
+def card_differences(scores: Sequence[ReportScores]) -> list[str]:
     """One sentence per setting that differs between the cards of a suite that all have."""
     found = []
     for suite in dict.fromkeys(name for item in scores for name in item.cards):
-        cards = [item.cards[suite] for item in scores if suite in item.cards]
+        cards = [item.cards[suite] for item in scores if item.cards.get(suite)]
         for key in dict.fromkeys(key for one in cards for key in one if key not in _SUBJECT):
             values = list(dict.fromkeys(json.dumps(one.get(key), sort_keys=True) for one in cards))
             if len(values) > 1:
@@ -66,7 +67,7 @@ def card_differences(scores: Sequence[Scores]) -> list[str]:
     return found
 
 
-def _rows(scores: Sequence[Scores]) -> list[list[str]]:
+def _rows(scores: Sequence[ReportScores]) -> list[list[str]]:
     names = dict.fromkeys(name for item in scores for name in item.numbers if not name.endswith(_HIDDEN))
     return [
         [name.removesuffix("/value"), *(f"{item.numbers[name]:.5g}" if name in item.numbers else "" for item in scores)]
@@ -74,7 +75,7 @@ def _rows(scores: Sequence[Scores]) -> list[list[str]]:
     ]
 
 
-def comparison_text(scores: Sequence[Scores]) -> str:
+def comparison_text(scores: Sequence[ReportScores]) -> str:
     """The table for a terminal."""
     lines = [f"not the same protocol, {line}" for line in card_differences(scores)]
     rows = [["", *(f"{item.name} ({item.step})" for item in scores)], *_rows(scores)]
@@ -83,7 +84,7 @@ def comparison_text(scores: Sequence[Scores]) -> str:
     return "\n".join(lines)
 
 
-def comparison_page(scores: Sequence[Scores]) -> str:
+def comparison_page(scores: Sequence[ReportScores]) -> str:
     """The same as a self-contained page."""
     header = ["", *(f"{escape(item.name)}<br>step {item.step:,}" for item in scores)]
     differences = card_differences(scores)

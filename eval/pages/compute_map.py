@@ -12,8 +12,7 @@ from torch import Tensor
 
 from eval.metrics.geneval import Detection
 from eval.pages.allocation import WordShares, moved_share, word_shares
-from eval.pictures.generate import picture_seed
-from eval.pictures.prompts import Prompt
+from eval.pictures.prompts import Prompt, picture_seed
 from moe.routing import RoutingStats
 from trainer.pipeline import Pipeline
 

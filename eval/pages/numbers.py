@@ -1,10 +1,10 @@
-"""The numbers of a report by name, for tables, csv and TensorBoard."""
+"""The numbers of a report by name, for tables, csv, TensorBoard and the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.pictures.generate import write_text
+from trainer.files import write_text
 
 # Parts of a result that are no measurements.
 _LEFT_OUT = {"card", "verdicts", "skipped", "seconds", "counts", "values", "closest", "seed", "splits", "subsets",
@@ -24,6 +24,12 @@ def flat_numbers(content: Mapping[str, Any], prefix: str = "") -> dict[str, floa
     return found
 
 
+def headline_lines(suite: str, paths: Sequence[str], result: Mapping[str, Any]) -> list[str]:
+    """The numbers at these paths of a suite's result, a line each; what is not there is left out."""
+    numbers = flat_numbers(result)
+    return [f"{suite}/{path.removesuffix('/value')} {numbers[path]:.5g}" for path in paths if path in numbers]
+
+
 def write_csv(path: Path, report: Mapping[str, Any]) -> None:
     """One row per number: name, value."""
     rows = [f"{name},{value!r}" for name, value in flat_numbers(report["results"]).items()]
@@ -31,13 +37,16 @@ def write_csv(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def log_numbers(run_dir: Path, report: Mapping[str, Any]) -> bool:
-    """Add the numbers to the run's TensorBoard at the checkpoint's step; False for what is no run with a log."""
+    """Add the numbers to RUN/tensorboard/eval at the checkpoint's step; False for what is no run with a log.
+
+    A folder of its own: a resumed run discards what was logged after its checkpoint, scores are of checkpoints.
+    """
     folder = run_dir / "tensorboard"
     if not folder.is_dir():
         return False
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder), filename_suffix=".eval") as writer:
+    with SummaryWriter(str(folder / "eval")) as writer:
         for name, value in flat_numbers(report["results"]).items():
             if not name.endswith(("/low", "/high", "/correct", "/total")):
                 writer.add_scalar(f"eval/{name.removesuffix('/value')}", value, report["step"])

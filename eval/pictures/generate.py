@@ -5,54 +5,23 @@ seed of a picture is a hash of the prompt's id and the sample number, so neither
 ranks nor a restart changes it. What exists is not drawn again. Shapes: N pictures, H x W pixels.
 """
 
-import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.pictures.prompts import Prompt
-from trainer.config import ConfigError
+from eval.pictures.image_files import picture_path, write_picture
+from eval.pictures.prompts import Prompt, metadata_lines, picture_seed
+from eval.pictures.protocol import fingerprint, sampling_card
+from trainer.distributed import World
+from trainer.files import write_text
+from trainer.pipeline import Pipeline
 
 Generator = Callable[[list[str], list[int]], Tensor]  # captions, seeds -> uint8 [N, H, W, 3]
-
-
-def picture_seed(prompt_id: str, sample: int) -> int:
-    """Seed of one picture, 63 bits, the same on every platform."""
-    digest = hashlib.sha256(f"{prompt_id}\0{sample}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-def picture_path(folder: Path, number: int, sample: int) -> Path:
-    """Where picture `sample` of prompt `number` lies."""
-    return folder / f"{number:05d}" / "samples" / f"{sample:04d}.png"
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write through a temporary name, so that a reader or a restart never meets half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, lambda temporary: temporary.write_text(text))
-
-
-def write_picture(path: Path, picture_HWC: Tensor) -> None:
-    """Write a uint8 picture [H, W, 3] as PNG atomically; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(picture_HWC.cpu().numpy())
-    _replace(path, lambda temporary: image.save(temporary, format="PNG"))
 
 
 def _is_whole(path: Path) -> bool:
@@ -91,17 +60,20 @@ def generate_pictures(
     return len(jobs)
 
 
-def read_pictures(folder: Path, num_prompts: int, num_samples: int = 1) -> Tensor:
-    """All pictures, prompt by prompt: uint8 [num_prompts * num_samples, H, W, 3].
+def draw_set(
+    pipeline: Pipeline, prompts: Sequence[Prompt], parent: Path, *, num_samples: int, batch_size: int, world: World
+) -> tuple[Path, dict[str, Any]]:
+    """Draw this rank's missing pictures below `parent`; returns the folder of all ranks' pictures, and its card.
 
-    Raises ConfigError naming the first missing file: a score over fewer pictures would be a wrong score.
+    Pictures that were drawn otherwise lie in another folder, so none of them is taken for these.
     """
-    pictures = []
-    for number in range(num_prompts):
-        for sample in range(num_samples):
-            path = picture_path(folder, number, sample)
-            if not _is_whole(path):
-                raise ConfigError(f"{path} is missing: run the command again to draw the rest")
-            with Image.open(path) as image:
-                pictures.append(torch.from_numpy(np.array(image.convert("RGB"))))
-    return torch.stack(pictures)
+    card = sampling_card(pipeline.config, pipeline.step, pipeline.origin, prompts, num_samples)
+    folder = parent / f"{pipeline.origin.replace(' ', '_')}_{fingerprint(card)}"
+    if world.is_main:
+        write_text(folder / "evaluation_metadata.jsonl", metadata_lines(prompts))
+        write_text(folder / "sampling.json", json.dumps(card, indent=2) + "\n")
+    generate_pictures(
+        prompts, folder, pipeline.generate,
+        num_samples=num_samples, batch_size=batch_size, rank=world.rank, world_size=world.size,
+    )  # fmt: skip
+    return folder, card

@@ -4,7 +4,6 @@ The rule is GenEval's (arXiv 2310.11513, MIT licence, Copyright (c) 2023 Dhruba 
 of the same kind, for a check that a model is not fitted to the published one.
 """
 
-import hashlib
 import json
 from typing import Any
 
@@ -108,8 +107,3 @@ def geneval_prompts(seed: int = OFFICIAL_SEED) -> list[Prompt]:
         Prompt(id=f"geneval/{seed}/{number:05d}", text=row["prompt"], tag=row["tag"], metadata=row)
         for number, row in enumerate(geneval_rows(seed))
     ]
-
-
-def rows_sha256(rows: list[Row]) -> str:
-    """sha256 of the rows as an evaluation_metadata.jsonl."""
-    return hashlib.sha256("".join(json.dumps(row) + "\n" for row in rows).encode()).hexdigest()

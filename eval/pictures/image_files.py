@@ -7,7 +7,6 @@ Nothing is dropped silently: a missing, empty or damaged picture is an error tha
 
 import re
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,23 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from eval.pictures.generate import picture_path, write_picture
 from trainer.config import ConfigError, require
+from trainer.files import replacing
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _NUMBERED = re.compile(r"\d+\.png")
+
+
+def picture_path(folder: Path, number: int, sample: int) -> Path:
+    """Where picture `sample` of prompt `number` lies."""
+    return folder / f"{number:05d}" / "samples" / f"{sample:04d}.png"
+
+
+def write_picture(path: Path, picture_HWC: Tensor) -> None:
+    """Write a uint8 picture [H, W, 3] as PNG, whole or not at all; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        Image.fromarray(picture_HWC.cpu().numpy()).save(temporary, format="PNG")
 
 
 def read_picture(path: Path) -> Tensor:
@@ -88,15 +99,6 @@ def unpack_npz(path: Path, folder: Path) -> list[Path]:
         if not file.is_file():
             write_picture(file, torch.from_numpy(picture))
     return files
-
-
-def write_npz(path: Path, files: Sequence[Path]) -> None:
-    """Pictures of one size as the batch file that ADM's evaluator reads."""
-    pictures = [read_picture(file).numpy() for file in files]
-    shapes = sorted({picture.shape for picture in pictures})
-    require(len(shapes) == 1, f"pictures have {len(shapes)} sizes, first {shapes[:2]}: a batch file needs one")
-    with path.open("wb") as file:
-        np.savez(file, arr_0=np.stack(pictures))
 
 
 def open_npz(path: Path) -> "np.lib.npyio.NpzFile":

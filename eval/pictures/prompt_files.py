@@ -1,6 +1,6 @@
 """Prompt sets by name or from files, whatever benchmark they belong to.
 
-    demo               the built-in scenes (eval.pictures.prompts)
+    demo               the built-in scenes (eval.demo.prompts)
     geneval[:SEED]     GenEval by its rule; without a seed the official 553
     FILE.txt           a prompt per line
     FILE.csv, .tsv     a header with prompt (caption, text) and optionally id (item_id, caption_id), tag (category): as

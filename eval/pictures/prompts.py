@@ -10,12 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from trainer.data.demo.scenes import CATEGORIES, Scene, held_out_scenes, render
-
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
@@ -25,45 +19,6 @@ class Prompt:
     text: str
     tag: str
     metadata: dict[str, Any] = field(hash=False)
-
-
-def scene_clauses(scene: Scene) -> dict[str, Any]:
-    """The `include` and `exclude` clauses that the scene's caption asks for.
-
-    As in GenEval, colours count in the two colour tags only, a position's target comes first, and a
-    counted class must not appear once more.
-    """
-    first = scene.objects[0]
-    if scene.category == "counting":
-        return {
-            "include": [{"class": first.name, "count": scene.count}],
-            "exclude": [{"class": first.name, "count": scene.count + 1}],
-        }
-    include: list[dict[str, Any]] = [{"class": item.name, "count": 1} for item in scene.objects]
-    if scene.category in ("colors", "color_attr"):
-        for clause, item in zip(include, scene.objects, strict=True):
-            clause["color"] = item.background
-    if scene.category == "position":
-        include[0]["position"] = [scene.relation, 0]
-        include.reverse()
-    return {"include": include}
-
-
-def demo_prompts(seed: int, per_category: int) -> list[Prompt]:
-    """Prompts of the built-in scenes that training never shows, `per_category` for each of the six tags.
-
-    A shorter list of the same seed is contained in a longer one, with the same ids.
-    """
-    scenes = held_out_scenes(seed, per_category)
-    numbers = dict.fromkeys(CATEGORIES, 0)
-    prompts = []
-    for scene in scenes:
-        clauses = scene_clauses(scene)
-        metadata = {"tag": scene.category, **clauses, "prompt": scene.caption, "scene": scene.to_json()}
-        name = f"{scene.category}/{seed}/{numbers[scene.category]:04d}"
-        numbers[scene.category] += 1
-        prompts.append(Prompt(id=name, text=scene.caption, tag=scene.category, metadata=metadata))
-    return prompts
 
 
 def metadata_lines(prompts: Sequence[Prompt]) -> str:
@@ -76,7 +31,7 @@ def prompts_sha256(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(metadata_lines(prompts).encode()).hexdigest()
 
 
-def render_prompts(prompts: Sequence[Prompt], size: int) -> Tensor:
-    """The true pictures of built-in prompts, uint8 [N, size, size, 3]."""
-    pictures = [render(Scene.from_json(prompt.metadata["scene"]), size) for prompt in prompts]
-    return torch.from_numpy(np.stack(pictures))
+def picture_seed(prompt_id: str, sample: int) -> int:
+    """Seed of one picture, 63 bits, the same on every platform."""
+    digest = hashlib.sha256(f"{prompt_id}\0{sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

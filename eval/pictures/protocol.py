@@ -7,8 +7,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.pictures.generate import picture_seed
-from eval.pictures.prompts import Prompt, prompts_sha256
+from eval.pictures.prompts import Prompt, picture_seed, prompts_sha256
 from trainer.config import TrainConfig
 
 PACKAGES = (

@@ -4,7 +4,7 @@ from eval.feature_store import add_picture_features
 from eval.metrics.clip_score import clip_score, cosines, r_precision
 from eval.networks.clip import find_clip, load_clip, text_features
 from eval.pictures.prompts import Prompt, prompts_sha256
-from eval.scoring import Result, ScoreConfig, ScoringJob, attempt
+from eval.scoring import Result, ScoreConfig, ScoringJob, Suite, attempt
 from trainer.config import require
 
 
@@ -42,3 +42,22 @@ def score(job: ScoringJob) -> Result:
     card = {"metric": "clip-score-1", "model": job.config.clip, **clip.key, "pictures": len(job.files),
             "prompts_sha256": prompts_sha256(job.prompts)}  # fmt: skip
     return {**result, "skipped": skipped, "card": card}
+
+
+SUITE = Suite(
+    check=check,
+    prepare=prepare,
+    score=score,
+    title="Agreement with the captions",
+    names={
+        "score/cosine": "CLIP cosine",
+        "score/score100": "CLIP score, 100 x",
+        "r_precision/value": "R-precision",
+        "truncated_captions": "captions longer than CLIP reads",
+    },
+    spreads={
+        "score/cosine": "score/standard_error",
+        "score/score100": "score/score100_standard_error",
+    },
+    headlines=("score/cosine",),
+)

@@ -4,7 +4,7 @@ from eval.feature_store import hash_files
 from eval.metrics.kernel import cmmd
 from eval.networks.clip import find_clip, load_clip
 from eval.pictures.prompts import Prompt
-from eval.scoring import Result, ScoreConfig, ScoringJob, needs_reference
+from eval.scoring import Result, ScoreConfig, ScoringJob, Suite, needs_reference
 
 
 def check(config: ScoreConfig, prompts: list[Prompt]) -> None:
@@ -24,6 +24,18 @@ def score(job: ScoringJob) -> Result:
     clip = load_clip(job.config.cmmd_clip)
     store = job.store(clip)
     value = cmmd(store.matrix(job.hashes), store.matrix(hash_files(job.reference_files)))
-    card = {"metric": "cmmd-1", **clip.key, "pictures": len(job.files), "reference": str(job.config.reference),
+    card = {"metric": "cmmd-1", **clip.key, "pictures": len(job.files), "reference": job.reference_name,
             "reference_pictures": len(job.reference_files), "sigma": 10, "scale": 1000}  # fmt: skip
     return {"cmmd": value, "skipped": {}, "card": card}
+
+
+SUITE = Suite(
+    check=check,
+    prepare=prepare,
+    score=score,
+    title="Distance in CLIP's space",
+    names={
+        "cmmd": "CMMD",
+    },
+    headlines=("cmmd",),
+)

@@ -8,18 +8,22 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from eval.feature_store import hash_files, num_workers, prefetched
 from eval.networks.protocols import FoundObject
-from eval.pictures.generate import write_text
+from eval.pictures.image_files import read_picture
 from eval.suites.rle import decode_mask, encode_mask
+from trainer.files import write_text
 
+_AHEAD = 16  # pictures read before they are asked for
 FLOOR = 0.05  # objects below this score are not kept; the judge's thresholds lie above
 Line = dict[str, Any]
 
@@ -47,25 +51,42 @@ class LineCache:
         return found
 
     @contextmanager
-    def appending(self) -> Iterator["LineWriter"]:
-        """A new file of this process; removed if nothing was written."""
+    def appending(self) -> Iterator[Callable[[Line], None]]:
+        """Gives a function that appends a line to a new file of this process; the file is removed if it stays empty."""
         path = self.folder / f"part_{os.getpid()}_{secrets.token_hex(4)}.jsonl"
         with path.open("w") as file:
-            yield LineWriter(file)
+
+            def write(line: Line) -> None:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+
+            yield write
         if path.stat().st_size == 0:
             path.unlink()
 
+    def add(
+        self,
+        files: Sequence[Path],
+        measure: Callable[[str, Tensor], Line],
+        *,
+        title: str,
+        rank: int = 0,
+        world_size: int = 1,
+        progress: bool = False,
+    ) -> int:
+        """A line by `measure` of hash and picture for each of this rank's pictures that has none; returns how many.
 
-class LineWriter:
-    """Writes a line at a time and flushes it."""
-
-    def __init__(self, file: Any) -> None:
-        self.file = file
-
-    def write(self, line: Line) -> None:
-        """Append one line."""
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        Raises ConfigError for a damaged picture.
+        """
+        mine = list(files[rank::world_size])
+        known = self.read()
+        todo = {name: path for name, path in zip(hash_files(mine), mine, strict=True) if name not in known}
+        ready = prefetched(todo.values(), read_picture, num_workers(), _AHEAD)
+        with self.appending() as write, tqdm(total=len(todo), desc=title, unit="image", disable=not progress) as bar:
+            for name, picture in zip(todo, ready, strict=True):
+                write(measure(name, picture))
+                bar.update()
+        return len(todo)
 
 
 def to_line(identity: str, picture_HW3: Tensor, found: Sequence[FoundObject]) -> Line:

@@ -5,7 +5,7 @@ from eval.metrics.frechet import FrechetReference
 from eval.metrics.neighbours import neighbours
 from eval.networks.dino import DINO_WEIGHTS, DinoEncoder
 from eval.pictures.prompts import Prompt
-from eval.scoring import Result, ScoreConfig, ScoringJob, attempt, needs_reference
+from eval.scoring import Result, ScoreConfig, ScoringJob, Suite, attempt, needs_reference
 from eval.weights import find_weights_file
 
 
@@ -30,6 +30,22 @@ def score(job: ScoringJob) -> Result:
     skipped: dict[str, str] = {}
     result: Result = {"fd_dinov2": reference.distance_to_rows(features_ND)}
     attempt(result, skipped, "neighbours", lambda: neighbours(features_ND, real_MD, k=job.config.num_neighbours))
-    card = {"metric": "fd-dinov2-1", **encoder.key, "pictures": len(job.files), "reference": str(job.config.reference),
+    card = {"metric": "fd-dinov2-1", **encoder.key, "pictures": len(job.files), "reference": job.reference_name,
             "reference_pictures": len(job.reference_files)}  # fmt: skip
     return {**result, "skipped": skipped, "card": card}
+
+
+SUITE = Suite(
+    check=check,
+    prepare=prepare,
+    score=score,
+    title="Distance in DINOv2's space",
+    names={
+        "fd_dinov2": "FD-DINOv2",
+        "neighbours/precision": "precision",
+        "neighbours/recall": "recall",
+        "neighbours/density": "density",
+        "neighbours/coverage": "coverage",
+    },
+    headlines=("fd_dinov2",),
+)

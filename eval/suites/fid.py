@@ -1,18 +1,24 @@
-"""FID and what else the features of its network tell. Shapes: N generated and M real pictures, D features."""
+"""FID and what else the features of its network tell. Shapes: N generated and M real pictures, D features.
+
+A closed set's FID comes with that of two controls: true pictures of the prompts, what a perfect model would get, and
+the untrained model's pictures.
+"""
 
 from torch import Tensor
 
 from eval.feature_store import FeatureStore, hash_files
-from eval.metrics.fid import moments_of
-from eval.metrics.frechet import FrechetReference, fid_infinity, inception_score
+from eval.metrics.frechet import FrechetReference, fid_infinity, inception_score, moments_of
 from eval.metrics.kernel import kid
 from eval.metrics.neighbours import memorisation, neighbours
 from eval.metrics.statistics import read_statistics
 from eval.networks.inception import SLIM, InceptionEncoder, classifier_weight
+from eval.pages.numbers import headline_lines
+from eval.pages.sections import number_section
 from eval.pictures.prompts import Prompt
-from eval.scoring import Result, ScoreConfig, ScoringJob, attempt, is_statistics, needs_reference
+from eval.scoring import Result, ScoreConfig, ScoringJob, Suite, attempt, is_statistics, needs_reference
 from eval.weights import find_weights_file
 from trainer.config import require
+from trainer.formats.page import stat
 
 FEW = 10_000  # pictures below which FID's bias is worth a note
 MANY = 100_000  # pictures beyond which metrics of whole sets use a part: 800 MB of features
@@ -29,8 +35,8 @@ def check(config: ScoreConfig, prompts: list[Prompt]) -> None:
 
 
 def prepare(job: ScoringJob) -> None:
-    """Inception features."""
-    job.add(InceptionEncoder(job.config.convention))
+    """Inception features of the pictures, the reference and the controls."""
+    job.add(InceptionEncoder(job.config.convention), *job.control_files.values())
 
 
 def _fid_reference(job: ScoringJob, store: FeatureStore) -> tuple[FrechetReference, Tensor | None, int]:
@@ -57,10 +63,13 @@ def score(job: ScoringJob) -> Result:
     reference, real_MD, reference_count = _fid_reference(job, store)
     skipped: dict[str, str] = {}
     result: Result = {}
-    streamed = len(names) >= encoder.dim
-    result["fid"] = (
-        reference.distance(moments_of(store.read(names))) if streamed else reference.distance_to_rows(features_ND)
-    )
+    moments = moments_of(store.read(names)) if len(names) >= encoder.dim else None
+    result["fid"] = reference.distance(moments) if moments else reference.distance_to_rows(features_ND)
+    if job.control_files:
+        result["controls"] = {
+            name: reference.distance_to_rows(store.matrix(hash_files(files)))
+            for name, files in job.control_files.items()
+        }
     attempt(result, skipped, "fid_infinity", lambda: fid_infinity(features_ND, reference))
     if real_MD is None:
         skipped["kid, neighbours, memorisation"] = "the reference holds statistics, not pictures"
@@ -81,7 +90,7 @@ def score(job: ScoringJob) -> Result:
         result["note"] = f"{len(names)} pictures bias FID upwards: compare it only with values of as many pictures"
     card = {
         "metric": "fid-2", "convention": config.convention, **encoder.key, "pictures": len(names),
-        "reference": str(config.reference), "reference_pictures": reference_count or "not stated",
+        "reference": job.reference_name, "reference_pictures": reference_count or "not stated",
         "pictures_of_set_metrics": len(features_ND),
     }  # fmt: skip
     return {**result, "skipped": skipped, "card": card}
@@ -104,3 +113,59 @@ def _memorisation(job: ScoringJob, features_ND: Tensor, real_MD: Tensor) -> Resu
         for i in closest
     ]
     return {"share": found.share, "threshold": found.threshold, "quantile": found.quantile, "closest": pairs}
+
+
+def _section(result: Result) -> list[str]:
+    parts = number_section(SUITE.title, SUITE.names, SUITE.spreads, result)
+    if "memorisation" in result:
+        parts.insert(
+            -1,
+            '<p class="key">Memorised: share of pictures closer to a real picture than 99 % of the real ones are to '
+            "each other.</p>",
+        )
+    if "controls" in result:
+        parts.insert(
+            1,
+            "<p>Read the FID against that of true pictures, which a perfect model would reach, and of the model before "
+            "its first step.</p>",
+        )
+    return parts
+
+
+def _stat(result: Result) -> str:
+    words = {"true": "true pictures reach", "untrained": "the untrained model"}
+    note = ", ".join(f"{words[name]} {value:.1f}" for name, value in result.get("controls", {}).items())
+    return stat("FID, lower is better", f"{result['fid']:.1f}", "", note or f"{result['card']['pictures']} pictures")
+
+
+def _summary(result: Result) -> list[str]:
+    if "controls" not in result:
+        return headline_lines("fid", SUITE.headlines, result)
+    values = {"generated": result["fid"], **result["controls"]}
+    return ["fid " + "  ".join(f"{name} {value:.2f}" for name, value in values.items())]
+
+
+SUITE = Suite(
+    check=check,
+    prepare=prepare,
+    score=score,
+    title="Distance to real pictures",
+    names={
+        "fid": "FID",
+        "controls/true": "FID of true pictures of these captions",
+        "controls/untrained": "FID of the untrained model",
+        "fid_infinity/value": "FID extrapolated to infinitely many pictures",
+        "kid/mean": "KID",
+        "neighbours/precision": "precision",
+        "neighbours/recall": "recall",
+        "neighbours/density": "density",
+        "neighbours/coverage": "coverage",
+        "inception_score/mean": "Inception score",
+        "memorisation/share": "memorised",
+    },
+    spreads={"kid/mean": "kid/std", "inception_score/mean": "inception_score/std"},
+    headlines=("fid", "kid/mean"),
+    section=_section,
+    stat=_stat,
+    summary=_summary,
+)

@@ -1,38 +1,24 @@
-"""GenEval scores from cached detections: detect, judge colours, score, in three steps that each continue after a kill.
+"""What a detector and a judge of colours found, kept on disk: two steps that each continue after a kill.
 
-Only the last one depends on the judge's thresholds, and takes seconds. Rows and summary are in the official form:
-overall is the unweighted mean of the six tags' accuracies. Nothing is scored unless every prompt has all its pictures.
+Neither depends on the thresholds of GenEval's rules: those are applied to what is read back, which takes seconds.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from eval.demo.controls import judge_all
-from eval.feature_store import hash_files, num_workers, prefetched
-from eval.metrics.geneval import Detection, PictureVerdict, Rules, Summary, result_row, select_objects
+from eval.feature_store import hash_files
+from eval.metrics.geneval import Detection
 from eval.networks.colors import ColorJudge
 from eval.networks.protocols import ObjectDetector
-from eval.pictures.geneval_names import CLASSES, COLORS
+from eval.pictures.geneval_names import COLORS
 from eval.pictures.image_files import read_picture
 from eval.pictures.prompts import Prompt
 from eval.suites.detection_cache import FLOOR, Line, LineCache, from_line, to_line
 from trainer.config import require
-
-_AHEAD = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scored:
-    """PictureVerdict and detections of each picture, and the summary."""
-
-    verdicts: list[PictureVerdict]
-    detections: list[list[Detection]]
-    summary: Summary
 
 
 def open_detections(folder: Path, detector_card: Mapping[str, str]) -> LineCache:
@@ -40,25 +26,11 @@ def open_detections(folder: Path, detector_card: Mapping[str, str]) -> LineCache
     return LineCache(folder / "detections", {**detector_card, "floor": FLOOR})
 
 
-def detect_files(
-    cache: LineCache,
-    detector: ObjectDetector,
-    files: Sequence[Path],
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    progress: bool = False,
-) -> int:
-    """Detect in this rank's pictures that the cache lacks; returns how many. ConfigError for a damaged picture."""
-    mine = list(files[rank::world_size])
-    known = cache.read()
-    todo = {name: path for name, path in zip(hash_files(mine), mine, strict=True) if name not in known}
-    ready = prefetched(todo.values(), read_picture, num_workers(), _AHEAD)
-    with cache.appending() as out, tqdm(total=len(todo), desc="detections", unit="image", disable=not progress) as bar:
-        for name, picture in zip(todo, ready, strict=True):
-            out.write(to_line(name, picture, detector.detect(picture)))
-            bar.update()
-    return len(todo)
+def detect_files(cache: LineCache, detector: ObjectDetector, files: Sequence[Path], **share: Any) -> int:
+    """Detect in this rank's pictures that the cache lacks; `share` is passed to `LineCache.add`. Returns how many."""
+    return cache.add(
+        files, lambda name, picture: to_line(name, picture, detector.detect(picture)), title="detections", **share
+    )
 
 
 def asked_colors(metadata: Mapping[str, Any]) -> list[str]:
@@ -82,21 +54,24 @@ def judge_colors(
     prompts: Sequence[Prompt],
     files: Sequence[Path],
     *,
+    every: Sequence[str] = (),
     rank: int = 0,
     world_size: int = 1,
     progress: bool = False,
 ) -> int:
     """Judge the colours that prompts ask for, of this rank's pictures; returns how many pictures were judged.
 
-    Every kept object of the class is judged, so that another threshold needs no further run.
+    Every kept object of the class is judged, so that another threshold needs no further run; objects of the classes
+    `every` are judged in all pictures, whatever the picture's own prompt asks for.
     """
     samples = len(files) // len(prompts)
     found, known, judged = detections.read(), cache.read(), 0
-    jobs = [i for i in range(rank, len(files), world_size) if asked_colors(prompts[i // samples].metadata)]
+    jobs = [i for i in range(rank, len(files), world_size) if every or asked_colors(prompts[i // samples].metadata)]
     names = hash_files([files[i] for i in jobs])
-    with cache.appending() as out, tqdm(total=len(jobs), desc="colours", unit="image", disable=not progress) as bar:
+    with cache.appending() as write, tqdm(total=len(jobs), desc="colours", unit="image", disable=not progress) as bar:
         for i, identity in zip(jobs, names, strict=True):
-            asked = [name for name in asked_colors(prompts[i // samples].metadata)
+            classes = {item.name for item in from_line(found[identity])} & set(every)
+            asked = [name for name in sorted({*asked_colors(prompts[i // samples].metadata), *classes})
                      if _color_id(identity, name) not in known]  # fmt: skip
             if asked:
                 picture, objects = read_picture(files[i]), from_line(found[identity], masks=True)
@@ -104,63 +79,43 @@ def judge_colors(
                     numbers = [n for n, item in enumerate(objects) if item.name == name]
                     rows = judge.classify(picture, [objects[n] for n in numbers], name)
                     pairs = [[n, [round(p, 5) for p in row]] for n, row in zip(numbers, rows.tolist(), strict=True)]
-                    out.write({"id": _color_id(identity, name), "colors": pairs})
+                    write({"id": _color_id(identity, name), "colors": pairs})
                 judged += 1
             bar.update()
     return judged
 
 
-def _with_colors(line: Line, metadata: Mapping[str, Any], colors: Mapping[str, Line]) -> list[Detection]:
-    """A picture's detections, with the most probable colour where the prompt asks for one."""
+def _with_colors(line: Line, asked: Sequence[str], every: Sequence[str], colors: Mapping[str, Line]) -> list[Detection]:
+    """A picture's detections, with the most probable colour where it was asked for."""
+    objects = from_line(line)
     named: dict[int, str] = {}
-    for name in asked_colors(metadata):
+    for name in {*asked, *({item.name for item in objects} & set(every))}:
         key = _color_id(line["id"], name)
         require(key in colors, f"colours of {name} are missing for a picture: run the command again to judge them")
         for number, row in colors[key]["colors"]:
             named[number] = COLORS[int(torch.tensor(row).argmax())]
     return [
-        Detection(name=CLASSES[item.class_number], score=item.score, box=item.box, color=named.get(n, ""))
-        for n, item in enumerate(from_line(line))
+        Detection(name=item.name, score=item.score, box=item.box, color=named.get(n, ""))
+        for n, item in enumerate(objects)
     ]
 
 
-def score_files(
+def read_detections(
     detections: LineCache,
     colors: LineCache | None,
     prompts: Sequence[Prompt],
     files: Sequence[Path],
-    rules: Rules | None = None,
-) -> Scored:
-    """Judge every picture by the official rules; ConfigError when a detection or colour is missing."""
+    *,
+    every: Sequence[str] = (),
+) -> list[list[Detection]]:
+    """What was found in each picture, with colours; ConfigError when a picture, a detection or a colour is missing."""
     samples = len(files) // len(prompts)
     require(samples * len(prompts) == len(files), f"{len(files)} pictures for {len(prompts)} prompts: draw the rest")
     found, judged = detections.read(), colors.read() if colors else {}
     names = hash_files(files)
     missing = sum(name not in found for name in names)
     require(missing == 0, f"{missing} of {len(files)} pictures have no detections: run the command again to add them")
-    rows = [_with_colors(found[name], prompts[i // samples].metadata, judged) for i, name in enumerate(names)]
-    verdicts, summary = judge_all(prompts, rows, rules or Rules(), samples)
-    return Scored(verdicts=verdicts, detections=rows, summary=summary)
-
-
-def best_of(scored: Scored, samples: int) -> dict[str, float]:
-    """Share of prompts with a correct picture among the first 1, 2, ... `samples` ones."""
-    flags = torch.tensor([verdict.correct for verdict in scored.verdicts]).view(-1, samples)
-    return {str(n): float(flags[:, :n].any(1).double().mean()) for n in range(1, samples + 1)}
-
-
-def result_lines(scored: Scored, prompts: Sequence[Prompt], files: Sequence[Path], rules: Rules | None = None) -> str:
-    """results.jsonl in the official form; `details` lists what passed the threshold, as the official file does."""
-    rules = rules or Rules()
-    samples = len(files) // len(prompts)
-    rows = []
-    for i, (file, verdict, found) in enumerate(zip(files, scored.verdicts, scored.detections, strict=True)):
-        metadata = prompts[i // samples].metadata
-        kept = [item for group in select_objects(found, metadata["tag"], rules).values() for item in group]
-        rows.append(result_row(str(file), metadata, verdict, kept) + "\n")
-    return "".join(rows)
-
-
-def summary_content(scored: Scored, samples: int) -> dict[str, Any]:
-    """The summary for report.json."""
-    return {**asdict(scored.summary), "best_of": best_of(scored, samples)}
+    return [
+        _with_colors(found[name], asked_colors(prompts[i // samples].metadata), every, judged)
+        for i, name in enumerate(names)
+    ]

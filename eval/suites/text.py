@@ -11,14 +11,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from tqdm import tqdm
+from torch import Tensor
 
-from eval.feature_store import hash_files, num_workers, prefetched
 from eval.metrics.geneval import share_score
-from eval.pictures.image_files import read_picture
 from eval.pictures.prompts import Prompt, prompts_sha256
-from eval.scoring import ScoreConfig, ScoringJob
-from eval.suites.detection_cache import LineCache
+from eval.scoring import Result, ScoreConfig, ScoringJob, Suite
+from eval.suites.detection_cache import Line, LineCache
 from trainer.config import require
 
 PACKAGE = "rapidocr_onnxruntime"
@@ -84,19 +82,17 @@ def prepare(job: ScoringJob) -> None:
     from rapidocr_onnxruntime import RapidOCR
 
     engine: Any = RapidOCR()
-    cache = LineCache(job.config.out / "texts", _card())
-    mine = job.files[job.rank :: job.world_size]
-    known = cache.read()
-    todo = {name: path for name, path in zip(hash_files(mine), mine, strict=True) if name not in known}
-    ready = prefetched(todo.values(), read_picture, num_workers(), 16)
-    with cache.appending() as out, tqdm(total=len(todo), desc="texts", unit="image", disable=not job.progress) as bar:
-        for name, picture in zip(todo, ready, strict=True):
-            found, _ = engine(picture.numpy()[:, :, ::-1].copy())  # as OpenCV orders colours
-            out.write({"id": name, "text": reading_order(found or [])})
-            bar.update()
+
+    def read(name: str, picture_HW3: Tensor) -> Line:
+        found, _ = engine(picture_HW3.numpy()[:, :, ::-1].copy())  # as OpenCV orders colours
+        return {"id": name, "text": reading_order(found or [])}
+
+    LineCache(job.config.out / "texts", _card()).add(
+        job.files, read, title="texts", rank=job.rank, world_size=job.world_size, progress=job.progress
+    )
 
 
-def score(job: ScoringJob) -> dict[str, Any]:
+def score(job: ScoringJob) -> Result:
     """Means over pictures, and the share of pictures with every word."""
     lines = LineCache(job.config.out / "texts", _card()).read()
     missing = sum(name not in lines for name in job.hashes)
@@ -111,3 +107,16 @@ def score(job: ScoringJob) -> dict[str, Any]:
         "skipped": {},
         "card": {**_card(), "pictures": len(pairs), "prompts_sha256": prompts_sha256(job.prompts)},
     }
+
+
+SUITE = Suite(
+    check=check,
+    prepare=prepare,
+    score=score,
+    title="Rendered text",
+    names={
+        "word_accuracy": "asked words that are read",
+        "similarity": "similarity of the text that is read",
+        "all_words/value": "pictures with every word",
+    },
+)

@@ -20,7 +20,7 @@ import xxhash
 from torch import Tensor
 
 from trainer.errors import ConfigError
-from trainer.safetensors_header import read_header
+from trainer.formats.safetensors_header import read_header
 
 CHUNK_BYTES = 1 << 26
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}

@@ -17,7 +17,7 @@ def _main(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     config = load_config(args.config, args.overrides)
 
-    from trainer.data.images.vae_training import train_and_save  # torch takes seconds, and --help needs none of it
+    from trainer.data.vae_training import train_and_save  # torch takes seconds, and --help needs none of it
     from trainer.encoders.vae import FACTOR, VAE_PREFIX
 
     data = config.data

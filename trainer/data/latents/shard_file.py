@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer.data.latents.format import INDEX_TENSORS, check_of, index_digest
 from trainer.data.latents.samples import Sample
-from trainer.safetensors_header import TensorPlace, read_header
+from trainer.formats.safetensors_header import TensorPlace, read_header
 
 # Name of a tensor -> its dtype in the safetensors format, and what numpy calls that.
 _DTYPES = {

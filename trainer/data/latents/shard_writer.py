@@ -25,7 +25,7 @@ from trainer.data.images.tar_scan import IndexRow
 from trainer.data.latents.format import INDEX_TENSORS, check_of, index_digest
 from trainer.encoders.protocols import ImageCodec, TextEncoder
 from trainer.files import remove_leftovers, replacing, write_json
-from trainer.safetensors_header import read_header
+from trainer.formats.safetensors_header import read_header
 
 BATCH_SIZE = 64  # pictures through the codec at a time
 MAX_SHARD_BYTES = 1 << 29  # about; the samples of a tar that need more go to several shards

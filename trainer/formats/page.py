@@ -6,8 +6,9 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 STYLE = """
 :root { --ink: #1d2433; --muted: #687083; --rule: #dfe3ea; --paper: #fff; --wash: #f6f7f9;
@@ -75,19 +76,19 @@ def escape(value: object) -> str:
     return html.escape(str(value))
 
 
-def page(title: str, body: Iterable[str]) -> str:
-    """A whole document."""
+def page(title: str, body: Iterable[str], style: str = "") -> str:
+    """A whole document; `style` is CSS in addition to that of all pages."""
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n" + "\n".join(body) + "\n</main>\n</body>\n</html>\n"
+        f"<style>{STYLE}{style}</style>\n</head>\n<body>\n<main>\n" + "\n".join(body) + "\n</main>\n</body>\n</html>\n"
     )
 
 
-def png_uri(picture_HWC: Tensor) -> str:
-    """A uint8 picture [H, W, 3] as a data URI; the page enlarges it by whole pixels."""
+def png_uri(picture_HWC: NDArray[np.uint8]) -> str:
+    """A uint8 picture [H, W, 3] as a data URI."""
     buffer = io.BytesIO()
-    Image.fromarray(picture_HWC.numpy()).save(buffer, format="PNG", optimize=True)
+    Image.fromarray(picture_HWC).save(buffer, format="PNG", optimize=True)
     return file_uri(buffer.getvalue(), "image/png")
 
 
@@ -130,32 +131,9 @@ def figure_grid(figures: Iterable[str]) -> str:
     return f'<div class="grid">{"".join(figures)}</div>'
 
 
-def verdict_figure(picture_HWC: Tensor, caption: str, correct: bool | None, reason: str) -> str:
-    """A picture with its caption, pass or fail mark, and the reason of a failure."""
-    css = "" if correct is None else ' class="pass"' if correct else ' class="fail"'
-    why = f'<span class="why">{escape(reason)}</span>' if reason else ""
+def stat(name: str, value: str, unit: str, note: str) -> str:
+    """A box with one large number; `note` is ready HTML."""
     return (
-        f'<figure><img src="{png_uri(picture_HWC)}" alt="{escape(caption)}">'
-        f"<figcaption><span{css}>{escape(caption)}</span>{why}</figcaption></figure>"
-    )
-
-
-def interval_plot(value: float, low: float, high: float, ticks: Mapping[str, float]) -> str:
-    """A share on an axis from 0 to 1 with its interval, and grey ticks for the controls, as inline SVG."""
-    width, height, pad = 220, 26, 6
-
-    def x(share: float) -> str:
-        return f"{pad + share * (width - 2 * pad):.1f}"
-
-    marks = "".join(
-        f'<line x1="{x(tick)}" x2="{x(tick)}" y1="5" y2="21" stroke="#9aa2b1" stroke-width="1.5">'
-        f"<title>{escape(name)} {tick:.1%}</title></line>"
-        for name, tick in ticks.items()
-    )
-    return (
-        f'<td class="plot"><svg viewBox="0 0 {width} {height}" role="img" aria-label="{value:.1%}">'
-        f'<line x1="{x(0)}" x2="{x(1)}" y1="13" y2="13" stroke="#dfe3ea" stroke-width="1"/>{marks}'
-        f'<line x1="{x(low)}" x2="{x(high)}" y1="13" y2="13" stroke="#2f5fd0" stroke-width="3.5" '
-        f'stroke-linecap="round" opacity="0.45"/><circle cx="{x(value)}" cy="13" r="4.5" fill="#2f5fd0"/>'
-        "</svg></td>"
+        f'<div class="stat"><div class="name">{escape(name)}</div><div class="value">{value}'
+        f'<span class="unit">&thinsp;{unit}</span></div><div class="range">{note}</div></div>'
     )

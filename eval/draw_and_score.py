@@ -1,0 +1,146 @@
+"""One evaluation of a checkpoint: draw a prompt set on all ranks, score the pictures, write the report.
+
+The built-in scenes are one prompt set among others: a closed one, whose detector, true pictures and reference are
+embedded.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.demo.detector import detect
+from eval.options import EMBEDDED
+from eval.pages.compute_map import object_patches, trace_compute
+from eval.pages.run_sections import compute_section, training_section
+from eval.pictures.generate import draw_set
+from eval.pictures.image_files import geneval_files
+from eval.pictures.prompts import Prompt
+from eval.score_and_report import ScoredSubject, score_and_report
+from eval.scoring import ScoreConfig, ScoringJob, check_all
+from trainer.config import ConfigError, require
+from trainer.data.demo.emoji import ATTRIBUTION
+from trainer.distributed import World, barrier, detect_world, init_distributed
+from trainer.pipeline import Pipeline
+
+TRACED, TRACED_PER_TAG = 4, 4  # prompts whose routing is drawn, and of a closed set those of each tag
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What to evaluate."""
+
+    checkpoint: Path
+    """A run folder, a step folder in RUN/checkpoints, or an export."""
+    score: ScoreConfig
+    """Suites, their settings, pictures per prompt and the folder of results."""
+    prompts: str = "demo"
+    """demo, geneval[:SEED], or a file or folder of prompts."""
+    per_category: int = 40
+    """Prompts of the built-in scenes in each category; 1 or more."""
+    batch_size: int = 40
+    """Pictures drawn at once; 1 or more."""
+    seed: int = 0
+    """Seed of the built-in prompts, 0 or more; pictures are seeded by prompt id and sample number."""
+
+    def __post_init__(self) -> None:
+        for name in ("per_category", "batch_size"):
+            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} is {getattr(self, name)}: use 1 or more")
+        require(self.seed >= 0, f"--seed is {self.seed}: use 0 or more")
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The run that a checkpoint argument belongs to: itself, or the run above RUN/checkpoints/step_X."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+
+
+def draw_and_score(
+    checkpoint: Path,
+    prompt_set: str,
+    prompts: list[Prompt],
+    config: ScoreConfig,
+    batch_size: int,
+    run_dir: Path,
+    *,
+    log: bool = True,
+) -> None:
+    """Everything: checks, pictures, features and detections, report. Collective; each part continues after a kill.
+
+    `log` adds the numbers to the run's TensorBoard.
+    """
+    check_all(config, prompts)
+    if not checkpoint.exists():
+        raise ConfigError(
+            f"checkpoint {checkpoint} does not exist: give a run folder, a step folder in it or an export"
+        )
+    world = detect_world()
+    if world.size > 1:
+        init_distributed(world)
+    untrained_files: list[Path] = []
+    if config.true_pictures is not None:
+        untrained_files = _draw(Pipeline.load(checkpoint, weights="untrained"), prompts, config, batch_size, world)[1]
+    pipeline = Pipeline.load(checkpoint)
+    folder, files, card = _draw(pipeline, prompts, config, batch_size, world)
+    subject = ScoredSubject(
+        name=run_dir.name,
+        summary=f"{len(files)} pictures of {pipeline.config.data.image_size} pixels for {len(prompts)} prompts "
+        f"of {prompt_set}",
+        step=pipeline.step,
+        sampling=card,
+        model=describe_model(pipeline),
+        config=asdict(pipeline.config),
+        notes=(ATTRIBUTION,) if Path(EMBEDDED) in (config.reference, config.true_pictures) else (),
+        run_sections=tuple(run_sections(pipeline, prompts, config, run_dir)) if world.is_main else (),
+        run_dir=run_dir if log else None,
+    )
+    del pipeline  # the scoring networks need the memory
+    job = ScoringJob(
+        config=config, prompts=prompts, files=files, folder=folder, untrained_files=untrained_files,
+        rank=world.rank, world_size=world.size, progress=world.is_main and sys.stderr.isatty(),
+    )  # fmt: skip
+    score_and_report(job, world, subject)
+
+
+def _draw(
+    pipeline: Pipeline, prompts: list[Prompt], config: ScoreConfig, batch_size: int, world: World
+) -> tuple[Path, list[Path], dict[str, Any]]:
+    """Draw this rank's share; returns the folder, all ranks' pictures in it and the sampling card. Collective."""
+    folder, card = draw_set(
+        pipeline, prompts, config.out / "pictures", num_samples=config.num_samples, batch_size=batch_size, world=world
+    )
+    if world.size > 1:
+        barrier()
+    return folder, geneval_files(folder, len(prompts), config.num_samples), card
+
+
+def describe_model(pipeline: Pipeline) -> dict[str, Any]:
+    """The model for the head of the page."""
+    config = pipeline.config
+    count = sum(parameter.numel() for parameter in pipeline.model.parameters())
+    model: dict[str, Any] = {"parameters": f"{count / 1e6:.2f}M", "blocks": config.model.num_layers}
+    if config.moe.every:
+        model |= {"experts": config.moe.num_experts, "capacity factor": f"{config.moe.capacity_factor:g}"}
+    return model | {"image size": config.data.image_size, "global seed": config.seed}
+
+
+def spread(prompts: Sequence[Prompt], per_tag: int) -> list[Prompt]:
+    """The first prompts of each tag, the tags taking turns."""
+    by_tag: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_tag.setdefault(prompt.tag, []).append(prompt)
+    return [group[i] for i in range(per_tag) for group in by_tag.values() if i < len(group)]
+
+
+def run_sections(pipeline: Pipeline, prompts: Sequence[Prompt], config: ScoreConfig, run_dir: Path) -> list[str]:
+    """Where the experts went in the first prompts' pictures, and the run's curves; nothing for what is not there."""
+    closed = config.true_pictures is not None
+    maps = trace_compute(pipeline, spread(prompts, TRACED_PER_TAG) if closed else prompts[:TRACED])
+    parts: list[str] = []
+    if maps is not None:
+        mask = None
+        if config.detector == EMBEDDED:
+            side, grid = maps.pictures_NHWC.shape[1], maps.experts_NTLhw.shape[-2:]
+            mask = object_patches(detect(maps.pictures_NHWC), side, (grid[0], grid[1]))
+        parts += compute_section(maps, mask)
+    return parts + training_section(run_dir, pipeline.config.sample.prompts)

@@ -1,0 +1,95 @@
+"""From pictures to a report: every rank computes its share, the first scores and writes.
+
+Written are report.json, report.csv and report.html in the folder of results. All of it may be killed at any time: the
+same command goes on and ends with the same report.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eval.pages.numbers import headline_lines, log_numbers, write_csv
+from eval.pages.sections import number_section, render_report
+from eval.pictures.protocol import package_versions
+from eval.scoring import Result, ScoringJob, find_suite, prepare_all, score_all
+from trainer.distributed import World, barrier
+from trainer.files import write_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredSubject:
+    """What is scored, for the report: a name, a sentence, and what there is to say of the run behind the pictures.
+
+    `sampling` is the sampling card, `model` describes the model by name and value, `config` is the run's, and
+    `run_sections` are ready parts of the page. With `run_dir` the numbers go to that run's TensorBoard.
+    """
+
+    name: str
+    summary: str
+    step: int = 0
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    run_sections: tuple[str, ...] = ()
+    run_dir: Path | None = None
+
+
+def score_and_report(job: ScoringJob, world: World, subject: ScoredSubject) -> None:
+    """Compute on every rank, then score and report on the first. Collective."""
+    start = time.perf_counter()
+    prepare_all(job)
+    if world.size > 1:
+        barrier()
+    if not world.is_main:
+        return
+    report: dict[str, Any] = {
+        "run": subject.name,
+        "summary": subject.summary,
+        "step": subject.step,
+        "model": dict(subject.model),
+        "pictures": len(job.files),
+        "pictures_per_prompt": job.config.num_samples,
+        "results": score_all(job),
+        "sampling": dict(subject.sampling),
+        "versions": package_versions(),
+        "config": dict(subject.config),
+        "seconds": time.perf_counter() - start,
+        "notes": list(subject.notes),
+    }
+    write_report(job, report, subject.run_sections)
+    if subject.run_dir is not None:
+        log_numbers(subject.run_dir, report)
+    print_summary(report["results"], job.config.out)
+
+
+def write_report(job: ScoringJob, report: Mapping[str, Any], run_sections: tuple[str, ...]) -> None:
+    """report.json, report.csv, report.html."""
+    out = job.config.out
+    suites = {name: (find_suite(name), result) for name, result in report["results"].items()}
+    sections = {
+        name: suite.section(result)
+        if suite.section is not None
+        else number_section(suite.title, suite.names, suite.spreads, result)
+        for name, (suite, result) in suites.items()
+    }
+    stats = [suite.stat(result) for suite, result in suites.values() if suite.stat is not None]
+    write_text(out / "report.json", json.dumps(report, indent=2, default=str) + "\n")
+    write_csv(out / "report.csv", report)
+    page = render_report(report, sections, stats=stats, prompts=job.prompts, files=job.files, run_sections=run_sections)
+    write_text(out / "report.html", page)
+
+
+def print_summary(results: Mapping[str, Result], out: Path) -> None:
+    """The main numbers, what has none and why, and where the report is, for the terminal."""
+    for name, result in results.items():
+        suite = find_suite(name)
+        lines = suite.summary(result) if suite.summary else headline_lines(name, suite.headlines, result)
+        for line in lines:
+            print(line)
+        for metric, why in result["skipped"].items():
+            print(f"{name}: {metric} not computed, {why}")
+    print(f"report: {out / 'report.html'}")

@@ -1,0 +1,1 @@
+"""File formats that several folders read or write: HTML pages, headers of safetensors files."""
