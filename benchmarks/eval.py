@@ -3,7 +3,7 @@
     python -m benchmarks.eval                                       # all tables, some minutes on two cores
     python -m benchmarks.eval --only frechet --rounds 3 --json eval.json
 
-features    pictures of 256 pixels on disk: `store` is eval.feature_store with hashing, decoding, resizing and writing,
+features    pictures of 256 pixels on disk: `store` is eval.scoring.feature_store: hashing, decoding, resizing, writing;
             `bare` the Inception network alone on what is already in memory
 detection   the same for eval.suites.geneval_steps and YOLOv3-tiny (if its weights are here)
 frechet     distance of 2048 features from moments: `ours`, scipy's sqrtm, torchmetrics (general eigenvalues)
@@ -49,11 +49,11 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.interleaved import markdown_table, ratio, time_interleaved, write_json
-from eval.feature_store import FeatureStore, add_picture_features
 from eval.metrics.frechet import FrechetReference, Moments, moments_of
 from eval.networks.detectors import build_detector
 from eval.networks.inception import InceptionEncoder
 from eval.pictures.image_files import read_picture
+from eval.scoring.feature_store import FeatureStore, add_picture_features
 from eval.suites.geneval_steps import detect_files, open_detections
 from eval.weights import find_file
 from trainer.config import require, run_cli

@@ -66,7 +66,7 @@ def crop_square(image: Image.Image, size: int) -> Image.Image:
 
 def write_pictures(rows: list[dict[str, Any]], folder: Path, out: Path, size: int) -> int:
     """Write the list's pictures as PNG, those there are skipped; ConfigError naming the first missing or damaged."""
-    from eval.feature_store import num_workers, prefetched  # imports torch: here, so that --help is quick
+    from eval.scoring.feature_store import num_workers, prefetched  # imports torch: here, so that --help is quick
 
     require(bool(rows) and all("file" in row for row in rows), "the list has no file names: make it by eval.coco list")
     missing = [row["file"] for row in rows if not (folder / row["file"]).is_file()]

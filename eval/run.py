@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval.options import EMBEDDED, add_score_options, split_names
-from eval.suites.registry import SUITES
+from eval.scoring.options import EMBEDDED, add_score_options, split_names
+from eval.scoring.registry import SUITES
 from trainer.config import require, run_cli
 
 if TYPE_CHECKING:
-    from eval.draw_and_score import EvalConfig
+    from eval.scoring.draw_and_score import EvalConfig
 
 DEMO_SUITES = ("geneval", "fid")
 _DEMO_DEFAULTS = {
@@ -52,8 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(argv: Sequence[str] | None) -> "EvalConfig":
     """Settings from the command line; raises ConfigError on values that cannot work."""
     given = build_parser().parse_args(argv)
-    from eval.draw_and_score import EvalConfig, run_folder
-    from eval.scoring import score_config
+    from eval.scoring.draw_and_score import EvalConfig, run_folder
+    from eval.scoring.job import score_config
     from trainer.checkpoint.export_reader import is_export
 
     require(
@@ -85,8 +85,8 @@ def parse(argv: Sequence[str] | None) -> "EvalConfig":
 def evaluate(config: "EvalConfig") -> None:
     """Draw and score the prompt set that the settings name. Collective."""
     from eval.demo.prompts import demo_prompts
-    from eval.draw_and_score import draw_and_score, run_folder
     from eval.pictures.prompt_files import read_prompts
+    from eval.scoring.draw_and_score import draw_and_score, run_folder
 
     demo = config.prompts == "demo"
     prompts = demo_prompts(config.seed, config.per_category) if demo else read_prompts(config.prompts)

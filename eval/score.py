@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from eval.options import add_score_options, split_names
-from eval.suites.registry import SUITES
+from eval.scoring.options import add_score_options, split_names
+from eval.scoring.registry import SUITES
 from trainer.config import require, run_cli
 
 
@@ -34,8 +34,8 @@ def _main(argv: list[str] | None) -> None:
     given = build_parser().parse_args(argv)
     from eval.pictures.image_files import folder_files, geneval_files, unpack_npz
     from eval.pictures.prompt_files import read_prompts
-    from eval.score_and_report import ScoredSubject, score_and_report
-    from eval.scoring import ScoringJob, check_all, score_config
+    from eval.scoring.job import ScoringJob, check_all, score_config
+    from eval.scoring.score_and_report import ScoredSubject, score_and_report
     from trainer.distributed import detect_world, init_distributed
 
     require(given.prompts != "demo", "--prompts demo belongs to eval.run: name a benchmark, or a file of prompts")

@@ -17,14 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.options import add_score_options, split_names
-from eval.suites.registry import SUITES
+from eval.scoring.options import add_score_options, split_names
+from eval.scoring.registry import SUITES
 from trainer.config import ConfigError, require, run_cli
 from trainer.files import write_text
 
 if TYPE_CHECKING:
     from eval.pictures.prompts import Prompt
-    from eval.scoring import ScoreConfig
+    from eval.scoring.job import ScoreConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +74,8 @@ def finished_steps(run: Path) -> set[int]:
 
 def evaluate_checkpoint(config: WatchConfig, checkpoint: Path) -> dict[str, float]:
     """Validation loss and small scores of one checkpoint; lists it as finished."""
-    from eval.draw_and_score import draw_and_score
     from eval.pages.numbers import flat_numbers, log_numbers
+    from eval.scoring.draw_and_score import draw_and_score
     from eval.validation_loss import fixed_samples, validation_loss
     from trainer.data.dataset import open_dataset
     from trainer.pipeline import Pipeline
@@ -111,7 +111,7 @@ def pending(run: Path) -> list[Path]:
 def watch(config: WatchConfig) -> None:
     """Evaluate checkpoints as they appear, until the run's last step; with `once` only those that are there."""
     if config.score is not None:
-        from eval.scoring import check_all
+        from eval.scoring.job import check_all
 
         check_all(config.score, config.prompts)
     from eval.newest import last_is_there
@@ -153,7 +153,7 @@ def parse(argv: list[str] | None) -> WatchConfig:
     given = build_parser().parse_args(argv)
     from eval.demo.prompts import demo_prompts
     from eval.pictures.prompt_files import read_prompts
-    from eval.scoring import score_config
+    from eval.scoring.job import score_config
 
     require(given.num_prompts >= 1, f"--num-prompts is {given.num_prompts}: use 1 or more")
     suites = split_names(given.suite)

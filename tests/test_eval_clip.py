@@ -12,14 +12,15 @@ from PIL import Image
 from reducing_metrics import frechet_from_features
 
 from eval.metrics.kernel import cmmd
-from eval.networks.clip import ClipModel, find_clip, load_clip, text_features
+from eval.networks.clip import ClipModel, find_clip, load_clip
 from eval.networks.colors import TEMPLATES, ClipColors
 from eval.networks.dino import DinoEncoder
 from eval.networks.protocols import FoundObject
 from eval.pictures.geneval_names import COLORS
 from eval.pictures.image_files import picture_path, read_picture, write_picture
 from eval.pictures.prompts import Prompt
-from eval.scoring import ScoreConfig, ScoringJob, check_all, prepare_all, score_all
+from eval.scoring.job import ScoreConfig, ScoringJob, check_all, prepare_all, score_all
+from eval.suites.clip import text_features
 from trainer.config import ConfigError
 
 ARCH = "ViT-tiny-test"

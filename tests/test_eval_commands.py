@@ -8,7 +8,7 @@ from tests_launcher import ROOT
 
 COMMANDS = (
     "eval.run", "eval.score", "eval.watch", "eval.report", "eval.demo.detector_check", "eval.suites.geneval_results",
-    "eval.metrics.statistics",
+    "eval.suites.reference_statistics",
 )  # fmt: skip
 ASK = """
 import runpy, sys

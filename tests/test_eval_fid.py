@@ -7,13 +7,13 @@ import pytest
 import torch
 from reducing_metrics import FrechetDistance, frechet_from_features, frechet_from_moments, moments
 
-from eval.feature_store import FeatureStore, add_picture_features, hash_files
 from eval.metrics.frechet import FrechetReference, Moments, covariance_factor
 from eval.networks.inception import SLIM, InceptionEncoder
 from eval.networks.inception_network import Inception, build_inception
 from eval.networks.resize import RESOLUTION
 from eval.networks.resize import tf1_preprocess as preprocess
 from eval.pictures.image_files import write_picture
+from eval.scoring.feature_store import FeatureStore, add_picture_features, hash_files
 from eval.weights import find_weights_file
 from trainer.config import ConfigError
 

@@ -7,7 +7,7 @@ import pytest
 from tests_launcher import ROOT
 
 COMMANDS = (
-    "eval.coco", "eval.metrics.statistics", "eval.weights", "benchmarks.checkpoint_io", "benchmarks.compare",
+    "eval.coco", "eval.suites.reference_statistics", "eval.weights", "benchmarks.checkpoint_io", "benchmarks.compare",
     "benchmarks.data_loading", "benchmarks.eval", "benchmarks.moe_layer", "benchmarks.parity", "benchmarks.step",
 )  # fmt: skip
 ASK = """

@@ -14,7 +14,7 @@ from eval.metrics.clip_score import clip_score, cosines, r_precision
 from eval.metrics.frechet import FrechetReference, fid_infinity, inception_score, moments_of
 from eval.metrics.kernel import cmmd, kid, polynomial_mmd
 from eval.metrics.neighbours import memorisation, neighbours
-from eval.metrics.statistics import Statistics, read_statistics, write_statistics
+from eval.suites.reference_statistics import Statistics, read_statistics, write_statistics
 from trainer.config import ConfigError
 
 

@@ -21,8 +21,9 @@ from eval.pictures.geneval_names import CATEGORY_NUMBERS, CLASSES
 from eval.pictures.geneval_prompts import OFFICIAL_SHA256, geneval_prompts, geneval_rows
 from eval.pictures.image_files import picture_path, write_picture
 from eval.pictures.prompts import Prompt, prompts_sha256
+from eval.scoring.detection_cache import LineCache, from_line, to_line
+from eval.scoring.rle import decode_mask, encode_mask
 from eval.suites import geneval_results as results
-from eval.suites.detection_cache import LineCache, from_line, to_line
 from eval.suites.geneval import Scored, best_of, result_lines, score_detections
 from eval.suites.geneval_steps import (
     detect_files,
@@ -31,7 +32,6 @@ from eval.suites.geneval_steps import (
     open_detections,
     read_detections,
 )
-from eval.suites.rle import decode_mask, encode_mask
 from trainer.config import ConfigError
 from trainer.files import write_text
 

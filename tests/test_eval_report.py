@@ -15,18 +15,18 @@ from browser import DESK, PHONE, find_browser, width_in_browser
 from eval.demo.background import background_score, border_colors
 from eval.demo.detector import RULES, detect
 from eval.demo.prompts import demo_prompts, render_prompts
-from eval.draw_and_score import describe_model, run_folder, run_sections
 from eval.metrics.controls import judge_all, permuted_scores, with_overall
 from eval.metrics.geneval import Detection, judge
-from eval.options import EMBEDDED
 from eval.pages.charts import coverage_layers, training_chart
 from eval.pages.compute_map import ComputeMaps, compute_by_region, object_patches, trace_compute
 from eval.pages.numbers import flat_numbers
 from eval.pages.run_sections import read_metrics
 from eval.pictures.image_files import geneval_files, picture_path, write_picture
 from eval.run import DEMO_SUITES, main, parse
-from eval.score_and_report import ScoredSubject, score_and_report
-from eval.scoring import ScoreConfig, ScoringJob
+from eval.scoring.draw_and_score import describe_model, run_folder, run_sections
+from eval.scoring.job import ScoreConfig, ScoringJob
+from eval.scoring.options import EMBEDDED
+from eval.scoring.score_and_report import ScoredSubject, score_and_report
 from trainer.config import ConfigError, load_config
 from trainer.data.demo.scenes import CATEGORIES
 from trainer.data.latents.samples import LatentInfo

@@ -22,7 +22,7 @@ from eval.pictures.image_files import picture_path, write_picture
 from eval.pictures.prompt_files import read_prompts
 from eval.pictures.prompts import metadata_lines, prompts_sha256
 from eval.score import main
-from eval.scoring import ScoreConfig
+from eval.scoring.job import ScoreConfig
 from trainer.config import ConfigError
 
 

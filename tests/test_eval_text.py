@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from eval.pictures.image_files import picture_path, write_picture
 from eval.pictures.prompts import Prompt
-from eval.scoring import ScoreConfig, ScoringJob
-from eval.suites.registry import SUITES
+from eval.scoring.job import ScoreConfig, ScoringJob
+from eval.scoring.registry import SUITES
 from eval.suites.text import asked_text, reading_order, similarity, word_accuracy
 from trainer.config import ConfigError
 

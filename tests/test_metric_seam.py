@@ -12,9 +12,9 @@ from eval.pictures.image_files import picture_path, read_picture, write_picture
 from eval.pictures.prompts import Prompt
 from eval.run import parse
 from eval.score import main
-from eval.score_and_report import ScoredSubject, score_and_report
-from eval.scoring import Result, ScoreConfig, ScoringJob, Suite
-from eval.suites.registry import SUITES
+from eval.scoring.job import Result, ScoreConfig, ScoringJob, Suite
+from eval.scoring.registry import SUITES
+from eval.scoring.score_and_report import ScoredSubject, score_and_report
 from trainer.config import ConfigError, require
 from trainer.distributed import World
 from trainer.files import write_text

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from eval.pictures.geneval_names import Box
+
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 FAULTS = ("missing", "excess", "color", "position", "no_target")
-
-Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels, x2 and y2 exclusive
 
 
 @dataclass(frozen=True, kw_only=True)

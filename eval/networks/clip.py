@@ -6,7 +6,6 @@ the model's authors do it; captions longer than the context are cut, and counted
 Shapes: N pictures or captions, D features.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from eval.feature_store import SHARD_ROWS, FeatureStore
 from eval.networks.weight_files import must_fit, read_torchscript
 from eval.weights import cache_folder, file_sha256, find_weights_file
 from eval.weights_table import TABLE
@@ -141,24 +139,6 @@ class ClipModel:
     def is_truncated(self, text: str) -> bool:
         """Whether the caption, with its start and end tokens, is longer than the context."""
         return len(self.tokenizer.encode(text)) + 2 > self.context
-
-
-def text_hash(text: str) -> str:
-    """The key of a caption in the feature store."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def text_features(store_folder: Path, clip: ClipModel, texts: Sequence[str]) -> Tensor:
-    """Features of captions [N, D], each distinct one computed once and kept in the store."""
-    key = {**clip.key, "preprocess": f"text-{clip.context}"}
-    store = FeatureStore(store_folder, key, clip.dim)
-    known = store.refresh()
-    todo = {text_hash(text): text for text in texts}
-    names = [name for name in todo if name not in known]
-    for start in range(0, len(names), SHARD_ROWS):
-        part = names[start : start + SHARD_ROWS]
-        store.add(part, clip.encode_texts([todo[name] for name in part]))
-    return store.matrix([text_hash(text) for text in texts])
 
 
 @torch.inference_mode()

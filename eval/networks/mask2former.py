@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from eval.metrics.geneval import Box
 from eval.networks.mask2former_keys import convert_mask2former
 from eval.networks.protocols import Comparable, DetectorSource, FoundObject
 from eval.networks.weight_files import must_fit
-from eval.pictures.geneval_names import CLASSES
+from eval.pictures.geneval_names import CLASSES, Box
 from eval.weights import file_sha256
 from trainer.config import ConfigError, require
 from trainer.encoders.pretrained import encoder_device, files_digest, load_local, require_package, weight_files

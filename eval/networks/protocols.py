@@ -10,8 +10,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from eval.metrics.geneval import Box
-from eval.pictures.geneval_names import CLASSES
+from eval.pictures.geneval_names import CLASSES, Box
 
 Comparable = Literal["official", "approximate"]
 """Whether scores of a detector may stand beside published ones."""

@@ -16,3 +16,6 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 # COCO's 91 category numbers leave these out; torchvision and other detectors count with them.
 _UNUSED_NUMBERS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
 CATEGORY_NUMBERS = tuple(number for number in range(1, 91) if number not in _UNUSED_NUMBERS)
+
+Box = tuple[float, float, float, float]
+"""Of an object: x1, y1, x2, y2 in pixels, x2 and y2 exclusive."""

@@ -1,11 +1,35 @@
 """CLIP score and R-precision of pictures and their captions. Shapes: N pictures, D features."""
 
-from eval.feature_store import add_picture_features
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
 from eval.metrics.clip_score import clip_score, cosines, r_precision
-from eval.networks.clip import find_clip, load_clip, text_features
+from eval.networks.clip import ClipModel, find_clip, load_clip
 from eval.pictures.prompts import Prompt, prompts_sha256
-from eval.scoring import Result, ScoreConfig, ScoringJob, Suite, attempt
+from eval.scoring.feature_store import SHARD_ROWS, FeatureStore, add_picture_features
+from eval.scoring.job import Result, ScoreConfig, ScoringJob, Suite, attempt
 from trainer.config import require
+
+
+def text_hash(text: str) -> str:
+    """The key of a caption in the feature store."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def text_features(store_folder: Path, clip: ClipModel, texts: Sequence[str]) -> Tensor:
+    """Features of captions [N, D], each distinct one computed once and kept in the store."""
+    key = {**clip.key, "preprocess": f"text-{clip.context}"}
+    store = FeatureStore(store_folder, key, clip.dim)
+    known = store.refresh()
+    todo = {text_hash(text): text for text in texts}
+    names = [name for name in todo if name not in known]
+    for start in range(0, len(names), SHARD_ROWS):
+        part = names[start : start + SHARD_ROWS]
+        store.add(part, clip.encode_texts([todo[name] for name in part]))
+    return store.matrix([text_hash(text) for text in texts])
 
 
 def check(config: ScoreConfig, prompts: list[Prompt]) -> None:

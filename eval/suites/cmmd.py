@@ -1,10 +1,10 @@
 """CMMD: kernel distance to real pictures in the space of a CLIP model."""
 
-from eval.feature_store import hash_files
 from eval.metrics.kernel import cmmd
 from eval.networks.clip import find_clip, load_clip
 from eval.pictures.prompts import Prompt
-from eval.scoring import Result, ScoreConfig, ScoringJob, Suite, needs_reference
+from eval.scoring.feature_store import hash_files
+from eval.scoring.job import Result, ScoreConfig, ScoringJob, Suite, needs_reference
 
 
 def check(config: ScoreConfig, prompts: list[Prompt]) -> None:

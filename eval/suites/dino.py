@@ -1,11 +1,11 @@
 """Frechet distance, precision and recall in the space of DINOv2. Shapes: N and M pictures, D features."""
 
-from eval.feature_store import hash_files
 from eval.metrics.frechet import FrechetReference
 from eval.metrics.neighbours import neighbours
 from eval.networks.dino import DINO_WEIGHTS, DinoEncoder
 from eval.pictures.prompts import Prompt
-from eval.scoring import Result, ScoreConfig, ScoringJob, Suite, attempt, needs_reference
+from eval.scoring.feature_store import hash_files
+from eval.scoring.job import Result, ScoreConfig, ScoringJob, Suite, attempt, needs_reference
 from eval.weights import find_weights_file
 
 

@@ -6,16 +6,16 @@ the untrained model's pictures.
 
 from torch import Tensor
 
-from eval.feature_store import FeatureStore, hash_files
 from eval.metrics.frechet import FrechetReference, fid_infinity, inception_score, moments_of
 from eval.metrics.kernel import kid
 from eval.metrics.neighbours import memorisation, neighbours
-from eval.metrics.statistics import read_statistics
 from eval.networks.inception import SLIM, InceptionEncoder, classifier_weight
 from eval.pages.numbers import headline_lines
 from eval.pages.sections import number_section
 from eval.pictures.prompts import Prompt
-from eval.scoring import Result, ScoreConfig, ScoringJob, Suite, attempt, is_statistics, needs_reference
+from eval.scoring.feature_store import FeatureStore, hash_files
+from eval.scoring.job import Result, ScoreConfig, ScoringJob, Suite, attempt, is_statistics, needs_reference
+from eval.suites.reference_statistics import read_statistics
 from eval.weights import find_weights_file
 from trainer.config import require
 from trainer.formats.page import stat

@@ -13,19 +13,19 @@ from typing import Any
 
 import torch
 
-from eval.demo.objects import EmbeddedObjects
 from eval.metrics.controls import judge_all, permuted_scores, with_overall
 from eval.metrics.geneval import Detection, PictureVerdict, Rules, Summary, result_row, select_objects
 from eval.networks.clip import DEFAULT_CLIP, find_clip, load_clip
 from eval.networks.colors import ClipColors, ColorJudge, NearestColors, describe_colors
 from eval.networks.detectors import build_detector, check_detector, describe_detector
-from eval.options import EMBEDDED
 from eval.pages.geneval_section import geneval_section, geneval_stat
 from eval.pages.numbers import headline_lines
 from eval.pictures.geneval_prompts import OFFICIAL_SHA256
 from eval.pictures.prompts import Prompt, prompts_sha256
-from eval.scoring import Result, ScoreConfig, ScoringJob, Suite
-from eval.suites.detection_cache import LineCache
+from eval.scoring.detection_cache import LineCache
+from eval.scoring.job import Result, ScoreConfig, ScoringJob, Suite
+from eval.scoring.options import EMBEDDED
+from eval.suites.embedded_objects import EmbeddedObjects
 from eval.suites.geneval_steps import (
     asked_colors,
     detect_files,

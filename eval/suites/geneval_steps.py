@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eval.feature_store import hash_files
 from eval.metrics.geneval import Detection
 from eval.networks.colors import ColorJudge
 from eval.networks.protocols import ObjectDetector
 from eval.pictures.geneval_names import COLORS
 from eval.pictures.image_files import read_picture
 from eval.pictures.prompts import Prompt
-from eval.suites.detection_cache import FLOOR, Line, LineCache, from_line, to_line
+from eval.scoring.detection_cache import FLOOR, Line, LineCache, from_line, to_line
+from eval.scoring.feature_store import hash_files
 from trainer.config import require
 
 

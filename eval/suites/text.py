@@ -15,8 +15,8 @@ from torch import Tensor
 
 from eval.metrics.geneval import share_score
 from eval.pictures.prompts import Prompt, prompts_sha256
-from eval.scoring import Result, ScoreConfig, ScoringJob, Suite
-from eval.suites.detection_cache import Line, LineCache
+from eval.scoring.detection_cache import Line, LineCache
+from eval.scoring.job import Result, ScoreConfig, ScoringJob, Suite
 from trainer.config import require
 
 PACKAGE = "rapidocr_onnxruntime"

@@ -16,7 +16,7 @@ from eval.demo.detector import RULES, VERSION, DetectorConfig, detect, detect_at
 from eval.metrics.controls import judge_all
 from eval.metrics.geneval import Detection
 from eval.pictures.image_files import read_picture
-from eval.scoring import Result, ScoringJob
+from eval.scoring.job import Result, ScoringJob
 
 OTHER_THRESHOLDS = (0.6, 0.65, 0.75, 0.8)
 

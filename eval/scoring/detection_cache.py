@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.feature_store import hash_files, num_workers, prefetched
 from eval.networks.protocols import FoundObject
 from eval.pictures.image_files import read_picture
-from eval.suites.rle import decode_mask, encode_mask
+from eval.scoring.feature_store import hash_files, num_workers, prefetched
+from eval.scoring.rle import decode_mask, encode_mask
 from trainer.files import write_text
 
 _AHEAD = 16  # pictures read before they are asked for

@@ -3,7 +3,7 @@
 A suite's `check` runs before anything is drawn or written; `prepare` runs on every rank, on its own share of the
 pictures, and may be killed at any time; `score` on the first rank turns what `prepare` has stored into numbers. A
 number that these pictures cannot have is listed under `skipped` with the reason. The suites are named in
-eval/suites/registry.py.
+eval/scoring/registry.py.
 
 A closed set is one with a true picture for each prompt (`true_pictures`). Its scores come with controls, which a
 score is read against: the true pictures themselves, and those that the model drew before its first step.
@@ -20,16 +20,16 @@ from typing import Any
 import torch
 
 from eval.demo.prompts import write_training_pictures, write_true_pictures
-from eval.feature_store import FeatureStore, add_picture_features, hash_files
 from eval.metrics.geneval import Rules
 from eval.networks.clip import CMMD_CLIP, DEFAULT_CLIP
 from eval.networks.protocols import ImageEncoder
 from eval.networks.resize import CONVENTIONS, check_convention
-from eval.options import EMBEDDED
 from eval.pictures.image_files import folder_files, geneval_files, open_npz, read_picture, unpack_npz
 from eval.pictures.prompts import Prompt
-from eval.suites.detection_cache import FLOOR
-from eval.suites.registry import SUITES
+from eval.scoring.detection_cache import FLOOR
+from eval.scoring.feature_store import FeatureStore, add_picture_features, hash_files
+from eval.scoring.options import EMBEDDED
+from eval.scoring.registry import SUITES
 from trainer.config import require
 
 Result = dict[str, Any]
@@ -41,7 +41,7 @@ class ScoreConfig:
     """What to score with."""
 
     suites: tuple[str, ...]
-    """Names of eval/suites/registry.py, at least one."""
+    """Names of eval/scoring/registry.py, at least one."""
     out: Path
     """Folder of the report, and of the features and detections that are kept for the next one."""
     num_samples: int = 1
@@ -83,7 +83,7 @@ class ScoreConfig:
 
 
 def score_config(given: argparse.Namespace, suites: tuple[str, ...], out: Path, num_samples: int) -> ScoreConfig:
-    """Settings from the options of `eval.options`; what is not given keeps its default."""
+    """Settings from the options of `eval.scoring.options`; what is not given keeps its default."""
     rules = {"score": given.min_score, "counting_score": given.min_counting_score}
     names = ("reference", "true_pictures", "convention", "clip", "cmmd_clip", "detector", "colors", "num_neighbours")
     return ScoreConfig(

@@ -4,7 +4,7 @@ All three hold `mu` and `sigma`; ADM's hold spatial statistics and pictures too.
 resize convention, the count and the hash of the weights, which the other programs ignore. A file without a named
 convention has to be given one by the user; a file of another convention is refused.
 
-    python -m eval.metrics.statistics PICTURES --out reference.npz --convention torch-fidelity
+    python -m eval.suites.reference_statistics PICTURES --out reference.npz --convention torch-fidelity
 
 Shapes: N pictures, D features.
 """
@@ -56,7 +56,7 @@ def _read_arrays(path: Path) -> tuple[Any, Any, str, int, dict[str, str]]:
         require(
             "mu" in content and "sigma" in content,
             f"{path} has {', '.join(content.files) or 'nothing'}, reference statistics have mu and sigma: build them "
-            "with python -m eval.metrics.statistics",
+            "with python -m eval.suites.reference_statistics",
         )
         try:
             mu, sigma = content["mu"], content["sigma"]
@@ -98,10 +98,10 @@ def read_statistics(path: Path, convention: str = "") -> Statistics:
 
 def build_statistics(pictures: Path, store_folder: Path, convention: str, *, progress: bool = False) -> Statistics:
     """Statistics of a folder or ADM batch file of pictures; features are kept in `store_folder`."""
-    from eval.feature_store import FeatureStore, add_picture_features, hash_files
     from eval.metrics.frechet import moments_of
     from eval.networks.inception import InceptionEncoder
     from eval.pictures.image_files import folder_files, unpack_npz
+    from eval.scoring.feature_store import FeatureStore, add_picture_features, hash_files
 
     files = unpack_npz(pictures, store_folder / "unpacked") if pictures.suffix == ".npz" else folder_files(pictures)
     encoder = InceptionEncoder(convention)
@@ -118,7 +118,9 @@ def build_statistics(pictures: Path, store_folder: Path, convention: str, *, pro
 
 def _main(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(
-        prog="eval.metrics.statistics", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="eval.suites.reference_statistics",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("pictures", type=Path, help="folder of pictures, or an npz with arr_0")
     parser.add_argument("--out", type=Path, required=True, help="npz to write")

@@ -14,7 +14,7 @@ from typing import Any
 from eval.pages.numbers import headline_lines, log_numbers, write_csv
 from eval.pages.sections import number_section, render_report
 from eval.pictures.protocol import package_versions
-from eval.scoring import Result, ScoringJob, find_suite, prepare_all, score_all
+from eval.scoring.job import Result, ScoringJob, find_suite, prepare_all, score_all
 from trainer.distributed import World, barrier
 from trainer.files import write_text
 

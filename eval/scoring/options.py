@@ -1,7 +1,7 @@
 """Command-line options of scoring, shared by `eval.run`, `eval.score` and `eval.watch`.
 
 Nothing heavy is imported here, so that --help answers at once. Options that are not given keep the defaults of
-`eval.scoring.ScoreConfig`.
+`eval.scoring.job.ScoreConfig`.
 """
 
 import argparse

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from eval.demo.detector import detect
-from eval.options import EMBEDDED
 from eval.pages.compute_map import object_patches, trace_compute
 from eval.pages.run_sections import compute_section, training_section
 from eval.pictures.generate import draw_set
 from eval.pictures.image_files import geneval_files
 from eval.pictures.prompts import Prompt
-from eval.score_and_report import ScoredSubject, score_and_report
-from eval.scoring import ScoreConfig, ScoringJob, check_all
+from eval.scoring.job import ScoreConfig, ScoringJob, check_all
+from eval.scoring.options import EMBEDDED
+from eval.scoring.score_and_report import ScoredSubject, score_and_report
 from trainer.config import ConfigError, require
 from trainer.data.demo.emoji import ATTRIBUTION
 from trainer.distributed import World, barrier, detect_world, init_distributed
