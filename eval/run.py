@@ -36,10 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("checkpoint", type=Path, help="run folder, a step folder in RUN/checkpoints, or an export")
     add("--prompts", default="demo", help="demo, geneval[:SEED], or a file or folder of prompts")
-    add(
-        "--suite",
-        help=f"comma list of {', '.join(DEMO_SUITES)} for demo (default all), else of {', '.join(SUITES)}",
-    )
+    add("--suite", help=f"comma list of {', '.join(DEMO_SUITES)} for demo (default all), else of {', '.join(SUITES)}")
     add("--per-category", type=int, default=40, help="prompts per category of demo (default %(default)s)")
     add("--samples", type=int, help="pictures per prompt (default 1, for geneval 4)")
     add("--batch-size", type=int, default=40, help="pictures drawn at once (default %(default)s)")

@@ -47,11 +47,7 @@ class Experts(nn.Module):
     """
 
     def __init__(
-        self,
-        num_local_experts: int,
-        dim: int,
-        hidden_dim: int,
-        tag: Callable[[nn.Parameter], None] | None = None,
+        self, num_local_experts: int, dim: int, hidden_dim: int, tag: Callable[[nn.Parameter], None] | None = None
     ) -> None:
         super().__init__()
         self.hidden_dim = hidden_dim

@@ -47,10 +47,7 @@ def test_bad_overrides_name_setting_value_and_remedy(override: str, words: str) 
     "overrides,words",
     [
         (["router=token_choice", "top_k=9"], "moe.top_k is 9: use 1 to moe.num_experts=8"),
-        (
-            ["router=token_choice", "gate=identity"],
-            "moe.gate=identity has negative gates, whose sum moe.router=token_",
-        ),
+        (["router=token_choice", "gate=identity"], "moe.gate=identity has negative gates, whose sum moe.router=token_"),
         (["normalize_gates=true", "gate=identity"], "whose sum moe.normalize_gates=true would divide by"),
         (
             ["router=diffmoe"],

@@ -163,10 +163,7 @@ def test_each_failure_kind_has_its_reason() -> None:
     colors = {"tag": "colors", "include": [{**one, "color": "blue"}]}
     assert kind(colors, _found("cat", 0, 0)) == ["color"]
     assert "expected blue cat, found red" in judge(colors, [_found("cat", 0, 0)]).reason
-    position = {
-        "tag": "position",
-        "include": [{"class": "dog", "count": 1}, {**one, "position": ["left of", 0]}],
-    }
+    position = {"tag": "position", "include": [{"class": "dog", "count": 1}, {**one, "position": ["left of", 0]}]}
     assert kind(position, _found("cat", 20, 0), _found("dog", 0, 0)) == ["position"]
     assert kind(position, _found("cat", 0, 0), _found("dog", 20, 0)) == []
     assert kind(position, _found("cat", 0, 0)) == ["missing", "no_target"]

@@ -25,13 +25,7 @@ from eval.scoring.detection_cache import LineCache, from_line, to_line
 from eval.scoring.rle import decode_mask, encode_mask
 from eval.suites import geneval_results as results
 from eval.suites.geneval import Scored, best_of, result_lines, score_detections
-from eval.suites.geneval_steps import (
-    detect_files,
-    judge_colors,
-    open_colors,
-    open_detections,
-    read_detections,
-)
+from eval.suites.geneval_steps import detect_files, judge_colors, open_colors, open_detections, read_detections
 from trainer.config import ConfigError
 from trainer.files import write_text
 

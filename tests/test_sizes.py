@@ -21,11 +21,7 @@ BILLION = 1e9
 
 # EC-DIT, table 1: billions of parameters, dense twin and with the most experts, as printed (frozen encoders included),
 # and how much the activated size grows over the dense twin.
-PRINTED = {
-    "xl": (1.47, "32e", 6.08, 0.101),
-    "xxl": (2.35, "32e", 13.47, 0.153),
-    "3xl": (4.50, "32e", 32.15, 0.198),
-}
+PRINTED = {"xl": (1.47, "32e", 6.08, 0.101), "xxl": (2.35, "32e", 13.47, 0.153), "3xl": (4.50, "32e", 32.15, 0.198)}
 # Printed dense total - ours. About 0.7 is the frozen text encoder; the rest grows with layers x width^2, so the paper's
 # blocks have matrices that its text does not mention (2 to 3 width^2 each, as a modulation of each block would have),
 # where these have one modulation for all blocks.

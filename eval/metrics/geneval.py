@@ -113,11 +113,7 @@ def relations(a: Box, b: Box, margin: float = 0.1) -> frozenset[str]:
     return frozenset(word for word, holds in words.items() if holds)
 
 
-def judge(
-    metadata: Mapping[str, Any],
-    detections: Sequence[Detection],
-    rules: Rules | None = None,
-) -> PictureVerdict:
+def judge(metadata: Mapping[str, Any], detections: Sequence[Detection], rules: Rules | None = None) -> PictureVerdict:
     """Judge one picture by the official rules: only the best `count` objects of a clause are looked at.
 
     `metadata` needs the keys `tag` and `include`; raises KeyError when they are absent.

@@ -136,13 +136,7 @@ class Mask2Former:
     """The detector on this process's device, fp32."""
 
     def __init__(
-        self,
-        model: Any,
-        name: str,
-        weights_sha256: str,
-        comparable: Comparable,
-        long: int = _LONG,
-        short: int = _SHORT,
+        self, model: Any, name: str, weights_sha256: str, comparable: Comparable, long: int = _LONG, short: int = _SHORT
     ) -> None:
         self.comparable, self.long, self.short = comparable, long, short
         self.device = encoder_device()

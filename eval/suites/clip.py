@@ -79,9 +79,6 @@ SUITE = Suite(
         "r_precision/value": "R-precision",
         "truncated_captions": "captions longer than CLIP reads",
     },
-    spreads={
-        "score/cosine": "score/standard_error",
-        "score/score100": "score/score100_standard_error",
-    },
+    spreads={"score/cosine": "score/standard_error", "score/score100": "score/score100_standard_error"},
     headlines=("score/cosine",),
 )

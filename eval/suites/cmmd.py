@@ -34,8 +34,6 @@ SUITE = Suite(
     prepare=prepare,
     score=score,
     title="Distance in CLIP's space",
-    names={
-        "cmmd": "CMMD",
-    },
+    names={"cmmd": "CMMD"},
     headlines=("cmmd",),
 )

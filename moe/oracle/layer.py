@@ -38,11 +38,7 @@ class ReferenceMoe(nn.Module):
         return weights["w2"][number] @ hidden + bias[hidden_dim:]
 
     def forward(
-        self,
-        x_BSD: Tensor,
-        memory: object = None,
-        unmodulated_BSD: Tensor | None = None,
-        time_BD: Tensor | None = None,
+        self, x_BSD: Tensor, memory: object = None, unmodulated_BSD: Tensor | None = None, time_BD: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats]:
         """Same contract as `MoeLayer.forward`."""
         B, S, _ = x_BSD.shape

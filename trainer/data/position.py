@@ -84,7 +84,6 @@ def micro_batches(
             offset = (a * world_size + rank) * micro_batch_size
             rows = range(offset, offset + micro_batch_size)
             yield MicroBatch(
-                samples=[order[start.consumed + r] for r in rows],
-                indices=[start.samples_seen + r for r in rows],
+                samples=[order[start.consumed + r] for r in rows], indices=[start.samples_seen + r for r in rows]
             )
         state = start.advance(global_batch_size, size, global_batch_size)

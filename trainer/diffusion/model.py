@@ -101,11 +101,7 @@ class EcDit(nn.Module):
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        moe: MoeConfig,
-        shape: ModelShape,
-        build_moe: MoeBuilder = MoeLayer,
+        self, config: ModelConfig, moe: MoeConfig, shape: ModelShape, build_moe: MoeBuilder = MoeLayer
     ) -> None:
         super().__init__()
         D, P = config.dim, config.patch_size

@@ -46,10 +46,7 @@ class DiffusersCodec(ImageCodec):
         )
         self.config = read_json(self.setting, self.folder / "config.json", "model's config.json")
         self.class_name = str(self.config.get("_class_name"))
-        require(
-            self.class_name in _CLASSES,
-            f"{self.setting} is a {self.class_name}: use one of {', '.join(_CLASSES)}",
-        )
+        require(self.class_name in _CLASSES, f"{self.setting} is a {self.class_name}: use one of {', '.join(_CLASSES)}")
         self.weights = weight_files(self.setting, self.folder)
         self.channels: int = self.config["latent_channels"]
         self.factor: int = 2 ** (len(self.config[_CLASSES[self.class_name]]) - 1)

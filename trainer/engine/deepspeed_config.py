@@ -17,10 +17,7 @@ def _yaml_values(config: TrainConfig, world_size: int) -> dict[str, tuple[str, A
     """DeepSpeed key -> (the YAML setting it comes from, the value)."""
     return {
         "train_micro_batch_size_per_gpu": ("train.micro_batch_size", config.train.micro_batch_size),
-        "gradient_accumulation_steps": (
-            "train.gradient_accumulation_steps",
-            config.train.gradient_accumulation_steps,
-        ),
+        "gradient_accumulation_steps": ("train.gradient_accumulation_steps", config.train.gradient_accumulation_steps),
         "train_batch_size": (
             "train.micro_batch_size * train.gradient_accumulation_steps * processes",
             config.global_batch_size(world_size),

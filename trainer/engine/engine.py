@@ -23,10 +23,7 @@ InitialValue = Callable[[str, tuple[int, ...], int, int], Tensor]
 
 
 def build_model(
-    config: TrainConfig,
-    deepspeed_config: dict[str, Any],
-    shape: ModelShape,
-    initial: InitialValue | None = None,
+    config: TrainConfig, deepspeed_config: dict[str, Any], shape: ModelShape, initial: InitialValue | None = None
 ) -> EcDit:
     """The model as this rank holds it. Collective over all ranks.
 

@@ -93,10 +93,7 @@ class DataConfig:
             "use data.normalize=measured or data.whitening=1",
         )
         require(self.stage_gb > 0, f"data.stage_gb is {self.stage_gb}: use more than 0")
-        require(
-            0 <= self.caption_dropout < 1,
-            f"data.caption_dropout is {self.caption_dropout}: use 0 to below 1",
-        )
+        require(0 <= self.caption_dropout < 1, f"data.caption_dropout is {self.caption_dropout}: use 0 to below 1")
         require(self.shuffle_group >= 1, f"data.shuffle_group is {self.shuffle_group}: use 1 or more")
         require(self.num_workers >= 0, f"data.num_workers is {self.num_workers}: use 0 or more")
 
