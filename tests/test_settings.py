@@ -143,7 +143,7 @@ def test_the_commands_of_the_project_are_found() -> None:
     assert known <= set(commands()) and len(commands()) > 25
 
 
-HEAVY_PACKAGES = ("torch", "deepspeed")
+HEAVY_PACKAGES = ("torch", "deepspeed", "transformers", "scipy", "matplotlib")
 ANSWER = f"""
 import runpy, sys
 module, *sys.argv[1:] = sys.argv[1:]
