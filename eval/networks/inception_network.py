@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 BATCH_NORM_EPS = 1e-3
 NUM_FEATURES = 2048
@@ -27,24 +26,18 @@ class Conv:
 
 
 @dataclass(frozen=True)
-class Pool:
-    """3x3 pooling: `average` and `max` keep the size, `halve` is a maximum with stride 2."""
-
-    kind: str
-
-
-@dataclass(frozen=True)
 class Branches:
     """Parallel chains of steps over the same input, concatenated over channels."""
 
     chains: tuple["Chain", ...]
 
 
-Step = Conv | Pool | Branches
+Step = Conv | Branches | nn.Module
 Chain = tuple[Step, ...]
 
 SQUARE, FIVE, WIDE, TALL = (3, 3), (5, 5), (1, 7), (7, 1)
-AVERAGE, MAXIMUM, HALVE = Pool("average"), Pool("max"), Pool("halve")
+AVERAGE = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+MAXIMUM, HALVE = nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 2)
 FORK = Branches(((Conv(384, (1, 3)),), (Conv(384, (3, 1)),)))
 
 
@@ -70,7 +63,7 @@ def _block_17(width: int) -> Branches:
     )
 
 
-def _block_8(pool: Pool) -> Branches:
+def _block_8(pool: nn.Module) -> Branches:
     return Branches(((Conv(320),), (Conv(384), FORK), (Conv(448), Conv(384, SQUARE), FORK), (pool, Conv(192))))
 
 
@@ -97,28 +90,6 @@ INCEPTION_2015: Chain = (
 )
 
 
-class _ConvRelu(nn.Module):
-    def __init__(self, in_channels: int, spec: Conv) -> None:
-        super().__init__()
-        keep = spec.stride == 1 and not spec.valid
-        padding = (spec.kernel[0] // 2, spec.kernel[1] // 2) if keep else (0, 0)
-        self.conv = nn.Conv2d(in_channels, spec.out, spec.kernel, spec.stride, padding)
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        return functional.relu(self.conv(x_NCHW), inplace=True)
-
-
-class _Pool(nn.Module):
-    def __init__(self, spec: Pool) -> None:
-        super().__init__()
-        self.kind = spec.kind
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        if self.kind == "average":
-            return functional.avg_pool2d(x_NCHW, 3, 1, 1, count_include_pad=False)
-        return functional.max_pool2d(x_NCHW, 3, 2) if self.kind == "halve" else functional.max_pool2d(x_NCHW, 3, 1, 1)
-
-
 class _Parallel(nn.Module):
     def __init__(self, chains: list[nn.Module]) -> None:
         super().__init__()
@@ -133,14 +104,17 @@ def _build_chain(in_channels: int, chain: Chain) -> tuple[nn.Sequential, int]:
     modules: list[nn.Module] = []
     for step in chain:
         if isinstance(step, Conv):
-            modules.append(_ConvRelu(in_channels, step))
+            keep = step.stride == 1 and not step.valid
+            padding = (step.kernel[0] // 2, step.kernel[1] // 2) if keep else (0, 0)
+            conv = nn.Conv2d(in_channels, step.out, step.kernel, step.stride, padding)
+            modules += [conv, nn.ReLU(inplace=True)]
             in_channels = step.out
-        elif isinstance(step, Pool):
-            modules.append(_Pool(step))
-        else:
+        elif isinstance(step, Branches):
             built = [_build_chain(in_channels, inner) for inner in step.chains]
             modules.append(_Parallel([module for module, _ in built]))
             in_channels = sum(out for _, out in built)
+        else:
+            modules.append(step)
     return nn.Sequential(*modules), in_channels
 
 

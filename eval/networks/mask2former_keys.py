@@ -11,7 +11,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-_SWIN = "model.pixel_level_module.encoder.swin."
+_ENCODER = "model.pixel_level_module.encoder."
+_SWIN = _ENCODER + "swin."
 _PIXELS = "model.pixel_level_module.decoder."
 _QUERIES = "model.transformer_module."
 _NEIGHBOURS = [0, 2, 1, 3]  # unfold's row-major neighbours in transformers' order
@@ -21,41 +22,52 @@ _OLD_NAMES = (
     (r"(pixel_decoder\.encoder\.layers\.\d+)\.attentions\.0\.", r"\1.self_attn."),
     (r"ffns\.0\.", "ffn."),
 )
-_BLOCK_NAMES = {
-    "norm1.": "layernorm_before.",
-    "norm2.": "layernorm_after.",
-    "ffn.layers.0.0.": "mlp.fc1.",
-    "ffn.layers.1.": "mlp.fc2.",
-    "attn.w_msa.proj.": "attention.o_proj.",
-    "attn.w_msa.relative_position_bias_table": "attention.relative_position_bias.relative_position_bias_table",
-}
-_PIXEL_LAYER_NAMES = {
-    "ffn.layers.0.0.": "fc1.",
-    "ffn.layers.1.": "fc2.",
-    "norms.0.": "self_attn_layer_norm.",
-    "norms.1.": "final_layer_norm.",
-}
-_QUERY_LAYER_NAMES = {
-    "ffn.layers.0.0.": "fc1.",
-    "ffn.layers.1.": "fc2.",
-    "norms.0.": "cross_attn_layer_norm.",
-    "norms.1.": "self_attn_layer_norm.",
-    "norms.2.": "final_layer_norm.",
-    "cross_attn.attn.": "cross_attn.",
-    "self_attn.attn.out_proj.": "self_attn.out_proj.",
-}
-_SINGLE_NAMES = {
-    "pixel_decoder.level_encoding.weight": _PIXELS + "level_embed",
-    "pixel_decoder.mask_feature.weight": _PIXELS + "mask_projection.weight",
-    "pixel_decoder.mask_feature.bias": _PIXELS + "mask_projection.bias",
-    "transformer_decoder.post_norm.weight": _QUERIES + "decoder.layernorm.weight",
-    "transformer_decoder.post_norm.bias": _QUERIES + "decoder.layernorm.bias",
-    "query_embed.weight": _QUERIES + "queries_embedder.weight",
-    "query_feat.weight": _QUERIES + "queries_features.weight",
-    "level_embed.weight": _QUERIES + "level_embed.weight",
-    "cls_embed.weight": "class_predictor.weight",
-    "cls_embed.bias": "class_predictor.bias",
-}
+_BLOCK, _NEW_BLOCK = r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.", _SWIN + r"encoder.layers.\1.blocks.\2."
+_PIXEL_LAYER, _NEW_PIXEL_LAYER = r"pixel_decoder\.encoder\.layers\.(\d+)\.", _PIXELS + r"encoder.layers.\1."
+_QUERY_LAYER, _NEW_QUERY_LAYER = r"transformer_decoder\.layers\.(\d+)\.", _QUERIES + r"decoder.layers.\1."
+_BIAS_TABLE = "relative_position_bias_table"
+# Beginnings of names, the first that fits is replaced; {c} stands for q, k and v, which are one matrix in mmdet.
+_NAMES = (
+    (r"backbone\.patch_embed\.projection\.", _SWIN + "embeddings.patch_embeddings.projection."),
+    (r"backbone\.patch_embed\.norm\.", _SWIN + "embeddings.norm."),
+    *((rf"backbone\.norm{i}\.", f"{_ENCODER}hidden_states_norms.stage{i + 1}.") for i in range(4)),
+    (r"backbone\.stages\.(\d+)\.downsample\.(norm|reduction)\.", _SWIN + r"encoder.layers.\1.downsample.\2."),
+    (_BLOCK + r"norm1\.", _NEW_BLOCK + "layernorm_before."),
+    (_BLOCK + r"norm2\.", _NEW_BLOCK + "layernorm_after."),
+    (_BLOCK + r"ffn\.layers\.0\.0\.", _NEW_BLOCK + "mlp.fc1."),
+    (_BLOCK + r"ffn\.layers\.1\.", _NEW_BLOCK + "mlp.fc2."),
+    (_BLOCK + r"attn\.w_msa\.qkv\.", _NEW_BLOCK + "attention.{c}_proj."),
+    (_BLOCK + r"attn\.w_msa\.proj\.", _NEW_BLOCK + "attention.o_proj."),
+    (_BLOCK + rf"attn\.w_msa\.{_BIAS_TABLE}", f"{_NEW_BLOCK}attention.relative_position_bias.{_BIAS_TABLE}"),
+    (_PIXEL_LAYER + r"ffn\.layers\.0\.0\.", _NEW_PIXEL_LAYER + "fc1."),
+    (_PIXEL_LAYER + r"ffn\.layers\.1\.", _NEW_PIXEL_LAYER + "fc2."),
+    (_PIXEL_LAYER + r"norms\.0\.", _NEW_PIXEL_LAYER + "self_attn_layer_norm."),
+    (_PIXEL_LAYER + r"norms\.1\.", _NEW_PIXEL_LAYER + "final_layer_norm."),
+    (_PIXEL_LAYER, _NEW_PIXEL_LAYER),
+    (r"pixel_decoder\.input_convs\.(\d)\.conv\.", _PIXELS + r"input_projections.\1.0."),
+    (r"pixel_decoder\.input_convs\.(\d)\.gn\.", _PIXELS + r"input_projections.\1.1."),
+    (r"pixel_decoder\.lateral_convs\.0\.conv\.", _PIXELS + "adapter_1.0."),
+    (r"pixel_decoder\.lateral_convs\.0\.gn\.", _PIXELS + "adapter_1.1."),
+    (r"pixel_decoder\.output_convs\.0\.conv\.", _PIXELS + "layer_1.0."),
+    (r"pixel_decoder\.output_convs\.0\.gn\.", _PIXELS + "layer_1.1."),
+    (r"pixel_decoder\.level_encoding\.weight", _PIXELS + "level_embed"),
+    (r"pixel_decoder\.mask_feature\.", _PIXELS + "mask_projection."),
+    (_QUERY_LAYER + r"ffn\.layers\.0\.0\.", _NEW_QUERY_LAYER + "fc1."),
+    (_QUERY_LAYER + r"ffn\.layers\.1\.", _NEW_QUERY_LAYER + "fc2."),
+    (_QUERY_LAYER + r"norms\.0\.", _NEW_QUERY_LAYER + "cross_attn_layer_norm."),
+    (_QUERY_LAYER + r"norms\.1\.", _NEW_QUERY_LAYER + "self_attn_layer_norm."),
+    (_QUERY_LAYER + r"norms\.2\.", _NEW_QUERY_LAYER + "final_layer_norm."),
+    (_QUERY_LAYER + r"cross_attn\.attn\.", _NEW_QUERY_LAYER + "cross_attn."),
+    (_QUERY_LAYER + r"self_attn\.attn\.in_proj_", _NEW_QUERY_LAYER + "self_attn.{c}_proj."),
+    (_QUERY_LAYER + r"self_attn\.attn\.out_proj\.", _NEW_QUERY_LAYER + "self_attn.out_proj."),
+    (_QUERY_LAYER, _NEW_QUERY_LAYER),
+    (r"transformer_decoder\.post_norm\.", _QUERIES + "decoder.layernorm."),
+    (r"query_embed\.", _QUERIES + "queries_embedder."),
+    (r"query_feat\.", _QUERIES + "queries_features."),
+    (r"level_embed\.", _QUERIES + "level_embed."),
+    (r"cls_embed\.", "class_predictor."),
+    *((rf"mask_embed\.{2 * i}\.", f"{_QUERIES}decoder.mask_predictor.mask_embedder.{i}.0.") for i in range(3)),
+)
 
 
 def reorder_merging(value: Tensor) -> Tensor:
@@ -64,53 +76,6 @@ def reorder_merging(value: Tensor) -> Tensor:
     parts = value.unflatten(-1, (channels, 4)).transpose(-1, -2)[..., _NEIGHBOURS, :]
     merged: Tensor = parts.flatten(-2).contiguous()
     return merged
-
-
-def _renamed(name: str, names: Mapping[str, str]) -> str | None:
-    for old, new in names.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return None
-
-
-def _backbone(name: str, value: Tensor) -> dict[str, Tensor]:
-    if match := re.fullmatch(r"patch_embed\.(projection|norm)\.(\w+)", name):
-        place = "embeddings.patch_embeddings.projection" if match[1] == "projection" else "embeddings.norm"
-        return {f"{_SWIN}{place}.{match[2]}": value}
-    if match := re.fullmatch(r"norm(\d)\.(\w+)", name):
-        stage = f"model.pixel_level_module.encoder.hidden_states_norms.stage{int(match[1]) + 1}"
-        return {f"{stage}.{match[2]}": value}
-    if match := re.fullmatch(r"stages\.(\d+)\.downsample\.(norm|reduction)\.(\w+)", name):
-        return {f"{_SWIN}encoder.layers.{match[1]}.downsample.{match[2]}.{match[3]}": reorder_merging(value)}
-    if match := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.(.+)", name):
-        block = f"{_SWIN}encoder.layers.{match[1]}.blocks.{match[2]}."
-        if qkv := re.fullmatch(r"attn\.w_msa\.qkv\.(\w+)", match[3]):
-            return {f"{block}attention.{c}_proj.{qkv[1]}": v for c, v in zip("qkv", value.chunk(3), strict=True)}
-        if renamed := _renamed(match[3], _BLOCK_NAMES):
-            return {block + renamed: value}
-    raise KeyError(f"backbone.{name}")
-
-
-def _pixel_decoder(name: str, value: Tensor) -> dict[str, Tensor]:
-    if match := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name):
-        renamed = _renamed(match[2], _PIXEL_LAYER_NAMES) or match[2]
-        return {f"{_PIXELS}encoder.layers.{match[1]}.{renamed}": value}
-    if match := re.fullmatch(r"input_convs\.(\d)\.(conv|gn)\.(\w+)", name):
-        return {f"{_PIXELS}input_projections.{match[1]}.{int(match[2] == 'gn')}.{match[3]}": value}
-    if match := re.fullmatch(r"(lateral|output)_convs\.0\.(conv|gn)\.(\w+)", name):
-        place = "adapter_1" if match[1] == "lateral" else "layer_1"
-        return {f"{_PIXELS}{place}.{int(match[2] == 'gn')}.{match[3]}": value}
-    raise KeyError(f"pixel_decoder.{name}")
-
-
-def _query_decoder(name: str, value: Tensor) -> dict[str, Tensor]:
-    match = re.fullmatch(r"(\d+)\.(.+)", name)
-    if match is None:
-        raise KeyError(f"transformer_decoder.layers.{name}")
-    layer, rest = f"{_QUERIES}decoder.layers.{match[1]}.", match[2]
-    if joined := re.fullmatch(r"self_attn\.attn\.in_proj_(weight|bias)", rest):
-        return {f"{layer}self_attn.{c}_proj.{joined[1]}": v for c, v in zip("qkv", value.chunk(3), strict=True)}
-    return {layer + (_renamed(rest, _QUERY_LAYER_NAMES) or rest): value}
 
 
 def convert_key(name: str, value: Tensor) -> dict[str, Tensor]:
@@ -123,16 +88,12 @@ def convert_key(name: str, value: Tensor) -> dict[str, Tensor]:
     for pattern, new in _OLD_NAMES:
         name = re.sub(pattern, new, name)
     name = name.removeprefix("panoptic_head.")
-    if name in _SINGLE_NAMES:
-        return {_SINGLE_NAMES[name]: value}
-    if name.startswith("backbone."):
-        return _backbone(name.removeprefix("backbone."), value)
-    if name.startswith("pixel_decoder."):
-        return _pixel_decoder(name.removeprefix("pixel_decoder."), value)
-    if name.startswith("transformer_decoder.layers."):
-        return _query_decoder(name.removeprefix("transformer_decoder.layers."), value)
-    if match := re.fullmatch(r"mask_embed\.(\d)\.(\w+)", name):
-        return {f"{_QUERIES}decoder.mask_predictor.mask_embedder.{int(match[1]) // 2}.0.{match[2]}": value}
+    for pattern, new in _NAMES:
+        if match := re.match(pattern, name):
+            renamed = match.expand(new) + name[match.end() :]
+            if "{c}" in renamed:
+                return {renamed.replace("{c}", c): part for c, part in zip("qkv", value.chunk(3), strict=True)}
+            return {renamed: reorder_merging(value) if ".downsample." in renamed else value}
     raise KeyError(name)
 
 
