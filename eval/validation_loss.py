@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.data.latents.samples import Batch, LatentDataset
-from trainer.data.loader import encode_captions, pad_batch, read_batch
+from trainer.data.loader import finish_batch, read_batch
 from trainer.data.position import MicroBatch
 from trainer.diffusion.flow import interpolate
 from trainer.pipeline import Pipeline
@@ -32,9 +32,7 @@ def fixed_samples(dataset: LatentDataset, count: int, batch_size: int) -> list[B
         for start in range(0, len(numbers), batch_size):
             part = numbers[start : start + batch_size]
             raw = read_batch(dataset, MicroBatch(samples=part, indices=part), caption_dropout=0.0, seed=SEED)
-            if dataset.online_encoder is not None:
-                raw = encode_captions(dataset.online_encoder, raw)
-            batches.append(pad_batch(raw, max_tokens=dataset.info.max_tokens))
+            batches.append(finish_batch(dataset, raw))
     return batches
 
 

@@ -30,9 +30,10 @@ def open_dataset(config: TrainConfig) -> LatentDataset:
     if data.source == "synthetic":
         return SyntheticDataset(data.image_size, config.seed)
     # What headers can tell is checked here, before a run allocates anything or its ranks wait for each other.
-    weights = data.mix or {data.latents: 1.0}
+    mix = data.mix or {data.latents: 1.0}
+    weights = list(mix.values())
     codec, text_encoder = build_codec(data.codec), build_text_encoder(data.text_encoder)
-    folders = [read_dataset_file(Path(name)) for name in weights]
+    folders = [read_dataset_file(Path(name)) for name in mix]
     for folder in folders:
         check_settings(folder, data, codec, text_encoder)
         check_shards(folder)
@@ -43,13 +44,13 @@ def open_dataset(config: TrainConfig) -> LatentDataset:
         [shard.num_samples for _, shard in shards],
         [shard.bucket for _, shard in shards],
         [number for number, folder in enumerate(folders) for _ in folder.shards],
-        list(weights.values()),
+        weights,
         data.bucket_block,
         data.small_buckets == "drop",
     )
     online = text_encoder if data.text == "online" else None
     return ShardDataset(
-        _describe(data, folders, list(weights.values()), text_encoder),
+        _describe(data, folders, weights, text_encoder),
         shards,
         folders[0].fingerprint,
         layout,
@@ -103,26 +104,21 @@ def _describe(
         decided["normalize"] = [shift, scale]
         info = replace(info, mean=[shift] * info.channels, std=[1 / scale] * info.channels)
     if data.whitening != 1:
-        decided["whitening"] = data.whitening
-        info = replace(info, std=_partly_whitened(info.std, data.whitening))
+        decided["whitening"] = w = data.whitening
+        # Divisors std^w, times the factor that leaves the normalised channels a mean square of 1.
+        factor = math.sqrt(sum(s ** (2 - 2 * w) for s in info.std) / len(info.std))
+        info = replace(info, std=[factor * s**w for s in info.std])
     if decided:
         parts = json.dumps([info.fingerprint, decided], sort_keys=True)
         info = replace(info, fingerprint=hashlib.sha256(parts.encode()).hexdigest()[:16])
     return info
 
 
-def _partly_whitened(std: list[float], whitening: float) -> list[float]:
-    """Divisors std^w, times the factor that leaves the normalised channels a mean square of 1."""
-    factor = math.sqrt(sum(s ** (2 - 2 * whitening) for s in std) / len(std))
-    return [factor * s**whitening for s in std]
-
-
 def _pooled(moments: list[tuple[list[float], list[float]]], weights: list[float]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel of several data sets drawn from by weight."""
     share = [weight / sum(weights) for weight in weights]
     means, stds = [], []
-    for channel in range(len(moments[0][0])):
-        pairs = [(mean[channel], std[channel]) for mean, std in moments]
+    for pairs in zip(*(zip(*both, strict=True) for both in moments), strict=True):  # of each channel
         mean = sum(w * m for w, (m, _) in zip(share, pairs, strict=True))
         square = sum(w * (s * s + m * m) for w, (m, s) in zip(share, pairs, strict=True))
         means.append(mean)

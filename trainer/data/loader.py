@@ -4,16 +4,16 @@ Shapes: B samples, C x H x W latent, L text tokens, D text width.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from trainer.config import TrainConfig, require
-from trainer.data.latents.samples import Batch, LatentDataset, Sample, pad_text
+from trainer.data.latents.samples import Batch, LatentDataset, pad_text
 from trainer.data.position import DataState, MicroBatch, micro_batches
 from trainer.encoders.protocols import TextEncoder
 from trainer.randomness import sample_generator
@@ -79,11 +79,14 @@ def load_batches(
     )
     read = partial(read_batch, dataset, caption_dropout=config.data.caption_dropout, seed=config.seed)
     if dataset.online_encoder is not None:  # in this process, where the GPU is; workers read meanwhile
-        online = partial(encode_captions, dataset.online_encoder)
-        finish = partial(pad_batch, max_tokens=dataset.info.max_tokens)
-        return map(then, map(finish, map(online, _run(read, positions, config.data.num_workers))))
-    whole = partial(_read_and_pad, read, then, dataset.info.max_tokens)
-    return _run(whole, positions, config.data.num_workers)
+        return (then(finish_batch(dataset, raw)) for raw in _run(read, positions, config.data.num_workers))
+    return _run(partial(_whole, dataset, read, then), positions, config.data.num_workers)
+
+
+def _whole(
+    dataset: LatentDataset, read: Callable[[MicroBatch], RawBatch], then: Callable[[Batch], T], micro: MicroBatch
+) -> T:
+    return then(finish_batch(dataset, read(micro)))
 
 
 def _run(make: Callable[[MicroBatch], T], positions: Iterator[MicroBatch], num_workers: int) -> Iterator[T]:
@@ -92,7 +95,7 @@ def _run(make: Callable[[MicroBatch], T], positions: Iterator[MicroBatch], num_w
         return map(make, positions)
     loader = DataLoader(
         _Reader(make),
-        sampler=_Positions(positions),
+        sampler=positions,
         batch_size=None,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),  # calls a batch's own `pin_memory`; one without passes as it is
@@ -111,55 +114,39 @@ class _Reader(Dataset[object]):
         return self.make(item)
 
 
-class _Positions(Sampler[MicroBatch]):
-    """The keys: micro-batches in order, for ever."""
-
-    def __init__(self, positions: Iterator[MicroBatch]) -> None:
-        self.positions = positions
-
-    def __iter__(self) -> Iterator[MicroBatch]:
-        return self.positions
-
-
 def read_batch(dataset: LatentDataset, micro: MicroBatch, *, caption_dropout: float, seed: int) -> RawBatch:
     """Read and normalise one micro-batch; draw its latents and drop captions by (seed, global sample index)."""
     info = dataset.info
     latents, texts = [], []
     for number, index in zip(micro.samples, micro.indices, strict=True):
         sample = dataset.read(number)
+        latent = sample.latent
+        if sample.latent_std is not None:  # draw from the distribution
+            noise = torch.randn(latent.shape, generator=sample_generator(seed, index, "posterior"))
+            latent = latent + sample.latent_std * noise
         dropped = float(torch.rand((), generator=sample_generator(seed, index, "caption"))) < caption_dropout
-        latents.append(_drawn(sample, seed, index))
+        latents.append(latent)
         texts.append(dataset.empty_text if dropped else sample.text)
     latent_BCHW = (torch.stack(latents) - info.mean_C.view(1, -1, 1, 1)) / info.std_C.view(1, -1, 1, 1)
     return RawBatch(latent_BCHW=latent_BCHW, texts=texts, index_B=torch.tensor(micro.indices))
-
-
-def _drawn(sample: Sample, seed: int, index: int) -> Tensor:
-    """The latent, or a draw from its distribution where the standard deviation is stored."""
-    if sample.latent_std is None:
-        return sample.latent
-    noise = torch.randn(sample.latent.shape, generator=sample_generator(seed, index, "posterior"))
-    return sample.latent + sample.latent_std * noise
 
 
 def encode_captions(encoder: TextEncoder, raw: RawBatch) -> RawBatch:
     """Encode the captions of a micro-batch, each distinct one once."""
     captions = sorted({str(text) for text in raw.texts})
     features = dict(zip(captions, encoder.encode(captions), strict=True))
-    texts: list[Tensor | str] = [features[str(text)] for text in raw.texts]
-    return RawBatch(latent_BCHW=raw.latent_BCHW, texts=texts, index_B=raw.index_B)
+    return replace(raw, texts=[features[str(text)] for text in raw.texts])
 
 
-def pad_batch(raw: RawBatch, *, max_tokens: int) -> Batch:
-    """Pad encoded text to [B, max_tokens, D]; what is stored in fp16 stays so, for it is most of a batch's bytes."""
+def finish_batch(dataset: LatentDataset, raw: RawBatch) -> Batch:
+    """Encode captions that are stored as text, and pad to [B, max_tokens, D].
+
+    What is stored in fp16 stays so, for it is most of a batch's bytes.
+    """
+    if dataset.online_encoder is not None:
+        raw = encode_captions(dataset.online_encoder, raw)
     texts = [text for text in raw.texts if isinstance(text, Tensor)]
     assert len(texts) == len(raw.texts), "captions have to be encoded first"
     halves = all(text.dtype == torch.float16 for text in texts)
-    text_BLD, mask_BL = pad_text(texts, max_tokens, torch.float16 if halves else torch.float32)
+    text_BLD, mask_BL = pad_text(texts, dataset.info.max_tokens, torch.float16 if halves else torch.float32)
     return Batch(latent_BCHW=raw.latent_BCHW, text_BLD=text_BLD, text_mask_BL=mask_BL, index_B=raw.index_B)
-
-
-def _read_and_pad(
-    read: Callable[[MicroBatch], RawBatch], then: Callable[[Batch], T], max_tokens: int, micro: MicroBatch
-) -> T:
-    return then(pad_batch(read(micro), max_tokens=max_tokens))

@@ -16,7 +16,7 @@ resumes exactly on any number of processes. A few groups and blocks are in memor
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +27,6 @@ Ints = NDArray[np.int64]
 _KEPT = 3  # groups or blocks in memory at a time
 # Numbers of random streams beside those of groups of shards, which count from 0: no two draws share one.
 _BLOCK_SEQUENCE, _WITHIN_BLOCK = 1 << 30, 1 << 31
-
-
-class Order(Protocol):
-    """Position in an epoch -> sample number."""
-
-    def __getitem__(self, position: int) -> int: ...
 
 
 def _generator(seed: int, epoch: int, group: int, stream: int = 0) -> np.random.Generator:
@@ -68,19 +62,18 @@ class EpochOrder:
         self.groups = [order[i : i + group_size] for i in range(0, len(order), group_size)]
         sizes = np.add.reduceat(stream.sizes[order], range(0, len(order), group_size))
         self.ends: list[int] = np.cumsum(sizes).tolist()
-        self.cache: dict[int, Ints] = {}
+        self.drawn = lru_cache(_KEPT)(self._draw)
 
     def __getitem__(self, position: int) -> int:
         number = bisect_right(self.ends, position)  # of the group that holds the position
-        if number not in self.cache:  # draw the whole group: its neighbours are asked for next
-            if len(self.cache) >= _KEPT:
-                self.cache.pop(next(iter(self.cache)))
-            starts, sizes = self.stream.starts, self.stream.sizes
-            members = [np.arange(starts[s], starts[s] + sizes[s]) for s in self.groups[number]]
-            generator = _generator(*self.key, number + 1, self.stream.number)
-            self.cache[number] = generator.permutation(np.concatenate(members))
         start = self.ends[number - 1] if number else 0
-        return int(self.cache[number][position - start])
+        return int(self.drawn(number)[position - start])
+
+    def _draw(self, number: int) -> Ints:
+        """A whole group, for the neighbours of a sample are asked for next."""
+        starts, sizes = self.stream.starts, self.stream.sizes
+        members = [np.arange(starts[s], starts[s] + sizes[s]) for s in self.groups[number]]
+        return _generator(*self.key, number + 1, self.stream.number).permutation(np.concatenate(members))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +99,10 @@ class SampleLayout:
         """Samples of an epoch."""
         return self.buckets[0][0].size if self.block == 0 else self.block * sum(self.num_blocks)
 
-    def order(self, seed: int, epoch: int, group_size: int) -> Order:
-        """The order of an epoch."""
+    def order(self, seed: int, epoch: int, group_size: int) -> "EpochOrder | BlockOrder":
+        """The order of an epoch: position -> sample number."""
         if self.block == 0:
-            (stream,) = self.buckets[0]
-            return EpochOrder(stream, seed, epoch, group_size)
+            return EpochOrder(self.buckets[0][0], seed, epoch, group_size)
         return BlockOrder(self, seed, epoch, group_size)
 
 
@@ -125,7 +117,7 @@ class BlockOrder:
         for bucket, count in enumerate(layout.num_blocks):
             self.turn[self.bucket_of == bucket] = np.arange(count)
         self.orders: dict[tuple[int, int], EpochOrder] = {}
-        self.mixed: dict[int, Ints] = {}
+        self.mixed = lru_cache(_KEPT)(self._mix)
 
     def __getitem__(self, position: int) -> int:
         block, row = divmod(position, self.layout.block)
@@ -135,7 +127,7 @@ class BlockOrder:
             return self._order(streams[0], self.epoch)[turn * self.layout.block + row]
         # Of the block's samples the first `quota` are of the first data set, and so on. The shuffle spreads them over
         # the block, so that every global batch has about the shares of the mix.
-        slot = int(self._shuffle(block)[row])
+        slot = int(self.mixed(block)[row])
         for stream in streams:
             if slot < stream.quota:
                 break
@@ -146,13 +138,9 @@ class BlockOrder:
         epoch, place = divmod(blocks_before * stream.quota + slot, stream.size)
         return self._order(stream, epoch)[place]
 
-    def _shuffle(self, block: int) -> Ints:
+    def _mix(self, block: int) -> Ints:
         """A random order of the samples of a block, which mixes its data sets."""
-        if block not in self.mixed:
-            if len(self.mixed) >= _KEPT:
-                self.mixed.pop(next(iter(self.mixed)))
-            self.mixed[block] = _generator(self.seed, self.epoch, _WITHIN_BLOCK + block).permutation(self.layout.block)
-        return self.mixed[block]
+        return _generator(self.seed, self.epoch, _WITHIN_BLOCK + block).permutation(self.layout.block)
 
     def _order(self, stream: Stream, epoch: int) -> EpochOrder:
         key = (stream.number, epoch)
@@ -201,15 +189,12 @@ def build_layout(
                 "data.small_buckets=drop to leave such buckets out, or encode with fewer data.buckets",
             )
             continue
-        # Stream 0 is that of a data set without blocks.
-        numbers = {d: int(1 + d * (int(bucket_s.max()) + 1) + bucket) for d in found}
-        streams.append(
-            [
-                Stream(number=numbers[d], sizes=size_s[members[d]], starts=start_s[members[d]], quota=quota)
-                for d, quota in _quotas(part, block).items()
-            ]
-        )
         counts.append(count)
+        streams.append([])
+        for d, quota in _quotas(part, block).items():
+            number = int(1 + d * (int(bucket_s.max()) + 1) + bucket)  # stream 0 is that of a data set without blocks
+            sizes_of, starts_of = size_s[members[d]], start_s[members[d]]
+            streams[-1].append(Stream(number=number, sizes=sizes_of, starts=starts_of, quota=quota))
     require(bool(streams), f"no bucket has the {block} samples of data.bucket_block: lower it")
     return SampleLayout(buckets=streams, num_blocks=counts, block=block), unused
 

@@ -74,10 +74,10 @@ def micro_batches(
     the same whatever the numbers of ranks and steps, if their product is.
     """
     size, global_batch_size = layout.size, micro_batch_size * num_micro_batches * world_size
-    order, epoch = None, -1
+    epoch = -1
     while True:
         start = state.start_of_batch(size, global_batch_size)
-        if order is None or start.epoch != epoch:
+        if start.epoch != epoch:
             epoch = start.epoch
             order = layout.order(state.seed, epoch, group_size)
         for a in range(num_micro_batches):

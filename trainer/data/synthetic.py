@@ -8,8 +8,7 @@ from trainer.data.order import SampleLayout
 from trainer.encoders.protocols import TextEncoder
 from trainer.randomness import keyed_generator
 
-NUM_SAMPLES, NUM_SHARDS = 64, 4
-TEXT_DIM, MAX_TOKENS = 32, 8
+NUM_SAMPLES, TEXT_DIM, MAX_TOKENS = 64, 32, 8
 
 
 class SyntheticDataset:
@@ -19,7 +18,7 @@ class SyntheticDataset:
 
     def __init__(self, image_size: int, seed: int) -> None:
         self.seed, self.image_size = seed, image_size
-        self.layout = SampleLayout.of_shards([NUM_SAMPLES // NUM_SHARDS] * NUM_SHARDS)
+        self.layout = SampleLayout.of_shards([NUM_SAMPLES // 4] * 4)
         self.empty_text: Tensor | str = torch.zeros(1, TEXT_DIM)
         self.info = LatentInfo(
             channels=3,

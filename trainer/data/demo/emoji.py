@@ -59,11 +59,10 @@ def _drawing(name: str) -> Image.Image:
     ink = canvas.getbbox()
     if ink is None:
         raise RuntimeError(f"the OpenMoji font draws nothing for {EMOJI_NAMES[name]}")
-    cropped = canvas.crop(ink)
-    side = max(cropped.size)
-    square = Image.new("RGBA", (side, side))
-    square.paste(cropped, ((side - cropped.width) // 2, (side - cropped.height) // 2))
-    return square
+    left, top, right, bottom = ink
+    side = max(right - left, bottom - top)
+    left, top = left - (side - (right - left)) // 2, top - (side - (bottom - top)) // 2
+    return canvas.crop((left, top, left + side, top + side))
 
 
 @lru_cache(maxsize=1024)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from trainer.config import require, run_cli
 from trainer.data.demo.emoji import ATTRIBUTION
 from trainer.data.demo.scenes import Scene, render, training_scene
-from trainer.files import replacing
+from trainer.files import replacing, write_text
 
 FORMAT_VERSION = 1
 
@@ -43,7 +43,9 @@ def _write_shard(folder: Path, shard: int, scenes: list[Scene], image_size: int)
     rows = []
     with replacing(folder / f"{stem}.tar") as temporary, tarfile.open(temporary, "w") as tar:
         for position, scene in enumerate(scenes):
-            png = _png(scene, image_size)
+            buffer = io.BytesIO()
+            Image.fromarray(render(scene, image_size)).save(buffer, "png")
+            png = buffer.getvalue()
             row = _metadata(f"{stem}{position:04d}", scene, image_size, png)
             rows.append(row)
             _add(tar, f"{row['key']}.png", png)
@@ -58,14 +60,7 @@ def _write_shard(folder: Path, shard: int, scenes: list[Scene], image_size: int)
         "failed_to_resize": 0,
         "status_dict": {"success": len(scenes)},
     }
-    with replacing(folder / f"{stem}_stats.json") as temporary:
-        temporary.write_text(json.dumps(stats, indent=4))
-
-
-def _png(scene: Scene, image_size: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(render(scene, image_size)).save(buffer, "png")
-    return buffer.getvalue()
+    write_text(folder / f"{stem}_stats.json", json.dumps(stats, indent=4))
 
 
 def _metadata(key: str, scene: Scene, image_size: int, png: bytes) -> dict[str, Any]:

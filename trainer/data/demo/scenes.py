@@ -7,10 +7,11 @@ pure function of (seed, index).
 
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import combinations, permutations, product
+from itertools import chain, combinations, permutations, product
 from typing import Any
 
 import numpy as np
@@ -95,33 +96,23 @@ class Scene:
 
 @dataclass(frozen=True)
 class _Content:
-    """What a scene says, without its layout. One colour, or one per object in color_attr."""
+    """What a scene says, without its layout: name and colour of each object."""
 
     names: tuple[str, ...]
     colors: tuple[str, ...]
-    count: int = 1
     relation: str = ""
-
-    def object_colors(self) -> set[tuple[str, str]]:
-        if len(self.colors) > 1:
-            return set(zip(self.names, self.colors, strict=True))
-        return {(name, self.colors[0]) for name in self.names}
 
 
 def _choose_held_out(candidates: list[tuple[str, str]]) -> frozenset[tuple[str, str]]:
     """A seeded fifth of the candidate pairs, spread so that no word has many more than its share."""
     random.Random("held out").shuffle(candidates)
     wanted = round(_HELD_OUT_SHARE * len(candidates))
-    total: dict[str, int] = {}
-    for word in (word for pair in candidates for word in pair):
-        total[word] = total.get(word, 0) + 1
-    used = dict.fromkeys(total, 0)
+    total, used = Counter(chain.from_iterable(candidates)), Counter[str]()
     chosen: list[tuple[str, str]] = []
     for pair in candidates:
         if len(chosen) < wanted and all(used[w] <= _HELD_OUT_SHARE * total[w] for w in pair):
             chosen.append(pair)
-            for word in pair:
-                used[word] += 1
+            used.update(pair)
     return frozenset(chosen)
 
 
@@ -131,23 +122,22 @@ HELD_OUT_PAIRS = _choose_held_out(list(combinations(OBJECTS, 2)))  # (object, ob
 
 def _held_out_parts(content: _Content) -> tuple[bool, bool]:
     """Whether an object-colour pair and whether an object-object pair of it is held out."""
-    pair = tuple(sorted(content.names))
-    return bool(content.object_colors() & HELD_OUT_COLORS), pair in HELD_OUT_PAIRS
+    colors = zip(content.names, content.colors, strict=True)
+    return not HELD_OUT_COLORS.isdisjoint(colors), tuple(sorted(content.names)) in HELD_OUT_PAIRS
 
 
 def _all_contents(category: str) -> Iterator[_Content]:
     """Every content a category can have, held out or not."""
-    if category in ("single_object", "colors"):
-        yield from (_Content((name,), (color,)) for name, color in product(OBJECTS, COLORS))
-    elif category == "counting":
-        for name, color, count in product(OBJECTS, COLORS, range(1, len(NUMBER_WORDS) + 1)):
-            yield _Content((name,), (color,), count)
-    elif category == "color_attr":
-        yield from (_Content(n, c, 2) for n, c in product(permutations(OBJECTS, 2), permutations(COLORS, 2)))
-    else:
+    if category == "color_attr":
+        yield from (_Content(n, c) for n, c in product(permutations(OBJECTS, 2), permutations(COLORS, 2)))
+    elif category in ("two_object", "position"):
         relations = RELATIONS if category == "position" else ("",)
         for names, color, relation in product(permutations(OBJECTS, 2), COLORS, relations):
-            yield _Content(names, (color,), 2, relation)
+            yield _Content(names, (color, color), relation)
+    else:
+        counts = range(1, len(NUMBER_WORDS) + 1) if category == "counting" else (1,)
+        for name, color, count in product(OBJECTS, COLORS, counts):
+            yield _Content((name,) * count, (color,) * count)
 
 
 @lru_cache(maxsize=2 * len(CATEGORIES))
@@ -171,8 +161,8 @@ def _caption(category: str, content: _Content) -> str:
         tiles = zip(names, content.colors, strict=True)
         return " and ".join(f"{_article(name)} on {_article(tile)} tile" for name, tile in tiles)
     if category == "counting":
-        suffix = "" if content.count == 1 else "es" if names[0].endswith("sh") else "s"
-        what = f"{NUMBER_WORDS[content.count - 1]} {names[0]}{suffix}"
+        suffix = "" if len(names) == 1 else "es" if names[0].endswith("sh") else "s"
+        what = f"{NUMBER_WORDS[len(names) - 1]} {names[0]}{suffix}"
     else:
         what = f" {content.relation or 'and'} ".join(map(_article, names))
     return f"{what} on {_article(color)} background"
@@ -181,11 +171,10 @@ def _caption(category: str, content: _Content) -> str:
 def _pair_centres(relation: str, rng: random.Random) -> list[tuple[float, float]]:
     """Centres of two objects, the first standing in `relation` to the second."""
     near = _MIDDLE + rng.uniform(-0.1, 0.1), _MIDDLE + rng.uniform(-0.1, 0.1)
-    if relation in ("left of", "right of"):
-        centres = [(_LOW, near[0]), (_HIGH, near[1])]
-    else:
-        centres = [(near[0], _LOW), (near[1], _HIGH)]
-    return centres if relation in ("left of", "above") else centres[::-1]
+    centres = [(_LOW, near[0]), (_HIGH, near[1])]
+    if relation in ("above", "below"):
+        centres = [(x, y) for y, x in centres]
+    return centres if relation in _READING_ORDER else centres[::-1]
 
 
 def _layout(category: str, content: _Content, rng: random.Random) -> list[tuple[float, float, float]]:
@@ -193,9 +182,9 @@ def _layout(category: str, content: _Content, rng: random.Random) -> list[tuple[
     if category in ("single_object", "colors"):
         centres, size, jitter = [(_MIDDLE, _MIDDLE)], rng.uniform(*_SINGLE_SIZES), 0.06
     elif category == "counting":
-        size, jitter = _COUNT_SIZES[content.count], 0.02
-        centres = rng.sample(_CORNERS, content.count)
-        if content.count == 1:
+        count = len(content.names)
+        size, jitter, centres = _COUNT_SIZES[count], 0.02, rng.sample(_CORNERS, count)
+        if count == 1:
             centres, jitter = [(_MIDDLE, _MIDDLE)], 0.15
     elif category == "color_attr":
         centres, size, jitter = [(0.25, _MIDDLE), (0.75, _MIDDLE)], _TILE_OBJECT_SIZE, 0.02
@@ -215,11 +204,9 @@ def _snap(x: float, y: float, size: float) -> tuple[float, float, float]:
 
 def _build(category: str, content: _Content, rng: random.Random) -> Scene:
     places = [_snap(*place) for place in _layout(category, content, rng)]
-    names = content.names * (content.count if category == "counting" else 1)
-    colors = content.colors if category == "color_attr" else content.colors * len(places)
     objects = tuple(
         SceneObject(name=name, x=x, y=y, size=size, background=color)
-        for name, color, (x, y, size) in zip(names, colors, places, strict=True)
+        for name, color, (x, y, size) in zip(content.names, content.colors, places, strict=True)
     )
     return Scene(
         category=category,

@@ -1,5 +1,6 @@
 """A folder of latent shards as dataset.json describes it, checked against the settings of a run."""
 
+import hashlib
 import json
 import os
 import re
@@ -8,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
 from trainer.data.latents.format import DATASET_NAME, READABLE_VERSIONS, SETTINGS, encoding_fingerprint, is_signed
-from trainer.data.latents.shard_dataset import read_empty_text
 from trainer.data.latents.shard_file import DamagedShardError, ShardEntry, ShardFile
 from trainer.encoders.protocols import ImageCodec, TextEncoder
 from trainer.errors import ConfigError, require
 from trainer.settings.data import DataConfig
 
-MAX_OPENED = 256  # shards opened to be checked before a run; the others when they are first read
+_MAX_OPENED = 256  # shards opened to be checked before a run; the others when they are first read
 _ENCODE = "python -m trainer.data.encode"
 Buckets = list[tuple[int, int]]
 
@@ -49,10 +51,28 @@ class LatentFolder:
         """The empty caption's tokens [n, D]; "" where captions are encoded while training."""
         if self.empty_text is None:
             return ""
+        path = self.path / self.empty_text
         try:
-            return read_empty_text(self.path / self.empty_text, self.info["text_dim"], self.empty_sha256)
-        except DamagedShardError as error:
-            raise ConfigError(f"data.latents={self.path}: {error}") from error
+            content = path.read_bytes()
+            tokens = load(content)["text"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ConfigError(f"data.latents={self.path}: {DamagedShardError(path, 'cannot be read')}") from error
+        same = self.empty_sha256 is None or hashlib.sha256(content).hexdigest() == self.empty_sha256
+        damage = DamagedShardError(path, "is not the empty caption of this data set")
+        require(
+            same and tokens.dim() == 2 and tokens.shape[1] == self.info["text_dim"],
+            f"data.latents={self.path}: {damage}",
+        )
+        return tokens
+
+    def spread(self, count: int) -> list[int]:
+        """The numbers of up to `count` shards, evenly spread."""
+        numbers: list[int] = np.unique(np.linspace(0, len(self.shards) - 1, count).astype(int)).tolist()
+        return numbers
+
+    def open(self, number: int) -> ShardFile:
+        """A shard; DamagedShardError if it is not what the folder says."""
+        return ShardFile(self.path / self.shards[number].file, self.shards[number], self.fingerprint)
 
 
 def read_dataset_file(folder: Path) -> LatentFolder:
@@ -109,15 +129,15 @@ def check_settings(found: LatentFolder, data: DataConfig, codec: ImageCodec, tex
     )
 
 
-def check_shards(found: LatentFolder, max_opened: int = MAX_OPENED) -> None:
+def check_shards(found: LatentFolder) -> None:
     """Refuse a folder with shards that are missing or, among those opened, damaged or of another data set."""
     present, names = set(os.listdir(found.path)), [shard.file for shard in found.shards]
     missing = next((name for name in names if name not in present), None)
     require(missing is None, f"data.latents={found.path}: shard {missing} is missing: run {_ENCODE} again")
     twice = len(set(names)) != len(names) or not names
     require(not twice, f"{found.path / DATASET_NAME} names a shard twice, or none: run {_ENCODE} again")
-    for number in np.unique(np.linspace(0, len(names) - 1, max_opened).astype(int)):
+    for number in found.spread(_MAX_OPENED):
         try:
-            ShardFile(found.path / names[number], found.shards[number], found.fingerprint).close()
+            found.open(number).close()
         except DamagedShardError as error:
             raise ConfigError(f"data.latents={found.path}: shard {error}") from error

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, closing
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from trainer.data.images.contact_sheet import Figure
 from trainer.data.latents.dataset_file import LatentFolder
-from trainer.data.latents.shard_file import DamagedShardError, ShardFile
+from trainer.data.latents.shard_file import DamagedShardError
 from trainer.encoders.protocols import ImageCodec
 from trainer.errors import ConfigError
 
@@ -36,39 +36,32 @@ def _samples(folder: LatentFolder, number: int) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: delete it and run python -m trainer.data.encode again") from error
 
 
-def _open(folder: LatentFolder, number: int) -> ShardFile:
-    return ShardFile(folder.path / folder.shards[number].file, folder.shards[number], folder.fingerprint)
+def _caption_lines(folder: LatentFolder) -> list[str]:
+    """Lengths of the captions, one a sample: characters and, if stored encoded, tokens."""
+    numbers, num_distinct = folder.spread(_MAX_READ), 0
+    characters: list[int] = []
+    tokens: list[int] = []
+    for number in numbers:
+        captions = _samples(folder, number)["captions"]
+        num_distinct += len(captions)
+        with closing(folder.open(number)) as shard:
+            characters += [len(captions[i]) for i in shard.caption_id]
+            tokens += np.diff(shard.text_offset)[shard.caption_id].tolist()
+    part = "" if len(numbers) == len(folder.shards) else f" (in {len(numbers)} of the shards)"
+    lines = [
+        f"captions{part}: {num_distinct} distinct within their shard, of {len(characters)}",
+        f"  characters, least / median / most: {_three(characters)}",
+    ]
+    if folder.empty_text:
+        lines.append(f"  tokens, least / median / most: {_three(tokens)}, padded to {folder.info['max_tokens']}")
+    return lines
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Captions:
-    """Lengths of the captions in the shards that were read, one a sample: characters and, if stored encoded, tokens."""
-
-    num_shards: int
-    num_distinct: int
-    characters: list[int]
-    tokens: list[int]
-
-
-def _read_captions(folder: LatentFolder) -> _Captions:
-    found = _Captions(num_shards=0, num_distinct=0, characters=[], tokens=[])
-    for number in np.unique(np.linspace(0, len(folder.shards) - 1, _MAX_READ).astype(int)).tolist():
-        shard, captions = _open(folder, number), _samples(folder, number)["captions"]
-        lengths = np.diff(shard.text_offset)
-        found.characters.extend(len(captions[i]) for i in shard.caption_id)
-        found.tokens.extend(lengths[shard.caption_id].tolist() if folder.empty_text else [])
-        found = replace(found, num_shards=found.num_shards + 1, num_distinct=found.num_distinct + len(captions))
-        shard.close()
-    return found
-
-
-def bucket_table(folder: LatentFolder, factor: int, block: int) -> list[str]:
+def _bucket_table(folder: LatentFolder, factor: int, block: int) -> list[str]:
     """One line per bucket: sizes, samples, and what blocks of `block` samples leave out of an epoch."""
-    samples: dict[int, int] = defaultdict(int)
-    shards: dict[int, int] = defaultdict(int)
+    shards, samples = Counter(entry.bucket for entry in folder.shards), Counter[int]()
     for entry in folder.shards:
         samples[entry.bucket] += entry.num_samples
-        shards[entry.bucket] += 1
     lines = [f"{'picture':>12} {'latent':>10} {'samples':>12} {'share':>7} {'shards':>8} {'left out':>9}"]
     for number, (height, width) in enumerate(folder.buckets):
         count = samples[number]
@@ -82,10 +75,9 @@ def bucket_table(folder: LatentFolder, factor: int, block: int) -> list[str]:
 
 def describe(folder: LatentFolder, factor: int, block: int) -> str:
     """What is printed about a folder of latents."""
-    info, captions = folder.info, _read_captions(folder)
+    info = folder.info
     size = sum(entry.size for entry in folder.shards)
     text = info["text_encoder"] if folder.empty_text else "online, captions are stored"
-    part = "" if captions.num_shards == len(folder.shards) else f" (in {captions.num_shards} of the shards)"
     lines = [
         f"{folder.num_samples} samples in {len(folder.shards)} shards, {size / 1e9:.3f} GB, "
         f"{size / folder.num_samples / 1e3:.1f} kB a sample",
@@ -93,12 +85,8 @@ def describe(folder: LatentFolder, factor: int, block: int) -> str:
         f"fingerprint {folder.fingerprint}",
         "mean    " + " ".join(f"{value:8.4f}" for value in info["mean"]),
         "std     " + " ".join(f"{value:8.4f}" for value in info["std"]),
-        f"captions{part}: {captions.num_distinct} distinct within their shard, of {len(captions.characters)}",
-        f"  characters, least / median / most: {_three(captions.characters)}",
     ]
-    if captions.tokens:
-        lines.append(f"  tokens, least / median / most: {_three(captions.tokens)}, padded to {info['max_tokens']}")
-    return "\n".join([*lines, *bucket_table(folder, factor, block)])
+    return "\n".join([*lines, *_caption_lines(folder), *_bucket_table(folder, factor, block)])
 
 
 def verify(folder: LatentFolder) -> list[str]:
@@ -106,7 +94,7 @@ def verify(folder: LatentFolder) -> list[str]:
     damaged = []
     for number, entry in enumerate(tqdm(folder.shards, desc="verify", unit="shard", disable=None)):
         try:
-            _open(folder, number).close()
+            folder.open(number).close()
             with (folder.path / entry.file).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
                     damaged.append(f"{folder.path / entry.file} has another hash")
@@ -134,11 +122,13 @@ def draw_samples(folder: LatentFolder, codec: ImageCodec, count: int, seed: int)
 
 def _decode(folder: LatentFolder, codec: ImageCodec, places: list[tuple[int, int]]) -> list[Figure]:
     """Samples of one bucket, as (shard, row)."""
-    files = {shard: _open(folder, shard) for shard, _ in places}
+    with ExitStack() as stack:
+        files = {shard: stack.enter_context(closing(folder.open(shard))) for shard in {shard for shard, _ in places}}
+        latents = [files[shard].read(row).latent for shard, row in places]
     lists = {shard: _samples(folder, shard) for shard in files}
-    rgb = codec.decode(torch.stack([files[shard].read(row).latent for shard, row in places])).clamp(-1, 1)
+    rgb = codec.decode(torch.stack(latents)).clamp(-1, 1)
     pictures = ((rgb + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    figures = [
+    return [
         Figure(
             picture=picture,
             caption=lists[shard]["captions"][int(files[shard].caption_id[row])],
@@ -146,6 +136,3 @@ def _decode(folder: LatentFolder, codec: ImageCodec, places: list[tuple[int, int
         )
         for (shard, row), picture in zip(places, pictures, strict=True)
     ]
-    for file in files.values():
-        file.close()
-    return figures

@@ -1,17 +1,14 @@
 """The samples of latent shards by number; a few files are open at a time."""
 
-import hashlib
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
 from trainer.data.latents.samples import LatentInfo, Sample
-from trainer.data.latents.shard_file import DamagedShardError, ShardEntry, ShardFile
+from trainer.data.latents.shard_file import ShardEntry, ShardFile
 from trainer.data.latents.staging import Stage
 from trainer.data.order import SampleLayout
 from trainer.encoders.protocols import TextEncoder
@@ -52,10 +49,8 @@ class ShardDataset:
             if len(self.open_files) >= _MAX_OPEN_FILES:
                 self.open_files.pop(next(iter(self.open_files))).close()
             path, entry = self.shards[number]
-            if self.stage is None:
-                file = ShardFile(path, entry, self.fingerprint)
-            else:
-                file = ShardFile(self.stage.fetch(path, entry), entry, self.fingerprint, copy_of=path)
+            copy = self.stage.fetch(path, entry) if self.stage else path
+            file = ShardFile(copy, entry, self.fingerprint, copy_of=path if self.stage else None)
         self.open_files[number] = file
         return file
 
@@ -63,16 +58,3 @@ class ShardDataset:
         """One sample; DamagedShardError names file and key."""
         number = bisect_right(self.first, sample) - 1
         return self._shard(number).read(sample - self.first[number])
-
-
-def read_empty_text(path: Path, dim: int, sha256: str | None) -> Tensor:
-    """Stored tokens [n, dim] of the empty caption; DamagedShardError if the file is not as it was written."""
-    try:
-        content = path.read_bytes()
-        tokens = load(content)["text"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise DamagedShardError(path, "cannot be read") from error
-    same = sha256 is None or hashlib.sha256(content).hexdigest() == sha256
-    if not same or tokens.dim() != 2 or tokens.shape[1] != dim:
-        raise DamagedShardError(path, "is not the empty caption of this data set")
-    return tokens

@@ -18,7 +18,7 @@ from trainer.data.latents.format import INDEX_TENSORS, check_of, index_digest
 from trainer.data.latents.samples import Sample
 from trainer.formats.safetensors_header import TensorPlace, read_header
 
-# Name of a tensor -> its dtype in the safetensors format, and what numpy calls that.
+# Name of a tensor -> its dtype in the safetensors format; and what numpy calls those of the index.
 _DTYPES = {
     "latent": "F16",
     "latent_std": "F16",
@@ -29,12 +29,7 @@ _DTYPES = {
     "latent_check": "I64",
     "text_check": "I64",
 }
-_NUMPY: dict[str, np.dtype[Any]] = {
-    "F16": np.dtype("<f2"),
-    "U8": np.dtype("u1"),
-    "I32": np.dtype("<i4"),
-    "I64": np.dtype("<i8"),
-}
+_NUMPY = {"I32": "<i4", "I64": "<i8"}
 
 
 class DamagedShardError(RuntimeError):
@@ -119,12 +114,8 @@ class ShardFile:
     def _check_offsets(self) -> None:
         """Captions lie one after the other and each sample has one."""
         offset, caption_id, count = self.text_offset, self.caption_id, self.entry.num_samples
-        whole = (
-            len(offset) > 0
-            and offset[0] == 0
-            and offset[-1] == self.text.shape[0]
-            and bool((np.diff(offset) >= 0).all())
-        )
+        ends = len(offset) > 0 and offset[0] == 0 and offset[-1] == self.text.shape[0]
+        whole = ends and bool((np.diff(offset) >= 0).all())
         inside = count == 0 or (caption_id.min() >= 0 and caption_id.max() < len(offset) - 1)
         if not whole or not inside or (self.text_check is not None and len(self.text_check) != len(offset) - 1):
             raise self._damage("has captions that do not fit together")
@@ -156,8 +147,8 @@ class ShardFile:
             raise self._damage(f"has a damaged caption of sample {self.key(row)}")
         shape = self.places["latent"].shape[1:]
         return Sample(
-            latent=_float(latent, shape),
-            latent_std=None if std is None else _float(std, shape),
+            latent=_half(latent, shape).float(),  # by torch: ten times faster than numpy
+            latent_std=None if std is None else _half(std, shape).float(),
             text=text.decode() if self.text.dtype == "U8" else _half(text, (-1, self.text.shape[1])),
         )
 
@@ -178,8 +169,3 @@ def _half(content: bytearray, shape: tuple[int, ...]) -> Tensor:
     if not content:
         return torch.zeros(0, *shape[1:], dtype=torch.float16)
     return torch.frombuffer(content, dtype=torch.float16).view(shape)
-
-
-def _float(content: bytearray, shape: tuple[int, ...]) -> Tensor:
-    """fp32 values; torch converts fp16 ten times faster than numpy."""
-    return _half(content, shape).float()

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from trainer.encoders.protocols import ImageCodec, TextEncoder
 from trainer.files import remove_leftovers, replacing, write_json
 from trainer.formats.safetensors_header import read_header
 
+Float64s = NDArray[np.float64]
 BATCH_SIZE = 64  # pictures through the codec at a time
 MAX_SHARD_BYTES = 1 << 29  # about; the samples of a tar that need more go to several shards
 _CAPTION_BATCH = 256
@@ -77,7 +79,7 @@ def read_picture(content: bytes, row: IndexRow, height: int, width: int) -> Tens
 
 
 def picture_batches(
-    folder: Path, rows: Sequence[IndexRow], height: int, width: int, num_threads: int, batch_size: int = BATCH_SIZE
+    folder: Path, rows: Sequence[IndexRow], height: int, width: int, num_threads: int
 ) -> Iterator[Tensor]:
     """The pictures of samples of one tar, in order: uint8 [B, height, width, 3], decoded ahead by threads."""
     if not rows:
@@ -90,48 +92,34 @@ def picture_batches(
         # Batches in the queue are being decoded while the one given out is encoded. More than two ahead would only
         # hold more pictures in memory: the slower of the two sides sets the pace.
         ahead: deque[list[Future[Tensor]]] = deque()
-        for start in range(0, len(rows), batch_size):
-            ahead.append([pool.submit(picture, row) for row in rows[start : start + batch_size]])
+        for start in range(0, len(rows), BATCH_SIZE):
+            ahead.append([pool.submit(picture, row) for row in rows[start : start + BATCH_SIZE]])
             if len(ahead) > _BATCHES_AHEAD:
                 yield torch.stack([future.result() for future in ahead.popleft()])
         for batch in ahead:
             yield torch.stack([future.result() for future in batch])
 
 
-@dataclass(kw_only=True)
-class _Latents:
-    """Latents of a shard, fp16 as they are stored, and their sums per channel in fp64."""
-
-    mean: list[Tensor]
-    std: list[Tensor]
-    sums: Tensor
-    square_sums: Tensor
-
-    def add(self, mean: Tensor, std: Tensor | None) -> None:
-        self.mean.append(mean.cpu().half().contiguous())
-        self.sums += _channel_sums(self.mean[-1].double())
-        self.square_sums += _channel_sums(self.mean[-1].double().square())
-        if std is not None:
-            self.std.append(std.cpu().half().contiguous())
-            self.square_sums += _channel_sums(self.std[-1].double().square())
-
-
-def _channel_sums(x_BCHW: Tensor) -> Tensor:
-    """Sums per channel, added by numpy: torch would add in an order that depends on the number of threads."""
-    return torch.from_numpy(x_BCHW.numpy().sum((0, 2, 3)))
-
-
 @torch.no_grad()
-def _latents(encoder: Encoder, rows: Sequence[IndexRow], height: int, width: int) -> _Latents:
-    zeros = torch.zeros(encoder.codec.channels, dtype=torch.float64)
-    found = _Latents(mean=[], std=[], sums=zeros, square_sums=zeros.clone())
+def _latents(
+    encoder: Encoder, rows: Sequence[IndexRow], height: int, width: int
+) -> tuple[list[Tensor], list[Tensor], Float64s, Float64s]:
+    """Latents and their standard deviations as they are stored; sums and sums of squares per channel."""
+    means, stds = [], []
+    sums, square_sums = np.zeros((2, encoder.codec.channels))
     for pictures in picture_batches(encoder.images, rows, height, width, encoder.num_threads):
-        rgb_BCHW = pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
-        mean, std = encoder.codec.posterior(rgb_BCHW)
-        found.add(mean, std if encoder.data.latent_std else None)
-    if not bool(found.square_sums.isfinite().all()):
+        mean, std = encoder.codec.posterior(pictures.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        means.append(mean.cpu().half().contiguous())
+        # Added by numpy: torch would add in an order that depends on the number of threads.
+        values = means[-1].double().numpy()
+        sums += values.sum((0, 2, 3))
+        square_sums += np.square(values).sum((0, 2, 3))
+        if std is not None and encoder.data.latent_std:
+            stds.append(std.cpu().half().contiguous())
+            square_sums += np.square(stds[-1].double().numpy()).sum((0, 2, 3))
+    if not np.isfinite(square_sums).all():
         raise RuntimeError(f"data.codec={encoder.data.codec} gave latents that do not fit into fp16")
-    return found
+    return means, stds, sums, square_sums
 
 
 def _texts(encoder: Encoder, captions: list[str]) -> list[Tensor]:
@@ -161,10 +149,9 @@ def pack_shard(
         "text_offset": torch.tensor([0, *(len(text) for text in texts)]).cumsum(0),
         "text_check": torch.tensor([check_of(_bytes(text)) for text in texts]),
     }
-    parts = [tensors["latent"]]
     if stds:
         tensors["latent_std"] = torch.cat(list(stds))
-        parts.append(tensors["latent_std"])
+    parts = [tensors[name] for name in ("latent", "latent_std") if name in tensors]
     tensors["latent_check"] = torch.tensor([check_of(*map(_bytes, row)) for row in zip(*parts, strict=True)])
     return tensors
 
@@ -188,8 +175,9 @@ def write_shard(encoder: Encoder, name: str, rows: Sequence[IndexRow], height: i
     # Each distinct caption is encoded and stored once, in sorted order: the bytes depend on the samples alone.
     captions = sorted({row.caption for row in rows})
     number = {caption: i for i, caption in enumerate(captions)}
-    texts, latents = _texts(encoder, captions), _latents(encoder, rows, height, width)
-    tensors = pack_shard(latents.mean, latents.std, texts, [number[row.caption] for row in rows])
+    texts = _texts(encoder, captions)
+    means, stds, sums, square_sums = _latents(encoder, rows, height, width)
+    tensors = pack_shard(means, stds, texts, [number[row.caption] for row in rows])
     path = encoder.latents / f"{name}.safetensors"
     hashes = save_shard(path, tensors, encoder.fingerprint)
     # People and the inspector read this list; training needs only the shard, so keys and captions stay out of it.
@@ -206,7 +194,7 @@ def write_shard(encoder: Encoder, name: str, rows: Sequence[IndexRow], height: i
         "num_captions": len(captions),
         "max_tokens": max(len(text) for text in texts) if encoder.text_encoder else 0,
         "latent_shape": list(tensors["latent"].shape[1:]),
-        "latent_sum": latents.sums.tolist(),
-        "latent_square_sum": latents.square_sums.tolist(),
+        "latent_sum": sums.tolist(),
+        "latent_square_sum": square_sums.tolist(),
         **hashes,
     }
