@@ -1,6 +1,5 @@
 """Decisions of the batch scripts: verdicts, bad nodes, the time budget."""
 
-import json
 import os
 import signal
 import subprocess
@@ -158,12 +157,8 @@ def test_each_cause_has_its_limit_and_the_earliest_counts() -> None:
 
 
 def test_what_scripts_ask_does_not_import_torch(tmp_path: Path) -> None:
-    """Answers are wanted within a grace time; and where a run is needs no more than its newest state.json."""
-    checkpoint(tmp_path, 7)
-    content = {"step": 7, "config": {"train": {"stop_at_step": None, "max_steps": 9}}}
-    (checkpoint_dir(tmp_path, 7) / "state.json").write_text(json.dumps(content))
+    """Answers are wanted within a grace time."""
     for arguments, said in (
-        (["state", str(tmp_path)], "7 9\n"),
         (["verdict", str(tmp_path), "--outcome", str(tmp_path / "none"), "--job", "1"], "again\n"),
         (["exclude", str(tmp_path), "--available", "a,b", "--needed", "1"], "\n"),
     ):

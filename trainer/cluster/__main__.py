@@ -1,22 +1,21 @@
 """What the batch scripts in slurm/ ask about a run: `python -m trainer.cluster COMMAND ...`.
 
-    verdict RUN --outcome FILE ...                 after a start: print done, again or fail; the reason goes to stderr
+    verdict RUN --outcome FILE ...                 after a start: print done, again or fail; the reason goes to stderr;
+                                                   exit code 1 with fail, 2 if what failed is the user's to mend
     exclude RUN --available NODE,... --needed N    print the nodes to leave out of the next start, with commas
     report RUN --facts FILE                        remember the nodes that trainer.doctor found bad
-    state RUN                                      print the newest checkpoint's step and the last step of the run
 
 None imports torch: the answers are wanted within the grace time of a preemption. What a script asks before a start is
 `python -m trainer.doctor --only-config`.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from trainer.cluster import bad_nodes
 from trainer.cluster.outcome import Outcome
-from trainer.cluster.verdict import last_words, newest_step, settle, silent_nodes
+from trainer.cluster.verdict import last_words, settle, silent_nodes
 
 SILENT_HOURS = 1.0
 
@@ -33,6 +32,8 @@ def verdict(args: argparse.Namespace) -> None:
         for node in silent:  # Slurm may need minutes to notice
             bad_nodes.add(args.run, node, "fell silent", SILENT_HOURS)
     print(found.action)
+    if found.action == "fail":
+        sys.exit(2 if outcome is not None and outcome.kind == "refused" else 1)
 
 
 def exclude(args: argparse.Namespace) -> None:
@@ -47,22 +48,13 @@ def report(args: argparse.Namespace) -> None:
         bad_nodes.add(args.run, node, reason, args.hours)
 
 
-def state(args: argparse.Namespace) -> None:
-    """Print how far a run has come; -1 -1 without a checkpoint."""
-    newest = newest_step(args.run)
-    if newest < 0:
-        print(-1, -1)
-        return
-    saved = json.loads((args.run / "checkpoints" / f"step_{newest:08d}" / "state.json").read_text())
-    print(saved["step"], saved["config"]["train"]["stop_at_step"] or saved["config"]["train"]["max_steps"])
-
-
-def _parser() -> argparse.ArgumentParser:
+def main(argv: list[str] | None = None) -> None:
+    """Command line of the batch scripts."""
     parser = argparse.ArgumentParser(
         prog="trainer.cluster", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    for command in (verdict, exclude, report, state):
+    for command in (verdict, exclude, report):
         sub = commands.add_parser(command.__name__)
         sub.set_defaults(action=command)
         sub.add_argument("run", type=Path)
@@ -77,12 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         if command is report:
             sub.add_argument("--facts", type=Path, required=True)
             sub.add_argument("--hours", type=float, default=24.0)
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line of the batch scripts."""
-    args = _parser().parse_args(argv)
+    args = parser.parse_args(argv)
     args.action(args)
 
 

@@ -22,11 +22,8 @@ def excluded(run_dir: Path, available: Sequence[str], needed: int) -> list[str]:
 
     Then the oldest findings are dropped until `needed` nodes remain: a job that cannot start helps nobody.
     """
-    path = run_dir / FILE_NAME
-    if not path.exists():
-        return []
-    newest: dict[str, float] = {}
-    for line in path.read_text().splitlines():
+    path, newest = run_dir / FILE_NAME, dict[str, float]()
+    for line in path.read_text().splitlines() if path.exists() else ():
         node, until, *_ = line.split(maxsplit=2)
         newest[node] = max(newest.get(node, 0.0), float(until))
     bad = sorted((node for node, until in newest.items() if until > time.time()), key=lambda node: newest[node])

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from trainer.files import read_records
+
 VARIABLE = "TRAIN_INCIDENTS"
 
 
@@ -63,9 +65,4 @@ def recording(rank: int) -> Iterator[None]:
 
 def read_incidents(log: Path) -> list[Incident]:
     """What the process that wrote `log` recorded, oldest first."""
-    found = []
-    with suppress(FileNotFoundError):
-        for line in log.with_suffix(".jsonl").read_text(errors="replace").splitlines():
-            with suppress(json.JSONDecodeError):  # the last line, of a process killed while it wrote it
-                found.append(Incident(**json.loads(line)))
-    return found
+    return [Incident(**record) for record in read_records(log.with_suffix(".jsonl"))]

@@ -14,7 +14,7 @@ from typing import Literal
 
 from trainer.cluster.incidents import recording
 from trainer.errors import ConfigError
-from trainer.files import replacing
+from trainer.files import write_json
 
 VARIABLE = "TRAIN_OUTCOME"
 Kind = Literal["finished", "stopped", "refused", "failed"]
@@ -27,11 +27,6 @@ class Outcome:
     kind: Kind
     step: int = -1
     reason: str = ""
-
-    def write(self, path: Path) -> None:
-        """Write it whole."""
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Outcome | None":
@@ -52,7 +47,7 @@ class Recorder:
     def record(self, outcome: Outcome) -> None:
         """Write the outcome, or do nothing."""
         if self.path is not None:
-            outcome.write(self.path)
+            write_json(self.path, asdict(outcome))
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -16,26 +16,17 @@ preemption.
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from trainer.cluster.incidents import read_incidents
 from trainer.cluster.outcome import Outcome
-from trainer.files import replacing
+from trainer.files import write_json
 
 FILE_NAME = "failures.json"
 LIMIT, LIMIT_TOLD = 2, 5
 _CHECKPOINT = re.compile(r"step_(\d{8,})")  # trainer/checkpoint/folder.py
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failures:
-    """Failures of one job in a row at one checkpoint; `step` is -1 before the first."""
-
-    job: str
-    step: int
-    count: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,42 +43,29 @@ def newest_step(run_dir: Path) -> int:
     return max((int(name[1]) for name in names if name), default=-1)
 
 
-def read_failures(run_dir: Path, job: str, step: int) -> Failures:
-    """The failures of this job at this checkpoint so far."""
-    try:
-        found = Failures(**json.loads((run_dir / FILE_NAME).read_text()))
-    except FileNotFoundError:
-        return Failures(job=job, step=step, count=0)
-    return found if (found.job, found.step) == (job, step) else Failures(job=job, step=step, count=0)
-
-
-def judge(outcome: Outcome | None, failures: Failures, *, told: bool) -> tuple[Verdict, Failures | None]:
-    """The verdict, and the failures counted now (None: it was no failure).
+def settle(run_dir: Path, outcome: Outcome | None, *, job: str, told: bool) -> Verdict:
+    """The verdict on a start of a job; a failure is counted in the run folder.
 
     `told`: the job was asked to stop, or lost a node; neither need be the program's fault.
     """
-    if outcome is not None and outcome.kind == "finished":
-        return Verdict(action="done", sentence=f"finished at step {outcome.step}"), None
-    if outcome is not None and outcome.kind == "refused":
-        return Verdict(action="fail", sentence=outcome.reason), None
-    if outcome is not None and outcome.kind == "stopped":
-        return Verdict(action="again", sentence=f"stopped and saved at step {outcome.step}"), None
-    counted = Failures(job=failures.job, step=failures.step, count=failures.count + 1)
+    match outcome:
+        case Outcome(kind="finished"):
+            return Verdict(action="done", sentence=f"finished at step {outcome.step}")
+        case Outcome(kind="refused"):
+            return Verdict(action="fail", sentence=outcome.reason)
+        case Outcome(kind="stopped"):
+            return Verdict(action="again", sentence=f"stopped and saved at step {outcome.step}")
+    path, step, count = run_dir / FILE_NAME, newest_step(run_dir), 1  # step is -1 before the first checkpoint
+    if path.exists():
+        before = json.loads(path.read_text())
+        count += before["count"] if (before["job"], before["step"]) == (job, step) else 0
+    write_json(path, {"job": job, "step": step, "count": count})
     what = f"failed ({outcome.reason})" if outcome is not None else "died"
-    where = f"at the checkpoint of step {counted.step}" if counted.step >= 0 else "before the first checkpoint"
+    where = f"at the checkpoint of step {step}" if step >= 0 else "before the first checkpoint"
     limit = LIMIT_TOLD if told else LIMIT
-    if counted.count >= limit:
-        return Verdict(action="fail", sentence=f"{what} {counted.count} times in a row {where}: giving up"), counted
-    return Verdict(action="again", sentence=f"{what} {where}: try {counted.count + 1} of {limit} is next"), counted
-
-
-def settle(run_dir: Path, outcome: Outcome | None, *, job: str, told: bool) -> Verdict:
-    """The verdict on a start of a job, with its failures counted in the run folder."""
-    verdict, counted = judge(outcome, read_failures(run_dir, job, newest_step(run_dir)), told=told)
-    if counted is not None:
-        with replacing(run_dir / FILE_NAME) as temporary:
-            temporary.write_text(json.dumps(asdict(counted)) + "\n")
-    return verdict
+    if count >= limit:
+        return Verdict(action="fail", sentence=f"{what} {count} times in a row {where}: giving up")
+    return Verdict(action="again", sentence=f"{what} {where}: try {count + 1} of {limit} is next")
 
 
 def silent_nodes(logs: list[Path]) -> list[str]:
@@ -104,8 +82,7 @@ def last_words(logs: list[Path], most: int = 8) -> list[str]:
     """
     recorded, silent = [], []
     for log in logs:
-        incidents = read_incidents(log)
-        if incidents:
+        if incidents := read_incidents(log):
             lost = [incident for incident in incidents if incident.kind == "lost_peer"]
             sentence = " ".join((lost or incidents)[-1].sentence.split())  # an error may have many lines
             recorded.append(f"{log}: {sentence[:300]}")
