@@ -13,20 +13,6 @@ from trainer.config import ConfigError, TrainConfig, require
 REPOSITORY = Path(__file__).parent.parent.parent
 
 
-def _yaml_values(config: TrainConfig, world_size: int) -> dict[str, tuple[str, Any]]:
-    """DeepSpeed key -> (the YAML setting it comes from, the value)."""
-    return {
-        "train_micro_batch_size_per_gpu": ("train.micro_batch_size", config.train.micro_batch_size),
-        "gradient_accumulation_steps": ("train.gradient_accumulation_steps", config.train.gradient_accumulation_steps),
-        "train_batch_size": (
-            "train.micro_batch_size * train.gradient_accumulation_steps * processes",
-            config.global_batch_size(world_size),
-        ),
-        "gradient_clipping": ("optim.max_grad_norm", config.optim.max_grad_norm),
-        "bf16.enabled": ("train.precision", config.train.precision == "bf16"),
-    }
-
-
 def _read_json(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON file, relative to the working folder or to the repository."""
     candidates = [Path(path), REPOSITORY / path]
@@ -45,7 +31,15 @@ def load_deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any
     """The resolved DeepSpeed configuration; ConfigError on conflicts, leftovers and unsupported stages."""
     path = config.parallel.deepspeed_config
     content = _read_json(path)
-    for key, (setting, value) in _yaml_values(config, world_size).items():
+    loop = config.train
+    batch_settings = "train.micro_batch_size * train.gradient_accumulation_steps * processes"
+    for key, setting, value in (
+        ("train_micro_batch_size_per_gpu", "train.micro_batch_size", loop.micro_batch_size),
+        ("gradient_accumulation_steps", "train.gradient_accumulation_steps", loop.gradient_accumulation_steps),
+        ("train_batch_size", batch_settings, config.global_batch_size(world_size)),
+        ("gradient_clipping", "optim.max_grad_norm", config.optim.max_grad_norm),
+        ("bf16.enabled", "train.precision", loop.precision == "bf16"),
+    ):
         section, _, leaf = key.rpartition(".")
         owner = content.setdefault(section, {}) if section else content
         given = owner.get(leaf, "auto")
@@ -83,8 +77,7 @@ def _check_offload(path: str, content: dict[str, Any]) -> None:
 
 def _check_guard(path: str, content: dict[str, Any]) -> None:
     """Refuse what would blind the guard against non-finite steps (trainer/loop/step.py), or skip steps by itself."""
-    switches = (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm"))
-    for section, leaf in switches:
+    for section, leaf in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
         require(
             content.get(section, {}).get(leaf, True) is True,
             f"{path}: {section}.{leaf} is off, but non-finite steps are skipped by what it computes: remove it",

@@ -63,10 +63,12 @@ def adapt(
         config = replace(config, parallel=replace(config.parallel, ep_size=ep_size))
     if saved_batch is None or config.global_batch_size(world_size) == saved_batch:
         return config, notes
+    sharing = divisors(saved_batch)
+    nearest = [d for d in sharing if d < world_size][-1:] + [d for d in sharing if d > world_size][:1]
     require(
-        saved_batch % world_size == 0,
+        world_size in sharing,
         f"parallel.elastic: {world_size} processes cannot share the run's global batch of {saved_batch}: start "
-        f"{' or '.join(map(str, _neighbours(saved_batch, world_size)))} of them",
+        f"{' or '.join(map(str, nearest))} of them",
     )
     pool = (config.moe.group_size or loop.micro_batch_size) if config.moe.every else 1
     split = split_share(saved_batch // world_size, loop.micro_batch_size, pool)
@@ -84,10 +86,3 @@ def adapt(
     )
     loop = replace(loop, micro_batch_size=micro, gradient_accumulation_steps=steps)
     return replace(config, train=loop), notes
-
-
-def _neighbours(batch: int, world_size: int) -> list[int]:
-    """The numbers of processes next to `world_size` that divide the batch."""
-    below = [d for d in divisors(batch) if d < world_size]
-    above = [d for d in divisors(batch) if d > world_size]
-    return below[-1:] + above[:1]

@@ -57,12 +57,12 @@ def gather_in_one_order(model: nn.Module) -> None:
     DeepSpeed 0.19.8 hands over a set. Where it holds parameters of two process groups (a block's experts and its rest),
     the groups' collectives would start in an order of each rank's own, which NCCL does not allow.
     """
+
+    def gather_sorted(gather: Callable[..., Any], params: Iterable[Any], **options: Any) -> Any:
+        return gather(sorted(params, key=lambda parameter: parameter.ds_id), **options)
+
     for parameter in model.parameters():
-        parameter.all_gather_coalesced = partial(_gather_sorted, parameter.all_gather_coalesced)  # type: ignore[attr-defined]
-
-
-def _gather_sorted(gather: Callable[..., Any], params: Iterable[Any], **options: Any) -> Any:
-    return gather(sorted(params, key=lambda parameter: parameter.ds_id), **options)
+        parameter.all_gather_coalesced = partial(gather_sorted, parameter.all_gather_coalesced)  # type: ignore[attr-defined]
 
 
 def _import_muon_uncompiled() -> None:

@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from moe.layer import set_capacity_factor
 from trainer.checkpoint.folder import list_checkpoints, newest_whole
@@ -224,19 +223,17 @@ class Trainer:
     def _draw_grid(self) -> None:
         """Draw with the average in place of the weights. If they cannot be brought back, nothing is saved."""
         start = time.perf_counter()
-        picture: Tensor | None = None
-        failure: Exception | None = None
+        failed: Exception | None = None
         try:
             with self._unsound(), self.ema.swapped(self.engine):
                 try:
                     picture = self.grid.draw(self.engine)
                 except Exception as error:  # held back: bringing the weights back is collective work, too
-                    failure = error
+                    failed = error
                     self._regroup(error)
         finally:
-            if failure is not None:
-                raise failure
-        assert picture is not None
+            if failed is not None:
+                raise failed
         with self.held.held():
             if self.checked.world.is_main:
                 self.grid.save(picture, Path(self.config.run_dir), self.state.step)
@@ -270,9 +267,8 @@ class Trainer:
         """After an error: a last checkpoint if the state is sound and every rank gets here. `error` stays the error."""
         step, limit = self.state.step, self.config.train.emergency_save_seconds
         logger.error("rank %d failed after step %d: %r", self.checked.world.rank, step, error)
-        record_incident(
-            failure(self.checked.world.rank, error)
-        )  # now: the launcher may end this process during the save
+        # Now: the launcher may end this process during the save.
+        record_incident(failure(self.checked.world.rank, error))
         try:
             with time_limit(limit):
                 self.saver.finish(required=True)  # copies of an earlier step, sound whatever happened since

@@ -1,12 +1,19 @@
-"""What a run reports while it trains: loss, speed, utilisation and router statistics, every `train.log_every` steps."""
+"""What a run reports while it trains: loss, speed, utilisation and router statistics, every `train.log_every` steps.
 
+To `metrics.jsonl`, TensorBoard, the log and a progress bar.
+"""
+
+import json
 import math
 import resource
+import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from moe.routing import RoutingStats
 from trainer.config import TrainConfig
@@ -15,12 +22,12 @@ from trainer.diffusion.model import ModelShape
 from trainer.distributed import World
 from trainer.settings.tokens import num_image_tokens, num_kept_tokens
 from trainer.telemetry.flops import peak_tflops, training_flops
-from trainer.telemetry.metrics import MetricsLog
+from trainer.telemetry.metrics import logger, truncate_metrics
 from trainer.telemetry.routing_metrics import router_histograms, router_metrics, vector_size
 
 
 class Reporter:
-    """Writes on the main process, does nothing on the others.
+    """Writes on the main process, each line on its way to the file before the call returns; nothing on the others.
 
     | metric               | meaning                                                                       |
     |----------------------|-------------------------------------------------------------------------------|
@@ -40,9 +47,17 @@ class Reporter:
         self.layers = [i for i in range(config.model.num_layers) if config.moe.has_moe(i)]
         self.device, self.save_seconds = device, 0.0
         self.start, self.step = time.perf_counter(), step
-        self.log: MetricsLog | None = None
-        if world.is_main:
-            self.log = MetricsLog(Path(config.run_dir), start_step=step, max_steps=config.train.max_steps)
+        self.is_main, self.run_dir = world.is_main, Path(config.run_dir)
+        if self.is_main:
+            total, hidden = config.train.max_steps, not sys.stderr.isatty()
+            self.bar = tqdm(total=total, initial=step, disable=hidden, unit="step")
+            self._open(step)
+
+    def _open(self, step: int) -> None:
+        """Open the files, to go on as if nothing had been written after `step`."""
+        truncate_metrics(self.run_dir / "metrics.jsonl", step)
+        self.file = (self.run_dir / "metrics.jsonl").open("a", buffering=1)
+        self.tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
 
     def report(
         self, step: int, *, loss: float, norm: float | Tensor | None, rate: float, epoch: int, bad_steps: int,
@@ -56,7 +71,7 @@ class Reporter:
         now = time.perf_counter()
         speed = (step - self.step) * self.config.global_batch_size(self.world_size) / (now - self.start)
         self.start, self.step = now, step
-        if self.log is None:
+        if not self.is_main:
             return
         # Masking may end in the middle of an interval; the last step stands for it. Steps are counted from 0 there.
         tflops = speed * self._flops_per_image(step - 1) / self.world_size / 1e12
@@ -74,8 +89,19 @@ class Reporter:
         self.save_seconds = 0.0
         if self.peak is not None:
             values["mfu"] = tflops / self.peak
-        self.log.write(step, values | times | router_metrics(router, self.layers))
-        self.log.write_histograms(step, router_histograms(stats, self.layers))
+        self._write(step, values | times | router_metrics(router, self.layers))
+        for name, distribution in router_histograms(stats, self.layers).items():
+            self.tensorboard.add_histogram(name, distribution, step)
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.tensorboard.add_scalar(name, value, step)
+        logger.info(
+            "step %d/%d  loss %.6f  grad_norm %.4f  lr %.2e  %.1f images/s",
+            step, self.config.train.max_steps, values["loss"], values["grad_norm"], values["learning_rate"],
+            values["images_per_second"],
+        )  # fmt: skip
 
     def _flops_per_image(self, step: int) -> int:
         """Forward and backward pass of one image in optimizer step number `step`, with the tokens that it keeps."""
@@ -96,8 +122,8 @@ class Reporter:
 
     def advance(self) -> None:
         """One step is done."""
-        if self.log is not None:
-            self.log.advance()
+        if self.is_main:
+            self.bar.update()
 
     def pause(self, seconds: float, *, save: bool = False) -> None:
         """Take time that was no training out of the interval."""
@@ -107,15 +133,22 @@ class Reporter:
     def rewind(self, step: int) -> None:
         """Go on as if nothing had been reported after `step`."""
         self.start, self.step = time.perf_counter(), step
-        if self.log is not None:
-            self.log.rewind(step)
+        if self.is_main:
+            self._close_files()
+            self._open(step)
+            self.bar.n = step
+            self.bar.refresh()
 
     def add_image(self, step: int, picture_HWC: Tensor) -> None:
-        """Show a sample grid in TensorBoard."""
-        if self.log is not None:
-            self.log.add_image(step, picture_HWC)
+        """Show a sample grid in TensorBoard; main process only."""
+        self.tensorboard.add_image("samples", picture_HWC, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close all files."""
-        if self.log is not None:
-            self.log.close()
+        if self.is_main:
+            self.bar.close()
+            self._close_files()
+
+    def _close_files(self) -> None:
+        self.tensorboard.close()
+        self.file.close()

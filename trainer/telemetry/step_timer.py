@@ -16,7 +16,7 @@ timer: nothing is hooked into the model then.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -65,34 +65,34 @@ class StepTimer:
         if not wanted:
             yield
             return
-        undo = [*self._watch_layers(engine.module), *self._watch_gathers(engine)]
-        self.seconds, self.active = {}, True
-        try:
-            yield
-        finally:
-            self.active = False
-            for restore in undo:
-                restore()
+        with ExitStack() as hooks:
+            for owner, name, value in [*self._watch_layers(engine.module), *self._watch_gathers(engine)]:
+                hooks.enter_context(_replaced(owner, name, value))
+            self.seconds, self.active = {}, True
+            try:
+                yield
+            finally:
+                self.active = False
 
     def take(self) -> dict[str, float]:
         """`time/SECTION` in seconds, once; empty if nothing was measured since."""
         taken, self.seconds = self.seconds, {}
         return {f"time/{name}": value for name, value in taken.items()}
 
-    def _watch_layers(self, model: torch.nn.Module) -> Iterator[Callable[[], None]]:
+    def _watch_layers(self, model: torch.nn.Module) -> Iterator[tuple[Any, str, object]]:
         for layer in [module for module in model.modules() if isinstance(module, MoeLayer)]:
-            yield _replace(layer.experts, "forward", self._timed("experts", layer.experts.forward))
+            yield layer.experts, "forward", self._timed("experts", layer.experts.forward)
             if isinstance(layer.group, ExpertGroup):
                 exchange = self._timed("all_to_all", layer.group.exchange)
-                yield _replace(layer, "group", replace(layer.group, exchange=exchange))
+                yield layer, "group", replace(layer.group, exchange=exchange)
 
-    def _watch_gathers(self, engine: Any) -> Iterator[Callable[[], None]]:
+    def _watch_gathers(self, engine: Any) -> Iterator[tuple[Any, str, object]]:
         """DeepSpeed 0.19.8's coordinator of ZeRO-3; a version without it gives no `gather` section."""
         offload = getattr(engine.optimizer, "parameter_offload", None)
         coordinator = offload.get_param_coordinator() if offload is not None else None
         fetch = getattr(coordinator, "fetch_sub_module", None)
         if fetch is not None:
-            yield _replace(coordinator, "fetch_sub_module", self._timed("gather", fetch))
+            yield coordinator, "fetch_sub_module", self._timed("gather", fetch)
 
     def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -102,16 +102,15 @@ class StepTimer:
         return run
 
 
-def _replace(owner: Any, name: str, value: object) -> Callable[[], None]:
-    """Set an attribute of an object; returns what puts back the old one, the class's included."""
-    own = vars(owner)
-    old, had = own.get(name), name in own
+@contextmanager
+def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
+    """Inside, an attribute of an object is `value`; afterwards the old one is back, the class's included."""
+    own = dict(vars(owner))
     setattr(owner, name, value)
-
-    def restore() -> None:
-        if had:
-            setattr(owner, name, old)
+    try:
+        yield
+    finally:
+        if name in own:
+            setattr(owner, name, own[name])
         else:
             delattr(owner, name)
-
-    return restore
