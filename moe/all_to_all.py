@@ -51,10 +51,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 def largest(value: int, group: ExpertGroup | None, device: torch.device) -> int:
-    """The largest `value` among the ranks of the group. Synchronises the host: only for routers without equal splits.
-
-    Each rank sends its value to all: an exchange that the group has already.
-    """
+    """The largest `value` of the ranks of the group. Synchronises the host: only for routers without equal splits."""
     if group is None or group.size == 1:
         return value
     mine = torch.full((group.size,), value, dtype=torch.int64, device=device)

@@ -13,9 +13,6 @@ _GROUP = re.compile(r"group\(([1-9]\d*)\)")
 class MoeConfig:
     """Mixture-of-experts settings, shared by every MoE block of a model.
 
-    What is checked here holds for every router; what one router alone cannot do it refuses itself
-    (`moe.routers.registry.build_router`), when a run's settings are read and when a layer is built.
-
     | `router`        | who chooses                                                                              |
     |-----------------|------------------------------------------------------------------------------------------|
     | `expert_choice` | each expert its top `capacity` tokens (EC-DIT, arXiv 2410.02098, equation 6)             |
@@ -64,17 +61,16 @@ class MoeConfig:
     auxiliary_weight: float = 0.01
     """Weight of the router's own loss in the model's, where it has one; 0 or more."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # what holds for every router; a router refuses the rest when it is built
         if self.num_experts < 1:
             raise ValueError(f"moe.num_experts is {self.num_experts}: use 1 or more")
         if self.every < 0:
             raise ValueError(f"moe.every is {self.every}: use 0 (dense) or the distance of MoE blocks")
         if self.pool not in ("image", "batch") and not _GROUP.fullmatch(self.pool):
             raise ValueError(f"moe.pool is {self.pool}: use image, batch or group(n) with a number of images n")
-        if self.num_shared_experts < 0:
-            raise ValueError(f"moe.num_shared_experts is {self.num_shared_experts}: use 0 or more")
-        if self.auxiliary_weight < 0:
-            raise ValueError(f"moe.auxiliary_weight is {self.auxiliary_weight}: use 0 or more")
+        for name in ("num_shared_experts", "auxiliary_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"moe.{name} is {getattr(self, name)}: use 0 or more")
         if not self.gate_scale > 0:
             raise ValueError(f"moe.gate_scale is {self.gate_scale}: use more than 0")
         if self.gate == "identity" and self.normalize_gates:
@@ -82,9 +78,6 @@ class MoeConfig:
                 "moe.gate=identity has negative gates, whose sum moe.normalize_gates=true would divide by: "
                 "use moe.gate=softmax or sigmoid"
             )
-        self._check_factors()
-
-    def _check_factors(self) -> None:
         if not 0 < self.capacity_factor <= self.num_experts:
             raise ValueError(
                 f"moe.capacity_factor is {self.capacity_factor}: a token can be taken by more than 0 "

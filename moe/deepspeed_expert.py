@@ -51,24 +51,16 @@ check_protocol()
 
 
 def build_expert_group(ep_size: int) -> ExpertGroup | None:
-    """Create (once per size) the process groups of expert parallelism and return this rank's.
-
-    Collective over all ranks; deepspeed.comm must be initialised and the world size divisible by
-    `ep_size`. None for `ep_size` 1: then nothing of this file is used.
-    """
+    """This rank's process group of expert parallelism, None for `ep_size` 1; collective, makes them once per size."""
     if ep_size == 1:
         return None
     groups._create_expert_and_data_parallel(expert_parallel_size_=ep_size)
-    process_group = groups._get_expert_parallel_group(_group_name(ep_size))
+    process_group = groups._get_expert_parallel_group(f"{_PREFIX}{ep_size}")
 
     def exchange(output: Tensor, tensor: Tensor) -> None:
         deepspeed.comm.all_to_all_single(output, tensor, group=process_group)
 
     return ExpertGroup(size=ep_size, rank=deepspeed.comm.get_rank(group=process_group), exchange=exchange)
-
-
-def _group_name(ep_size: int) -> str:
-    return f"{_PREFIX}{ep_size}"
 
 
 class _ExpertParallelMark(AutoEPMoELayer):  # type: ignore[misc]
@@ -90,7 +82,7 @@ class ExpertParallelMoe(MoeLayer, _ExpertParallelMark):
 
 def _expert_tagger(ep_size: int) -> Callable[[nn.Parameter], None]:
     """A function that attaches what DeepSpeed reads from an expert parameter (see the table above)."""
-    name = _group_name(ep_size)
+    name = f"{_PREFIX}{ep_size}"
     attributes = {
         "allreduce": False,
         "group_name": name,

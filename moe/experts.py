@@ -66,11 +66,7 @@ class Experts(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear maps with GELU between: what one expert is, as a module of its own.
-
-    The dense FFN, the shared expert that sees every token (as in Nucleus-Image; not expert parallel), and the
-    text projection.
-    """
+    """Two linear maps with GELU between: dense FFN, shared expert (not expert parallel) and text projection."""
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
         super().__init__()

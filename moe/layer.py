@@ -1,8 +1,7 @@
 """The MoE layer: router, dispatch, all-to-all, experts, all-to-all, combine.
 
-This file knows nothing of DeepSpeed: without a group all experts are local, and under ZeRO the layer is
-a plain module. `moe.deepspeed_expert` adds what DeepSpeed needs for expert parallelism. Nor does it know any router by
-name: `moe.routers` has them, a file each.
+Without a group all experts are local, and under ZeRO the layer is a plain module; `moe.deepspeed_expert` adds what
+DeepSpeed needs for expert parallelism.
 
 Shapes: B images (in routing: pools of images), S tokens, D width, E experts, e local experts, C rows of an expert,
 N = B * C.
@@ -24,12 +23,7 @@ from moe.routing import ChoiceMemory, RoutingStats, affinity_of, gated, no_stats
 
 
 class MoeLayer(nn.Module):
-    """Drop-in for a transformer's MLP: a router chooses tokens, experts compute, gates weigh (EC-DIT algorithm 1).
-
-    A router with equal splits gives every expert equally many rows (where it needs to, filled up with rows of gate 0):
-    no exchange of counts, memory that does not depend on the data. Others fill up every expert to the fullest one of
-    the group, and pay for it with a host synchronisation per layer and rows that count for nothing.
-    """
+    """Drop-in for a transformer's MLP: a router chooses tokens, experts compute, gates weigh (EC-DIT algorithm 1)."""
 
     def __init__(
         self,
@@ -44,13 +38,12 @@ class MoeLayer(nn.Module):
         self.config = config
         self.group = group
         self.num_experts = config.num_experts
-        self.ep_size = group.size if group else 1
-        self.num_local_experts = config.num_experts // self.ep_size
+        num_local_experts = config.num_experts // (group.size if group else 1)
         self.capacity_factor = config.factor_at(0)  # in training; the trainer moves it along the schedule
         self.collects_statistics = True  # the trainer asks for them in steps that it reports
         self.strategy = build_router(config)
         self.router = RouterLinear(dim, config.num_experts, reads_time=config.router_input == "unmodulated")
-        self.experts = Experts(self.num_local_experts, dim, hidden_dim, tag)
+        self.experts = Experts(num_local_experts, dim, hidden_dim, tag)
         self.shared = Mlp(dim, config.num_shared_experts * hidden_dim, dim) if config.num_shared_experts else None
         learned = self.strategy.learned_modules(dim)
         for name, module in learned.items():

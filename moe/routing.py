@@ -23,6 +23,7 @@ class Routing:
     valid_BEC: Tensor | None = None
 
 
+@dataclass
 class ChoiceMemory:
     """Keeps the chosen tokens of one forward pass for its recomputation (activation checkpointing).
 
@@ -30,9 +31,8 @@ class ChoiceMemory:
     shapes stay equal, so a changed choice would go unnoticed and give wrong gradients.
     """
 
-    def __init__(self) -> None:
-        self.index_BEC: Tensor | None = None
-        self.valid_BEC: Tensor | None = None
+    index_BEC: Tensor | None = None
+    valid_BEC: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,32 +18,19 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moe.config import MoeConfig
+from moe.config import MoeConfig as MoeConfig
 from moe.routers.registry import build_router
-from trainer.errors import ConfigError, require
-from trainer.settings.data import DataConfig
-from trainer.settings.model import DiffusionConfig, ModelConfig, SampleConfig
-from trainer.settings.training import EmaConfig, OptimConfig, ParallelConfig, TrainLoopConfig
+from trainer.errors import ConfigError as ConfigError
+from trainer.errors import require as require
+from trainer.settings.data import DataConfig as DataConfig
+from trainer.settings.model import DiffusionConfig as DiffusionConfig
+from trainer.settings.model import ModelConfig as ModelConfig
+from trainer.settings.model import SampleConfig as SampleConfig
+from trainer.settings.training import EmaConfig as EmaConfig
+from trainer.settings.training import OptimConfig as OptimConfig
+from trainer.settings.training import ParallelConfig as ParallelConfig
+from trainer.settings.training import TrainLoopConfig as TrainLoopConfig
 
-__all__ = [
-    "ConfigError",
-    "DataConfig",
-    "DiffusionConfig",
-    "EmaConfig",
-    "ModelConfig",
-    "MoeConfig",
-    "OptimConfig",
-    "ParallelConfig",
-    "SampleConfig",
-    "TrainConfig",
-    "TrainLoopConfig",
-    "config_from_dict",
-    "config_to_dict",
-    "load_config",
-    "require",
-    "run_cli",
-    "save_config",
-]
 CONFIG_DIR = Path(__file__).parent / "configs"
 _HELP = "python -m trainer.train --settings describes them"
 
@@ -115,10 +102,7 @@ def _find_recipe(recipe: str | Path) -> Path:
 
 
 def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
-    """Read a YAML recipe (a path, or a name in trainer/configs) and apply `key=value` overrides.
-
-    Raises ConfigError with one sentence on an unknown key, a wrong type or a value out of range.
-    """
+    """Read a YAML recipe (a path, or a name in trainer/configs) and apply `key=value` overrides, or ConfigError."""
     path = _find_recipe(recipe)
     for item in overrides:
         require(bool(re.match(r"[A-Za-z_][\w.]*=", item)), f"override {item!r} is not of the form key=value")

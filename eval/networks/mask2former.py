@@ -74,7 +74,7 @@ def _load_folder(folder: Path) -> Any:
     from transformers import Mask2FormerForUniversalSegmentation
 
     loader: Any = Mask2FormerForUniversalSegmentation
-    model = load_local(setting, lambda: loader.from_pretrained(folder, local_files_only=True, output_loading_info=True))
+    model = load_local(setting, loader, folder)
     require(
         model.config.num_labels == len(CLASSES),
         f"{setting} knows {model.config.num_labels} classes, {len(CLASSES)} of COCO are needed: use "

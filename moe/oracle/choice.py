@@ -33,11 +33,13 @@ class Chosen:
     dropped: float = 0.0
 
 
+@dataclass
 class ScoredPool:
     """The pool as a router sees it: tokens, logits [T, E] and what the layer learns beside them."""
 
-    def __init__(self, layer: Any, tokens: list[Tensor], logits: Tensor) -> None:
-        self.layer, self.tokens, self.logits = layer, tokens, logits
+    layer: Any
+    tokens: list[Tensor]
+    logits: Tensor
 
     def affinity(self, config: MoeConfig) -> Tensor:
         """[T, E] by the configured gate."""
@@ -50,11 +52,8 @@ class ScoredPool:
     def predicted(self) -> Tensor:
         """The capacity predictor's logits [T, E]."""
         up, down = self.layer.predictor["up"], self.layer.predictor["down"]
-        rows = []
-        for token in self.tokens:
-            hidden = up(token.detach())
-            rows.append(down(hidden * torch.sigmoid(hidden)))
-        return torch.stack(rows)
+        hidden = [up(token.detach()) for token in self.tokens]
+        return torch.stack([down(h * torch.sigmoid(h)) for h in hidden])
 
     def threshold(self) -> Tensor:
         """[E] or [1]: ten times the parameter."""
@@ -114,15 +113,13 @@ def _diffmoe(pool: ScoredPool, config: MoeConfig, training: bool) -> Chosen:
     if not training:
         return Chosen([[e for e in range(E) if predicted[t, e] > threshold[e]] for t in range(T)], affinity)
     chosen = _expert_choice(pool, config, training)
-    loss = torch.zeros(())
     for t in range(T):
         for e in range(E):
             p = torch.sigmoid(predicted[t, e])
-            loss = loss - torch.log(p if e in chosen.experts[t] else 1 - p) / (T * E)
+            chosen.loss = chosen.loss - torch.log(p if e in chosen.experts[t] else 1 - p) / (T * E)
     for e in range(E):
         last = sorted(predicted[:, e].tolist(), reverse=True)[_capacity(config, T) - 1]
-        loss = loss + 0.5 * (threshold[e] - last) ** 2 / E
-    chosen.loss = loss
+        chosen.loss = chosen.loss + 0.5 * (threshold[e] - last) ** 2 / E
     return chosen
 
 
@@ -147,22 +144,14 @@ def _expert_race(pool: ScoredPool, config: MoeConfig, training: bool) -> Chosen:
     return Chosen(experts, affinity, loss)
 
 
-def _nothing(dim: int, num_experts: int) -> dict[str, nn.Module]:
-    return {}
-
-
 def _predictor_and_thresholds(dim: int, num_experts: int) -> dict[str, nn.Module]:
     predictor = nn.ModuleDict({"up": nn.Linear(dim, dim), "down": nn.Linear(dim, num_experts)})
     return {"predictor": predictor, "threshold": BareParameters(value=(num_experts,))}
 
 
-def _one_threshold(dim: int, num_experts: int) -> dict[str, nn.Module]:
-    return {"threshold": BareParameters(value=(1,))}
-
-
 TWINS: dict[str, tuple[Choose, Learn]] = {
-    "expert_choice": (_expert_choice, _nothing),
-    "token_choice": (_token_choice, _nothing),
+    "expert_choice": (_expert_choice, lambda dim, num_experts: {}),
+    "token_choice": (_token_choice, lambda dim, num_experts: {}),
     "diffmoe": (_diffmoe, _predictor_and_thresholds),
-    "expert_race": (_expert_race, _one_threshold),
+    "expert_race": (_expert_race, lambda dim, num_experts: {"threshold": BareParameters(value=(1,))}),
 }

@@ -71,7 +71,8 @@ class RouterTraits:
     """What is known of a router without its settings."""
 
     has_equal_splits: bool
-    """Whether every expert takes the same number of rows in training, so that exchanges need no counts."""
+    """Whether every expert takes the same number of rows in training (filled up with rows of gate 0): exchanges need no
+    counts, and memory does not depend on the data."""
     has_tie_break: bool
     """Whether the router knows `moe.tie_break: rotate`."""
     initial_std: Mapping[str, float]

@@ -38,7 +38,7 @@ class DiffMoe(Router):
         return {"predictor": CapacityPredictor(dim, num_experts), "threshold": Threshold(num_experts)}
 
     def choose(self, seen: RouterInput) -> Choice:
-        """The loss trains predictor and threshold, on what the experts took and on the last prediction taken."""
+        """The loss: the predictor's cross entropy against what the experts took, and the thresholds' distance."""
         predicted_BSE, threshold_E = seen.learned["predictor"](seen.x_BSD), seen.learned["threshold"]()
         if not seen.training:
             index_BEC, valid_BEC = seen.packed(predicted_BSE > threshold_E)
@@ -46,8 +46,10 @@ class DiffMoe(Router):
         num_tokens, best_BEC = seen.x_BSD.shape[1], seen.memory.index_BEC
         if best_BEC is None:
             best_BEC = choose_tokens(seen.affinity_BSE, self.config.capacity(num_tokens, seen.capacity_factor))
-        loss = prediction_loss(predicted_BSE, chosen_mask(best_BEC, None, num_tokens))
-        loss = loss + threshold_loss(threshold_E, last_taken(predicted_BSE, best_BEC.shape[-1]))
+        taken_BSE = chosen_mask(best_BEC, None, num_tokens).to(predicted_BSE.dtype)
+        last_BE = predicted_BSE.detach().transpose(1, 2).topk(best_BEC.shape[-1], dim=-1).values[..., -1]
+        loss = functional.binary_cross_entropy_with_logits(predicted_BSE, taken_BSE)
+        loss = loss + threshold_loss(threshold_E, last_BE)
         return Choice(index_BEC=best_BEC, affinity_BSE=seen.affinity_BSE, loss=loss)
 
     def multiply_adds(self, num_tokens: int, dim: int) -> int:
@@ -71,13 +73,3 @@ class CapacityPredictor(nn.Module):
         """Tokens [B, S, D], through which no gradient flows back -> logits [B, S, E] fp32."""
         out: Tensor = self.down(functional.silu(self.up(x_BSD.detach())))
         return out.float()
-
-
-def prediction_loss(predicted_BSE: Tensor, mask_BSE: Tensor) -> Tensor:
-    """Cross entropy of the capacity predictor's logits against what the experts took."""
-    return functional.binary_cross_entropy_with_logits(predicted_BSE, mask_BSE.to(predicted_BSE.dtype))
-
-
-def last_taken(predicted_BSE: Tensor, capacity: int) -> Tensor:
-    """Prediction of the `capacity`-th token of each expert in each pool, [B, E]."""
-    return predicted_BSE.detach().transpose(1, 2).topk(capacity, dim=-1).values[..., -1]

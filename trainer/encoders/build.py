@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
 
-from trainer.encoders.chain import TextChain
+import torch
+from torch import Tensor
+from torch.nn import functional
+
 from trainer.encoders.protocols import ImageCodec, TextEncoder
 from trainer.errors import ConfigError
 
@@ -63,6 +66,25 @@ def build_text_encoder(spec: str) -> TextEncoder:
         raise ConfigError(f"data.text_encoder={spec} is not known: use {known}, or several of them joined by +")
     encoder: TextEncoder = found
     return encoder
+
+
+class TextChain:
+    """Several text encoders at once, as SD3 has CLIP and T5: their tokens in a row, filled with zeros to the widest."""
+
+    def __init__(self, encoders: list[TextEncoder]) -> None:
+        self.encoders = encoders
+        self.dim = max(encoder.dim for encoder in encoders)
+        self.max_tokens = sum(encoder.max_tokens for encoder in encoders)
+
+    def fingerprint(self) -> str:
+        """All of the encoders', in order."""
+        return "+".join(encoder.fingerprint() for encoder in self.encoders)
+
+    def encode(self, captions: list[str]) -> list[Tensor]:
+        """One fp32 [sum of n, dim] per caption."""
+        parts = [encoder.encode(captions) for encoder in self.encoders]
+        wide = [[functional.pad(text, (0, self.dim - text.shape[1])) for text in part] for part in parts]
+        return [torch.cat(texts) for texts in zip(*wide, strict=True)]
 
 
 def _build(spec: str, registered: list[Registered]) -> Any:

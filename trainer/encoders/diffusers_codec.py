@@ -6,6 +6,7 @@ pipeline). Classes: AutoencoderKL (SD, SDXL, SD3, FLUX), AutoencoderDC (Sana), A
 Shapes: B pictures, 3 x H x W rgb in [-1, 1], C x h x w latent.
 """
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,8 @@ class DiffusersCodec(ImageCodec):
         self.setting = f"data.codec=diffusers:{folder}"
         require_package(self.setting, "diffusers")
         require(folder.is_dir(), f"{self.setting}: {folder} is no folder, copy the model to it (nothing is downloaded)")
-        nested = folder / "vae"
-        self.folder = (
-            nested if (nested / "config.json").is_file() and not (folder / "config.json").is_file() else folder
-        )
+        in_pipeline = (folder / "vae/config.json").is_file() and not (folder / "config.json").is_file()
+        self.folder = folder / "vae" if in_pipeline else folder
         self.config = read_json(self.setting, self.folder / "config.json", "model's config.json")
         self.class_name = str(self.config.get("_class_name"))
         require(self.class_name in _CLASSES, f"{self.setting} is a {self.class_name}: use one of {', '.join(_CLASSES)}")
@@ -53,37 +52,26 @@ class DiffusersCodec(ImageCodec):
         self.shift = float(self.config.get("shift_factor") or 0.0)
         self.scale = float(self.config.get("scaling_factor") or 1.0)
         self.has_std = self.class_name == "AutoencoderKL"
-        self._model: Any = None
 
     def fingerprint(self) -> str:
         """Settings and weights."""
         return f"diffusers-{config_digest(self.config)}-{files_digest(self.weights)}"
 
-    @property
+    @cached_property
     def model(self) -> Any:
         """The autoencoder, read on first use."""
-        if self._model is None:
-            import diffusers
+        import diffusers
 
-            cls = getattr(diffusers, self.class_name)
-            model = load_local(
-                self.setting,
-                lambda: cls.from_pretrained(
-                    self.folder,
-                    local_files_only=True,
-                    torch_dtype=torch.float32,
-                    output_loading_info=True,
-                    low_cpu_mem_usage=False,  # would need accelerate
-                ),
-            )
-            self._model = model.eval().requires_grad_(False).to(encoder_device())
-        return self._model
+        cls = getattr(diffusers, self.class_name)
+        # low_cpu_mem_usage would need accelerate
+        model = load_local(self.setting, cls, self.folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        return model.to(encoder_device())
 
     @torch.no_grad()
     def posterior(self, rgb_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
         """Mean and, for AutoencoderKL, standard deviation of the latent, on the device of the input."""
         out = self.model.encode(rgb_BCHW.to(encoder_device()))
-        if self.class_name == "AutoencoderKL":
+        if self.has_std:
             return out.latent_dist.mean.to(rgb_BCHW.device), out.latent_dist.std.to(rgb_BCHW.device)
         latent = out.latent if self.class_name == "AutoencoderDC" else out.latents
         return latent.to(rgb_BCHW.device), None

@@ -44,9 +44,8 @@ class MiniLm:
 
     def __init__(self, layer: str | None = None) -> None:
         num_layers = int(layer or NUM_LAYERS)
-        require(
-            1 <= num_layers <= NUM_LAYERS, f"data.text_encoder=minilm@{num_layers}: use a layer from 1 to {NUM_LAYERS}"
-        )
+        sentence = f"data.text_encoder=minilm@{num_layers}: use a layer from 1 to {NUM_LAYERS}"
+        require(1 <= num_layers <= NUM_LAYERS, sentence)
         self.num_layers = num_layers
         self.path = package_file(PACKAGE, "model/model.safetensors")
         self.tokenizer = Tokenizer.from_file(str(package_file(PACKAGE, "model/tokenizer.json")))

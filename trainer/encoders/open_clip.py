@@ -8,6 +8,7 @@ Shapes: B captions of the same length, L tokens, D text width.
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -42,7 +43,10 @@ class OpenClipText:
         self.setting = f"data.text_encoder=open_clip:{spec}"
         arch, colon, file = spec.partition(":")
         if colon:
-            self.config = _architecture(self.setting, arch)
+            import open_clip
+
+            self.config = open_clip.get_model_config(arch) or {}
+            require(bool(self.config), f"{self.setting}: open_clip knows no {arch}, see open_clip.list_models()")
             self.weights = require_file(self.setting, Path(file), f"weights of {arch}")
         else:
             content = read_json(self.setting, Path(spec) / "open_clip_config.json", "model's open_clip_config.json")
@@ -57,8 +61,6 @@ class OpenClipText:
         )
         self.dim = int(self.text_config.get("width", 512))
         self.max_tokens = int(self.text_config.get("context_length", 77))
-        self._tower: Any = None
-        self._tokenizer: Any = None
 
     def fingerprint(self) -> str:
         """Settings, weights, layer and cut-off length."""
@@ -67,15 +69,15 @@ class OpenClipText:
 
     def token_ids(self, captions: list[str]) -> list[list[int]]:
         """Start token, at most max_tokens - 2 of the caption's, end token."""
-        from open_clip import SimpleTokenizer
-
-        if self._tokenizer is None:
-            self._tokenizer = SimpleTokenizer(
-                context_length=self.max_tokens, **self.text_config.get("tokenizer_kwargs", {})
-            )
         end = self._tokenizer.eot_token_id
         rows = self._tokenizer(captions).tolist() if captions else []
         return [row[: row.index(end) + 1] for row in rows]
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from open_clip import SimpleTokenizer
+
+        return SimpleTokenizer(context_length=self.max_tokens, **self.text_config.get("tokenizer_kwargs", {}))
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> list[Tensor]:
@@ -83,20 +85,17 @@ class OpenClipText:
         return encode_by_length(self.token_ids(captions), self._forward, encoder_device())
 
     def _forward(self, ids_BL: Tensor) -> Tensor:
-        if self._tower is None:
-            self._tower = self._load()
         tower, L = self._tower, ids_BL.shape[1]
         x_BLD = tower.token_embedding(ids_BL) + tower.positional_embedding[:L]
+        layers = [len(tower.transformer.resblocks) + _LAYER]
         _, (features_BLD,) = tower.transformer.forward_intermediates(
-            x_BLD,
-            attn_mask=tower.attn_mask[:L, :L],
-            indices=[len(tower.transformer.resblocks) + _LAYER],
-            stop_early=True,
+            x_BLD, attn_mask=tower.attn_mask[:L, :L], indices=layers, stop_early=True
         )
         found: Tensor = features_BLD
         return found
 
-    def _load(self) -> Any:
+    @cached_property
+    def _tower(self) -> Any:
         from open_clip.model import _build_text_tower  # the only way to have a text tower without its image tower
 
         dtype = text_dtype()
@@ -114,27 +113,15 @@ class OpenClipText:
         return tower.eval().requires_grad_(False).to(encoder_device())
 
 
-def _architecture(setting: str, arch: str) -> dict[str, Any]:
-    import open_clip
-
-    config: dict[str, Any] | None = open_clip.get_model_config(arch)
-    require(config is not None, f"{setting}: open_clip knows no {arch}, see open_clip.list_models()")
-    assert config is not None
-    return config
-
-
 def _text_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Weights of the text tower of a checkpoint, whatever wrapper's prefix they have."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():
-                if _text_name(key):
-                    yield _text_name(key), file.get_tensor(key)
+            yield from ((_text_name(key), file.get_tensor(key)) for key in file.keys() if _text_name(key))
         return
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    for key, value in content.get("state_dict", content).items():
-        if _text_name(key):
-            yield _text_name(key), value
+    state = content.get("state_dict", content)
+    yield from ((_text_name(key), value) for key, value in state.items() if _text_name(key))
 
 
 def _text_name(key: str) -> str:

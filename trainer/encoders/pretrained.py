@@ -43,18 +43,17 @@ def read_json(setting: str, path: Path, what: str) -> dict[str, Any]:
     return found
 
 
-def load_local(setting: str, load: Callable[[], Any]) -> Any:
-    """Run a library's from_pretrained with output_loading_info; ConfigError if it fails or leaves weights random."""
+def load_local(setting: str, cls: Any, folder: Path, **options: Any) -> Any:
+    """A library's model from a folder, frozen; ConfigError if that fails or leaves weights random."""
     try:
-        model, info = load()
+        model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
     except Exception as error:  # libraries raise anything, from OSError to RuntimeError
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{setting} cannot be loaded, copy the folder again: {reason}") from error
     missing = sorted(info["missing_keys"])
-    require(
-        not missing, f"{setting} lacks {len(missing)} weights, first {missing[0] if missing else ''}: copy it again"
-    )
-    return model
+    if missing:
+        raise ConfigError(f"{setting} lacks {len(missing)} weights, first {missing[0]}: copy it again")
+    return model.eval().requires_grad_(False)
 
 
 def weight_files(setting: str, folder: Path) -> list[Path]:

@@ -6,6 +6,7 @@ latter may lie in the neighbour of the same number (text_encoder_3, tokenizer_3)
 Shapes: B captions of the same length, L tokens, D text width.
 """
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,37 +52,26 @@ class T5Text:
         self.tokenizer = _read_tokenizer(self.setting, self.tokenizer_path)
         self.tokenizer.enable_truncation(max_tokens)
         self.tokenizer.no_padding()
-        self._model: Any = None
 
     def _find_tokenizer(self) -> Path:
         neighbour = self.folder.parent / self.folder.name.replace("text_encoder", "tokenizer") / "tokenizer.json"
         inside = self.folder / "tokenizer.json"
         path = neighbour if neighbour.is_file() and not inside.is_file() else inside
-        what = (
-            "tokenizer.json (from spiece.model: transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))"
-        )
-        return require_file(self.setting, path, what)
+        how = "transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        return require_file(self.setting, path, f"tokenizer.json (from spiece.model: {how})")
 
     def fingerprint(self) -> str:
         """Settings, weights, tokenizer and cut-off length."""
         files = files_digest([self.tokenizer_path, *self.weights])
         return f"t5-{config_digest(self.config)}-{files}-{self.max_tokens}"
 
-    @property
+    @cached_property
     def model(self) -> Any:
         """The encoder, read on first use."""
-        if self._model is None:
-            import transformers
+        import transformers
 
-            cls = getattr(transformers, f"{self.config['model_type'].upper()}EncoderModel")
-            model = load_local(
-                self.setting,
-                lambda: cls.from_pretrained(
-                    self.folder, local_files_only=True, dtype=text_dtype(), output_loading_info=True
-                ),
-            )
-            self._model = model.eval().requires_grad_(False).to(encoder_device())
-        return self._model
+        cls = getattr(transformers, f"{self.config['model_type'].upper()}EncoderModel")
+        return load_local(self.setting, cls, self.folder, dtype=text_dtype()).to(encoder_device())
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> list[Tensor]:

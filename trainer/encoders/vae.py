@@ -21,15 +21,16 @@ VAE_PREFIX = "vae:"  # of the setting, before the name of the file
 CHANNELS, FACTOR, WIDTH, NUM_GROUPS = 8, 4, 48, 8
 
 
+def _convolution(num_inputs: int, num_outputs: int) -> tuple[nn.Module, ...]:
+    return nn.GroupNorm(NUM_GROUPS, num_inputs), nn.SiLU(), nn.Conv2d(num_inputs, num_outputs, 3, padding=1)
+
+
 class Residual(nn.Module):
     """Two normalised convolutions beside the identity."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for _ in range(2):
-            layers += [nn.GroupNorm(NUM_GROUPS, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)]
-        self.layers = nn.Sequential(*layers)
+        self.layers = nn.Sequential(*_convolution(width, width), *_convolution(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape in and out."""
@@ -41,9 +42,7 @@ def _stack(num_inputs: int, num_outputs: int, depth: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(num_inputs, WIDTH, 3, padding=1),
         *(Residual(WIDTH) for _ in range(depth)),
-        nn.GroupNorm(NUM_GROUPS, WIDTH),
-        nn.SiLU(),
-        nn.Conv2d(WIDTH, num_outputs, 3, padding=1),
+        *_convolution(WIDTH, num_outputs),
     )
 
 
@@ -83,9 +82,8 @@ class VaeCodec(ImageCodec):
         try:
             self.model.load_state_dict(load_file(path))
         except (SafetensorError, RuntimeError) as error:
-            raise ConfigError(
-                f"data.codec=vae:{path} names a file that trainer.data.train_vae did not write"
-            ) from error
+            sentence = f"data.codec=vae:{path} names a file that trainer.data.train_vae did not write"
+            raise ConfigError(sentence) from error
 
     def fingerprint(self) -> str:
         """Hash of the weights."""

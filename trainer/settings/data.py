@@ -101,5 +101,4 @@ class DataConfig:
         """Height and width in pixels of each bucket, in the order of `buckets`."""
         if not self.buckets:
             return [(self.image_size, self.image_size)]
-        sizes = [bucket.split("x") for bucket in self.buckets]
-        return [(int(height), int(width)) for height, width in sizes]
+        return [(int(height), int(width)) for height, width in (bucket.split("x") for bucket in self.buckets)]

@@ -46,18 +46,16 @@ def list_settings(cls: type, path: str = "") -> Iterator[Setting]:
     for field in fields(cls):
         name = f"{path}{field.name}"
         if isinstance(field.type, type) and is_dataclass(field.type):
-            yield Setting(name=name, type="", default="", description=_class_docstring(field.type))
+            text = inspect.getdoc(field.type) or ""
+            if text.startswith(f"{field.type.__name__}("):  # only the signature that a dataclass makes up
+                text = ""
+            yield Setting(name=name, type="", default="", description=text)
             yield from list_settings(field.type, f"{name}.")
         else:
-            default = field.default if field.default_factory is MISSING else field.default_factory()
+            value = field.default if field.default_factory is MISSING else field.default_factory()
+            default = value if isinstance(value, str) and value else json.dumps(value)  # as a recipe has it
             description = described.get(field.name, "")
-            yield Setting(name=name, type=_type(field.type), default=_value(default), description=description)
-
-
-def _class_docstring(cls: type) -> str:
-    """What a class says of itself; nothing where it only has the signature that a dataclass makes up."""
-    text = inspect.getdoc(cls) or ""
-    return "" if text.startswith(f"{cls.__name__}(") else text
+            yield Setting(name=name, type=_type(field.type), default=default, description=description)
 
 
 def _type(annotation: Any) -> str:
@@ -66,11 +64,6 @@ def _type(annotation: Any) -> str:
         return " | ".join(choices)
     name = annotation.__name__ if isinstance(annotation, type) and not get_args(annotation) else str(annotation)
     return name.replace("None", "null")
-
-
-def _value(value: Any) -> str:
-    """A value as a recipe has it."""
-    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def describe_settings(cls: type, prefix: str = "", width: int = 80) -> str:
