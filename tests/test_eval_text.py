@@ -12,8 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from eval.pictures.image_files import picture_path, write_picture
 from eval.pictures.prompts import Prompt
-from eval.scoring.job import ScoreConfig, ScoringJob
-from eval.scoring.registry import SUITES
+from eval.scoring.job import ScoreConfig, ScoringJob, find_suite
 from eval.suites.text import asked_text, reading_order, similarity, word_accuracy
 from trainer.config import ConfigError
 
@@ -61,7 +60,7 @@ def test_rendered_words_are_read(tmp_path: Path) -> None:
     config = ScoreConfig(suites=("text",), out=tmp_path)
     if importlib.util.find_spec("rapidocr_onnxruntime") is None:
         with pytest.raises(ConfigError, match=r"run pip install '\.\[ocr\]'"):
-            SUITES["text"].check(config, prompts)
+            find_suite("text").check(config, prompts)
         pytest.skip("rapidocr-onnxruntime is not installed")
     files = [picture_path(tmp_path, i, 0) for i in range(2)]
     for file, words in zip(files, ("HELLO WORLD", "SHOP"), strict=True):
@@ -69,8 +68,8 @@ def test_rendered_words_are_read(tmp_path: Path) -> None:
         ImageDraw.Draw(canvas).text((20, 30), words, "black", ImageFont.load_default(48))
         write_picture(file, torch.from_numpy(np.array(canvas)))
     job = ScoringJob(config=config, prompts=prompts, files=files)
-    SUITES["text"].check(config, prompts)
-    SUITES["text"].prepare(job)
-    found = SUITES["text"].score(job)
+    find_suite("text").check(config, prompts)
+    find_suite("text").prepare(job)
+    found = find_suite("text").score(job)
     assert found["word_accuracy"] == 0.5
     assert 0.5 < found["similarity"] < 1

@@ -10,7 +10,7 @@ from tests_launcher import Launcher
 from eval.newest import newest
 from eval.watch import main
 from trainer.data import encode
-from trainer.data.demo import scenes
+from trainer.data.demo import scene_shards
 
 SCORE = ("--suite", "geneval", "--per-category", "1")
 
@@ -38,7 +38,7 @@ def test_the_newest_checkpoint_is_scored_by_all_processes(tmp_path: Path, launch
         "train.max_steps=8", "train.stop_at_step=4", "train.checkpoint_every=2", "diffusion.sampling_steps=2",
         "model.patch_size=4",
     ]  # fmt: skip
-    scenes.main(["--out", str(images), "--num-images", "32"])
+    scene_shards.main(["--out", str(images), "--num-images", "32"])
     encode.main(["debug", *overrides])
     done = launcher.run("-m", "trainer.train", "debug", *overrides)
     assert done.returncode == 0, done.stderr[-3000:]

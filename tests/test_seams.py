@@ -128,7 +128,7 @@ def test_toys_are_trained_on_two_processes(launcher: Any, tmp_path: Path) -> Non
         "parallel.ep_size=2", "train.micro_batch_size=4",
     ]  # fmt: skip
     for processes, command in (
-        (1, ["trainer.data.demo.scenes", "--out", str(images), "--num-images", "60", "--image-size", "16"]),
+        (1, ["trainer.data.demo.scene_shards", "--out", str(images), "--num-images", "60", "--image-size", "16"]),
         (1, ["trainer.data.encode", *settings]),
         (2, ["trainer.train", *settings, *training]),
     ):
