@@ -34,16 +34,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _main(argv: list[str] | None) -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Run one subcommand and exit with its code."""
     arguments = _parser().parse_args(argv)
     from trainer.checkpoint import commands  # torch takes seconds, and --help needs none of it
 
-    sys.exit(commands.COMMANDS[arguments.command](arguments))
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run one subcommand and exit with its code."""
-    run_cli(lambda: _main(argv))
+    run_cli(lambda: sys.exit(commands.COMMANDS[arguments.command](arguments)))
 
 
 if __name__ == "__main__":

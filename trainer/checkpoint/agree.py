@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
+from trainer.checkpoint.folder import fault
+from trainer.checkpoint.state import STATE
 from trainer.config import ConfigError
-from trainer.distributed import try_on_all
+from trainer.distributed import World, try_on_all
 
 T = TypeVar("T")
 
@@ -42,3 +45,8 @@ def agree(action: Callable[[], T], group: Any = None) -> list[T]:
         words = f"process {failures[0].rank}: {failures[0].sentence}"
         raise CheckpointError(words, environment=all(f.kind != "program" for f in failures)) from own
     return results
+
+
+def shared_fault(folder: Path, world: World, *, state: str = STATE) -> str:
+    """As `trainer.checkpoint.folder.fault`; the ranks share the files. Collective, the same on all ranks."""
+    return next(filter(None, agree(lambda: fault(folder, part=world.rank, num_parts=world.size, state=state))), "")

@@ -15,17 +15,15 @@ Equal checkpoints and options give equal bytes. The folder appears at once, when
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from trainer.checkpoint.folder import fault, write_durable, write_manifest
+from trainer.checkpoint.folder import check_written, write_durable, write_manifest
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.state import read_state
 from trainer.checkpoint.tensorfile import Source, Written, write_tensors
@@ -36,7 +34,6 @@ CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 FORMAT = 2  # of 1 the weights meant another pairing of channels in the rotary embedding
 KIND_OF = {"ema": "ema", "model": "weight"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 _PART_BYTES = 1 << 24  # of fp32 values held at a time; larger parts are not faster
 
 
@@ -78,10 +75,7 @@ def export(source: Path, out: Path, options: ExportOptions) -> int:
         shutil.rmtree(temporary, ignore_errors=True)  # of a job that died
         temporary.mkdir()
         size = _write(source, temporary, options)
-        problem = fault(temporary, checksums=False, state=CONFIG)
-        if problem:
-            raise OSError(f"{temporary} is not complete on disk: {problem}")
-        flush(temporary)
+        check_written(temporary, state=CONFIG)
         check_target(out)
         os.replace(temporary, out)
         flush(out.parent)
@@ -103,32 +97,20 @@ def _write(source: Path, folder: Path, options: ExportOptions) -> int:
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        chunks = {name: reader.chunks(kind, name, chunk_bytes=_PART_BYTES) for name in names}
         sources = {
-            name: Source(
-                dtype=dtype,
-                length=prod(shapes[name]),
-                chunks=partial(_parts, reader, kind, name, dtype),
-                shape=shapes[name],
-            )
-            for name in names
+            name: Source(dtype=dtype, shape=shapes[name], chunks=(chunk.to(dtype) for chunk in parts))
+            for name, parts in chunks.items()
         }
         files[file] = write_tensors(folder / file, sources, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     reader.close()
     total = sum(sizes.values())
-    contents = {
-        INDEX: {"metadata": {"total_size": total}, "weight_map": weight_map},
-        CONFIG: _describe(read_state(source), options),
-    }
-    for file, content in contents.items():
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    for file, content in {INDEX: index, CONFIG: _describe(read_state(source), options)}.items():
         files[file] = write_durable(folder / file, json.dumps(content, indent=2, sort_keys=True) + "\n")
     write_manifest(folder, files)
     return total
-
-
-def _parts(reader: CheckpointReader, kind: str, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
-    for part in reader.chunks(kind, name, chunk_bytes=_PART_BYTES):
-        yield part.to(dtype)
 
 
 def split_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
@@ -148,7 +130,7 @@ def _describe(state: dict[str, Any], options: ExportOptions) -> dict[str, Any]:
     return {
         "architectures": ["EcDit"],
         "model_type": "ec_dit",
-        "torch_dtype": _NAMES[options.dtype],
+        "torch_dtype": str(DTYPES[options.dtype]).removeprefix("torch."),
         "format": FORMAT,
         "weights": options.weights,
         "dtype": options.dtype,

@@ -5,6 +5,7 @@ never checkpoints; those of dead jobs are removed by the next save or resume. De
 so a half-deleted folder is never taken for a checkpoint.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -23,10 +24,10 @@ from trainer.errors import ConfigError, require
 from trainer.files import flush, remove_leftovers, replacing
 
 MANIFEST = "MANIFEST.json"
-LATEST = "latest"
+_LATEST = "latest"
 _NAME = re.compile(r"step_\d{8,}")  # numbers are padded so that a listing sorts; more digits are allowed
 _REPLACED, _DELETED = ".replaced.tmp", ".deleted.tmp"
-_HASH_THREADS, _HASH_BYTES = 4, 1 << 22
+_HASH_THREADS = 4
 logger = logging.getLogger("ec_dit")
 
 
@@ -53,10 +54,8 @@ def temporary_dir(final: Path) -> Path:
 def write_durable(path: Path, text: str) -> Written:
     """Write a small file of a folder that is not published yet, and flush it to disk."""
     content = text.encode()
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(content)
+    flush(path)
     return Written(size=len(content), checksum=xxhash.xxh3_128_hexdigest(content))
 
 
@@ -75,14 +74,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Written]:
         raise ConfigError(f"{MANIFEST} is missing or unreadable") from error
 
 
-def checksum_of(path: Path) -> str:
-    """XXH3-128 of a file."""
-    hasher = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(_HASH_BYTES))  # one for all reads: several threads of an exporter hold one each
+def _checksum(path: Path) -> str:
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            hasher.update(buffer[:count])
-    return hasher.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def fault(
@@ -114,7 +108,7 @@ def fault(
             size = path.stat().st_size
             if size != expected.size:
                 return f"{name} has {size} bytes instead of {expected.size}"
-            if (checksums or name == state) and checksum_of(path) != expected.checksum:
+            if (checksums or name == state) and _checksum(path) != expected.checksum:
                 return f"{name} has a wrong checksum"
         except FileNotFoundError:
             return f"{name} is missing"
@@ -124,6 +118,14 @@ def fault(
 
     with ThreadPoolExecutor(_HASH_THREADS) as pool:  # hashing and reading let go of the interpreter's lock
         return next(filter(None, pool.map(problem, names)), "")
+
+
+def check_written(temporary: Path, *, state: str = STATE) -> None:
+    """Flush a complete folder that is about to be renamed; OSError if it is not complete on disk."""
+    problem = fault(temporary, checksums=False, state=state)
+    if problem:
+        raise OSError(f"{temporary} is not complete on disk: {problem}")
+    flush(temporary)
 
 
 def newest_whole(folders: Iterable[Path]) -> Path | None:
@@ -155,26 +157,18 @@ def publish(temporary: Path, final: Path) -> None:
     A crash at any point leaves the new checkpoint or the old state; `clean` puts back an older version of the
     same step whose replacement did not happen.
     """
-    problem = fault(temporary, checksums=False)
-    if problem:
-        raise OSError(f"{temporary} is not complete on disk: {problem}")
+    check_written(temporary)
     # A folder cannot be renamed onto one that is not empty, so `trainer.files.replacing` does not serve here: an older
     # version of the step steps aside first, and only the new one's name makes it go.
-    flush(temporary)
     replaced = final.with_name(final.name + _REPLACED)
     if final.exists():
         os.replace(final, replaced)
     os.replace(temporary, final)
     flush(final.parent)
-    point_latest(final)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def point_latest(final: Path) -> None:
-    """Replace the pointer `latest` atomically."""
-    with replacing(final.with_name(LATEST)) as temporary:
-        temporary.write_text(final.name + "\n")
+    with replacing(final.with_name(_LATEST)) as pointer:
+        pointer.write_text(final.name + "\n")
     flush(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def prune(folder: Path, saved: Path, *, keep_last: int, keep_every: int) -> None:
@@ -200,4 +194,4 @@ def clean(folder: Path) -> None:
             os.replace(path, final)
         else:
             shutil.rmtree(path)
-    remove_leftovers(folder / LATEST)
+    remove_leftovers(folder / _LATEST)

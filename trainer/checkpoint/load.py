@@ -1,6 +1,7 @@
 """Reading a checkpoint into an engine of any topology: each rank reads the ranges that ZeRO gives it."""
 
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,15 +39,14 @@ def load_checkpoint(checkpoint: Path, engine: Any, ema: Ema, world: World) -> Tr
 
 @torch.no_grad()
 def _fill(checkpoint: Path, engine: Any, ema: Ema, saved: dict[str, Any], world: World) -> None:
-    shapes = [
-        {entry["name"]: entry["shape"] for entry in each} for each in (saved["parameters"], describe_parameters(engine))
-    ]
-    for name in sorted(shapes[0].keys() | shapes[1].keys()):
-        old, new = (each.get(name, "absent") for each in shapes)
+    there = {entry["name"]: entry["shape"] for entry in saved["parameters"]}
+    here = {entry["name"]: entry["shape"] for entry in describe_parameters(engine)}
+    for name in sorted(there.keys() | here.keys()):
+        old, new = there.get(name, "absent"), here.get(name, "absent")
         require(old == new, f"{checkpoint} is of another model: {name} is {old} there and {new} here")
     # Moments come into being in an optimizer's first step; without this there would be nothing to fill.
     prepare_moments(engine, saved["optimizer"]["moments"], saved["optimizer"]["step"])
-    pieces = list(engine_pieces(engine, ema))
+    pieces = engine_pieces(engine, ema)
     reader = _reader(checkpoint, pieces, world)
     fill((piece.values, piece.offset, partial(reader.read_into, piece.kind, piece.name)) for piece in pieces)
     reader.close()
@@ -86,11 +86,9 @@ def _reader(checkpoint: Path, pieces: list[Piece], world: World) -> CheckpointRe
 
 
 def _rng_tensors(path: Path) -> dict[str, Tensor]:
-    file = TensorFile(path)
-    tensors = {}
-    for name in file.places:
-        if name.startswith("rng/"):
-            tensors[name] = torch.empty(file.length(name), dtype=torch.uint8)
-            file.read_into(name, 0, tensors[name])
-    file.close()
+    with closing(TensorFile(path)) as file:
+        names = [name for name in file.places if name.startswith("rng/")]
+        tensors = {name: torch.empty(file.length(name), dtype=torch.uint8) for name in names}
+        for name, tensor in tensors.items():
+            file.read_into(name, 0, tensor)
     return tensors

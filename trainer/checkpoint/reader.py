@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.tensorfile import CHUNK_BYTES, TensorFile, Written, tensor_source, write_tensors
+from trainer.checkpoint.tensorfile import CHUNK_BYTES, TensorFile, Written, flat_source, write_tensors
 from trainer.config import ConfigError
 
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
@@ -45,16 +45,14 @@ def rank_file(rank: int) -> str:
 def write_pieces(path: Path, pieces: Iterable[Piece], extra: Mapping[str, Tensor]) -> Written:
     """Write one rank's file, flushed to disk. `extra` are uint8 tensors that belong to the rank alone."""
     pieces = list(pieces)
-    sources = {f"{piece.kind}/{piece.name}": tensor_source(piece.values) for piece in pieces}
-    sources |= {name: tensor_source(tensor) for name, tensor in extra.items()}
-    places = {piece.name: (piece.offset, piece.shape) for piece in pieces}
-    return write_tensors(
-        path, sources, {"format": "ec_dit.pieces", "places": json.dumps(places, separators=(",", ":"))}
-    )
+    tensors = {f"{piece.kind}/{piece.name}": piece.values for piece in pieces} | dict(extra)
+    places = json.dumps({piece.name: (piece.offset, piece.shape) for piece in pieces}, separators=(",", ":"))
+    sources = {name: flat_source(tensor) for name, tensor in tensors.items()}
+    return write_tensors(path, sources, {"format": "ec_dit.pieces", "places": places})
 
 
 @dataclass(frozen=True, kw_only=True)
-class FilePlace:
+class _FilePlace:
     """Where `length` elements from element `start` on of a flattened logical tensor are."""
 
     start: int
@@ -73,7 +71,7 @@ class CheckpointReader:
         self.folder = folder
         self._open: OrderedDict[Path, TensorFile] = OrderedDict()
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._places: dict[str, dict[str, list[FilePlace]]] = {kind: {} for kind in KINDS}
+        self._places: dict[str, dict[str, list[_FilePlace]]] = {kind: {} for kind in KINDS}
         paths = sorted(folder.glob("rank_*.safetensors")) if files is None else files
         if not paths:
             raise ConfigError(f"{folder} holds no rank_*.safetensors file: is it a checkpoint?")
@@ -99,18 +97,18 @@ class CheckpointReader:
             offset, shape = places[name]
             if self._shapes.setdefault(name, tuple(shape)) != tuple(shape):
                 raise ConfigError(f"{path}: {name} has shape {tuple(shape)}, elsewhere {self._shapes[name]}")
-            self._places[kind].setdefault(name, []).append(FilePlace(start=offset, length=file.length(key), path=path))
+            self._places[kind].setdefault(name, []).append(_FilePlace(start=offset, length=file.length(key), path=path))
 
-    def _check_cover(self, kind: str, name: str, places: list[FilePlace]) -> None:
-        end = 0
+    def _check_cover(self, kind: str, name: str, places: list[_FilePlace]) -> None:
+        end, count = 0, self._count(name)
         for place in places:
             if place.start != end:
                 word = "twice" if place.start < end else "not at all"
                 first, last = sorted((place.start, end))
                 raise ConfigError(f"{self.folder}: elements {first} to {last} of {kind} {name} are there {word}")
             end += place.length
-        if end != self._count(name):
-            raise ConfigError(f"{self.folder}: {end} elements of {kind} {name} are there, it has {self._count(name)}")
+        if end != count:
+            raise ConfigError(f"{self.folder}: {end} elements of {kind} {name} are there, it has {count}")
 
     def _file(self, path: Path) -> TensorFile:
         if path in self._open:

@@ -6,10 +6,10 @@ The topology may differ: every rank reads the ranges it needs. What may not diff
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.agree import agree, refused
+from trainer.checkpoint.agree import agree, refused, shared_fault
 from trainer.checkpoint.folder import clean, fault, list_checkpoints
-from trainer.checkpoint.state import STATE, Topology, read_state, topology_of
-from trainer.config import ConfigError, TrainConfig, config_to_dict, require
+from trainer.checkpoint.state import STATE, Topology, read_state
+from trainer.config import TrainConfig, config_to_dict, require
 from trainer.distributed import World
 
 # Setting or section -> (may it change between save and resume, why). The longest name that fits a setting counts.
@@ -65,8 +65,7 @@ def choose_checkpoint(
     # does not fit the configuration is: falling back would silently train something else.
     notes: list[str] = []
     for path in reversed(paths):
-        problems = agree(lambda path=path: fault(path, part=world.rank, num_parts=world.size))  # type: ignore[misc]
-        problem = next(filter(None, problems), "")
+        problem = shared_fault(path, world)
         if not problem:
             return path, notes + check_resumable(path, config, topology, fingerprint)
         notes.append(f"passed over checkpoint {path}: {problem}")
@@ -103,25 +102,23 @@ def check_resumable(checkpoint: Path, config: TrainConfig, topology: Topology, f
         f"data.latents={config.data.latents} is not the data set that {checkpoint} was trained on: restore it, "
         "or use a new run_dir",
     )
-    old = topology_of(saved)
+    old = Topology(**saved["topology"])
     return notes if old == topology else [f"topology: {old} -> {topology}", *notes]
 
 
 def compare_configs(old: dict[str, Any], new: dict[str, Any], checkpoint: str) -> list[str]:
     """Lines like `train.log_every: 1 -> 5` for settings that may change; ConfigError for one that may not."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
-    defaults = dict(_leaves(config_to_dict(TrainConfig())))
+    before, after, defaults = _leaves(old), _leaves(new), _leaves(config_to_dict(TrainConfig()))
     notes = []
     for key, value in after.items():
         was = before.get(key, defaults[key])  # a setting that did not exist then had its default's effect
         if was == value:
             continue
         allowed, reason = rule_of(key)
-        if not allowed:
-            raise ConfigError(
-                f"{key} is {value} but {checkpoint} was trained with {was}, and {reason}: restore it, "
-                "or use a new run_dir"
-            )
+        require(
+            allowed,
+            f"{key} is {value} but {checkpoint} was trained with {was}, and {reason}: restore it, or use a new run_dir",
+        )
         notes.append(f"{key}: {was} -> {value}")
     notes += [f"{key}: {was} -> no longer a setting" for key, was in before.items() if key not in after]
     return notes
@@ -132,9 +129,9 @@ def rule_of(key: str) -> tuple[bool, str]:
     return next(RULES[name] for name in (key, key.partition(".")[0]) if name in RULES)
 
 
-def _leaves(content: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    leaves: list[tuple[str, Any]] = []
+def _leaves(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
-        leaves += _leaves(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
+        leaves |= _leaves(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return leaves

@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -17,7 +16,7 @@ from trainer.config import TrainConfig
 from trainer.data.latents.samples import LatentInfo
 from trainer.distributed import all_reduce_sum
 from trainer.engine.ema import Ema
-from trainer.engine.zero_state import MOMENTS, TensorPiece, master_pieces, moment_pieces
+from trainer.engine.zero_state import MOMENTS, master_pieces, moment_pieces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,24 +32,18 @@ def take_snapshot(
     engine: Any, ema: Ema, state: TrainState, config: TrainConfig, topology: Topology, info: LatentInfo
 ) -> Snapshot:
     """The state of the engine as live views; valid until the next step. Collective over all ranks."""
-    pieces = list(engine_pieces(engine, ema))  # views, not copies: a save for which training waits needs no memory
+    pieces = engine_pieces(engine, ema)  # views, not copies: a save for which training waits needs no memory
     content = describe(engine, state, config, topology, info)
     _check_complete(pieces, content["parameters"], engine.device)
     return Snapshot(pieces=pieces, rng=rng_tensors(), content=content)
 
 
-def engine_pieces(engine: Any, ema: Ema) -> Iterator[Piece]:
+def engine_pieces(engine: Any, ema: Ema) -> list[Piece]:
     """This rank's pieces of weights, average and moments: live views, in the order of the file."""
-    for name, piece in master_pieces(engine):
-        yield _piece("weight", name, piece)
-    for name, piece in master_pieces(engine):
-        yield _piece("ema", name, replace(piece, values=ema.average[name]))
-    for kind, name, piece in moment_pieces(engine):
-        yield _piece(kind, name, piece)
-
-
-def _piece(kind: str, name: str, piece: TensorPiece) -> Piece:
-    return Piece(kind=kind, name=name, offset=piece.offset, shape=piece.logical_shape, values=piece.values)
+    found = [("weight", name, piece) for name, piece in master_pieces(engine)]
+    found += [("ema", name, replace(piece, values=ema.average[name])) for _, name, piece in found]
+    found += moment_pieces(engine)
+    return [Piece(kind=k, name=n, offset=p.offset, shape=p.logical_shape, values=p.values) for k, n, p in found]
 
 
 def _check_complete(pieces: list[Piece], parameters: list[dict[str, Any]], device: torch.device) -> None:
@@ -85,19 +78,12 @@ def rng_tensors() -> dict[str, Tensor]:
 def restore_rng(tensors: dict[str, Tensor]) -> None:
     """Inverse of `rng_tensors`, for the entries that are there."""
     torch.set_rng_state(tensors["rng/torch"])
-    version, internal, gauss = _unpacked(tensors["rng/python"])
+    version, internal, gauss = json.loads(tensors["rng/python"].numpy().tobytes())
     random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = _unpacked(tensors["rng/numpy"])
-    np.random.set_state((kind, np.asarray(keys, dtype=np.uint32), *rest))
+    np.random.set_state(tuple(json.loads(tensors["rng/numpy"].numpy().tobytes())))
     if "rng/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng/cuda"])
 
 
 def _packed(content: object) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
-
-
-def _unpacked(tensor: Tensor) -> list:  # type: ignore[type-arg]
-    content = json.loads(tensor.numpy().tobytes())
-    assert isinstance(content, list)
-    return content

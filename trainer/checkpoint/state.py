@@ -81,19 +81,13 @@ def group_settings(engine: Any) -> list[dict[str, Any]]:
 
 def describe_parameters(engine: Any) -> list[dict[str, Any]]:
     """Name, full shape, weight decay and kind of each parameter, in the model's order; ZeRO divides them by these."""
-    experts = {
-        f"{prefix}.{name}"
-        for prefix, module in engine.module.named_modules()
-        if isinstance(module, Experts)
-        for name, _ in module.named_parameters()
-    }
     content = []
     for name, parameter in engine.module.named_parameters():
         _, num_experts = expert_range(parameter)
         shape = full_shape(parameter)
-        logical = (num_experts, *shape[1:]) if num_experts else shape
-        entry = {"name": name, "shape": list(logical), "decays": decays(name, parameter), "expert": name in experts}
-        content.append(entry)
+        logical = [num_experts, *shape[1:]] if num_experts else list(shape)
+        expert = isinstance(engine.module.get_submodule(name.rpartition(".")[0]), Experts)
+        content.append({"name": name, "shape": logical, "decays": decays(name, parameter), "expert": expert})
     return content
 
 
@@ -118,8 +112,3 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if found != FORMAT:
         raise ConfigError(f"{checkpoint} has checkpoint format {found}, this version reads {FORMAT}: train it anew")
     return content
-
-
-def topology_of(state: dict[str, Any]) -> Topology:
-    """The topology that wrote a checkpoint."""
-    return Topology(**state["topology"])

@@ -8,12 +8,11 @@ ordinary safetensors files.
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
@@ -24,6 +23,7 @@ from trainer.formats.safetensors_header import read_header
 
 CHUNK_BYTES = 1 << 26
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
+_PART = 1 << 22  # elements of another dtype held while they are converted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,22 +36,17 @@ class Written:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """`length` elements that are to be written: `chunks` yields them in order as flat tensors of any device.
-
-    The file says that they are of `shape`, or without one that they are flat.
-    """
+    """A tensor to be written: `chunks` yields its elements in order, once, as flat tensors of any device."""
 
     dtype: torch.dtype
-    length: int
-    chunks: Callable[[], Iterable[Tensor]]
-    shape: tuple[int, ...] | None = None
+    shape: tuple[int, ...]
+    chunks: Iterable[Tensor]
 
 
-def tensor_source(tensor: Tensor) -> Source:
-    """The elements of a tensor, fetched to the host chunk by chunk."""
-    flat = tensor.detach().contiguous().view(-1)
-    step = CHUNK_BYTES // flat.element_size()
-    return Source(dtype=flat.dtype, length=flat.numel(), chunks=lambda: flat.split(step))
+def flat_source(tensor: Tensor) -> Source:
+    """The elements of a tensor as one axis, fetched to the host chunk by chunk."""
+    flat = tensor.detach().reshape(-1)
+    return Source(dtype=flat.dtype, shape=flat.shape, chunks=flat.split(CHUNK_BYTES // flat.element_size()))
 
 
 def write_tensors(path: Path, sources: Mapping[str, Source], metadata: Mapping[str, str]) -> Written:
@@ -59,12 +54,11 @@ def write_tensors(path: Path, sources: Mapping[str, Source], metadata: Mapping[s
 
     Raises OSError as the file system does; the file is then incomplete.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name, source in sources.items():
-        start, end = end, end + source.length * source.dtype.itemsize
-        shape = [source.length] if source.shape is None else list(source.shape)
-        header[name] = {"dtype": _DTYPES[source.dtype], "shape": shape, "data_offsets": [start, end]}
+        start, end = end, end + prod(source.shape) * source.dtype.itemsize
+        header[name] = {"dtype": _DTYPES[source.dtype], "shape": source.shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     hasher = xxhash.xxh3_128()
@@ -81,7 +75,7 @@ def write_tensors(path: Path, sources: Mapping[str, Source], metadata: Mapping[s
 
 def _blocks(sources: Iterable[Source]) -> Iterator[memoryview]:
     for source in sources:
-        for chunk in source.chunks():
+        for chunk in source.chunks:
             yield chunk.cpu().view(torch.uint8).numpy().data
 
 
@@ -109,10 +103,19 @@ class TensorFile:
         return prod(self.places[name].shape)
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """Fill the contiguous host tensor `out` with elements `start` to `start + out.numel()` of a tensor."""
+        """Fill the flat host tensor `out`, in its dtype, with the elements from `start` on of a tensor."""
         assert 0 <= start and start + out.numel() <= self.length(name), (name, start, out.numel(), self.length(name))
-        view = out.view(-1).view(torch.uint8).numpy().data
-        self.file.seek(self.places[name].start + start * out.element_size())
+        place = self.places[name]
+        if place.dtype != _DTYPES[out.dtype]:
+            stored = next(dtype for dtype, word in _DTYPES.items() if word == place.dtype)
+            for part in out.split(_PART):
+                raw = torch.empty(part.numel(), dtype=stored)
+                self.read_into(name, start, raw)
+                part.copy_(raw)
+                start += part.numel()
+            return
+        view = out.view(torch.uint8).numpy().data
+        self.file.seek(place.start + start * out.element_size())
         while view:
             count = self.file.readinto(view)
             if not count:

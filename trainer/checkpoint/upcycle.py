@@ -31,99 +31,73 @@ from math import prod
 from torch import Tensor
 
 from moe.config import MoeConfig
-from trainer.checkpoint.export_reader import WeightSource
+from trainer.checkpoint.export_reader import ExportReader
 from trainer.config import require
 
-_EXPERT = re.compile(r"(blocks\.\d+\.mlp)\.experts\.(w[123])")
-_ROUTER = re.compile(r"(blocks\.\d+\.mlp)\.router\.weight")
+_MLP = re.compile(r"(blocks\.(\d+)\.mlp)\..*")
 _Part = tuple[str, float]  # name of a dense tensor, and what its values are multiplied by
 
 
 def check_upcycle(moe: MoeConfig, token_counts: Sequence[int], origin: str) -> None:
     """Refuse settings with which the mixture would not equal the dense model; ConfigError with the remedy."""
-    for setting, value, needed in (
-        ("router", moe.router, "expert_choice"),
-        ("gate", moe.gate, "softmax"),
-        ("normalize_gates", moe.normalize_gates, False),
-        ("gate_scale", moe.gate_scale, 1.0),
-        ("num_shared_experts", moe.num_shared_experts, 0),
-        ("capacity_anneal_steps", moe.capacity_anneal_steps, 0),
-    ):
-        require(
-            value == needed,
-            f"moe.{setting} is {value} but {origin} is of a dense model, which a mixture equals only with raw softmax "
-            f"gates and a fixed share of tokens: set moe.{setting}={needed}",
-        )
-    require(
-        moe.tie_break == "rotate",
-        f"moe.tie_break is {moe.tie_break} but {origin} is of a dense model, and experts that start equal must take "
-        "every token equally often: set moe.tie_break=rotate",
-    )
-    require(
-        float(moe.capacity_factor).is_integer(),
-        f"moe.capacity_factor is {moe.capacity_factor:g} but {origin} is of a dense model, and experts that start "
-        "equal must take every token equally often: use a whole number",
-    )
-    require(
-        moe.num_experts == 1 or moe.capacity_factor < moe.num_experts <= min(token_counts),
-        f"moe.num_experts is {moe.num_experts} but {origin} is of a dense model, and experts that start equal and take "
-        f"the same tokens stay equal: use more than moe.capacity_factor={moe.capacity_factor:g} and at most "
-        f"{min(token_counts)}, the smallest number of tokens",
+
+    def check(setting: str, fits: bool, why: str, remedy: str) -> None:
+        value = getattr(moe, setting)
+        require(fits, f"moe.{setting} is {value} but {origin} is of a dense model, {why}: {remedy}")
+
+    raw = "which a mixture equals only with raw softmax gates and a fixed share of tokens"
+    equally = "and experts that start equal must take every token equally often"
+    needed = {"router": "expert_choice", "gate": "softmax", "normalize_gates": False, "gate_scale": 1.0}
+    for setting, value in (needed | {"num_shared_experts": 0, "capacity_anneal_steps": 0}).items():
+        check(setting, getattr(moe, setting) == value, raw, f"set moe.{setting}={value}")
+    check("tie_break", moe.tie_break == "rotate", equally, "set moe.tie_break=rotate")
+    factor, fewest = moe.capacity_factor, min(token_counts)
+    check("capacity_factor", float(factor).is_integer(), equally, "use a whole number")
+    check(
+        "num_experts",
+        moe.num_experts == 1 or factor < moe.num_experts <= fewest,
+        "and experts that start equal and take the same tokens stay equal",
+        f"use more than moe.capacity_factor={factor:g} and at most {fewest}, the smallest number of tokens",
     )
     for count in token_counts:
-        require(
-            moe.exact_capacity(count).denominator == 1,
-            f"moe.num_experts is {moe.num_experts} but {origin} is of a dense model, and experts that start equal must "
-            f"take every token equally often: use a divisor of moe.capacity_factor * {count} tokens = "
-            f"{moe.capacity_factor * count:g}",
-        )
+        remedy = f"use a divisor of moe.capacity_factor * {count} tokens = {factor * count:g}"
+        check("num_experts", moe.exact_capacity(count).denominator == 1, equally, remedy)
 
 
 class Upcycled:
-    """A dense `WeightSource` seen as one with experts in the blocks that `moe` says."""
+    """An export of a dense model seen as one with experts in the blocks that `moe` says."""
 
-    def __init__(self, dense: WeightSource, moe: MoeConfig) -> None:
-        self.dense, self.num_experts = dense, moe.num_experts
-        self.scale = moe.num_experts / moe.capacity_factor
-        self.reads_time = moe.router_input == "unmodulated"
+    def __init__(self, dense: ExportReader, moe: MoeConfig) -> None:
+        self.dense = dense
         self.shapes: dict[str, tuple[int, ...]] = {}
+        # Of what a tensor consists: an expert's share of these parts again and again; the router of none, it is zero.
+        self._parts: dict[str, list[_Part]] = {}
         for name, shape in dense.shapes.items():
-            block = re.match(r"(blocks\.(\d+)\.mlp)\.", name)
+            block = _MLP.fullmatch(name)
             if block is None or not moe.has_moe(int(block[2])):
-                self.shapes[name] = shape
-        blocks = [re.fullmatch(r"(blocks\.(\d+)\.mlp)\.up\.weight", name) for name in dense.shapes]
-        for prefix, number in (match.groups() for match in blocks if match):
-            if moe.has_moe(int(number)):
-                self.shapes |= self._moe_shapes(prefix)
+                self.shapes[name], self._parts[name] = shape, [(name, 1.0)]
+            elif name == f"{block[1]}.up.weight":
+                self._add_experts(block[1], moe)
 
-    def _moe_shapes(self, prefix: str) -> dict[str, tuple[int, ...]]:
-        E, (F, D) = self.num_experts, self.dense.shapes[f"{prefix}.up.weight"]
-        return {
-            f"{prefix}.router.weight": (E, 2 * D if self.reads_time else D),
-            f"{prefix}.experts.w1": (E, F, D),
-            f"{prefix}.experts.w2": (E, D, F),
-            f"{prefix}.experts.w3": (E, 1, F + D),
+    def _add_experts(self, prefix: str, moe: MoeConfig) -> None:
+        E, scale = moe.num_experts, moe.num_experts / moe.capacity_factor
+        F, D = self.dense.shapes[f"{prefix}.up.weight"]
+        up, down = f"{prefix}.up", f"{prefix}.down"
+        tensors: dict[str, tuple[tuple[int, ...], list[_Part]]] = {
+            "router.weight": ((E, 2 * D if moe.router_input == "unmodulated" else D), []),
+            "experts.w1": ((E, F, D), [(f"{up}.weight", 1.0)]),
+            "experts.w2": ((E, D, F), [(f"{down}.weight", scale)]),
+            "experts.w3": ((E, 1, F + D), [(f"{up}.bias", 1.0), (f"{down}.bias", scale)]),
         }
-
-    def _parts(self, prefix: str, name: str) -> list[_Part]:
-        """The dense tensors of which one expert's share of a parameter consists."""
-        bias: list[_Part] = [(f"{prefix}.up.bias", 1.0), (f"{prefix}.down.bias", self.scale)]
-        weights: dict[str, list[_Part]] = {
-            "w1": [(f"{prefix}.up.weight", 1.0)],
-            "w2": [(f"{prefix}.down.weight", self.scale)],
-            "w3": bias,
-        }
-        return weights[name]
+        for name, (shape, parts) in tensors.items():
+            self.shapes[f"{prefix}.{name}"], self._parts[f"{prefix}.{name}"] = shape, parts
 
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Fill the flat fp32 host tensor `out` with the elements from `start` on of a flattened tensor."""
-        if name not in self.shapes or not (found := _EXPERT.fullmatch(name)):
-            if _ROUTER.fullmatch(name):
-                out.zero_()
-            else:
-                self.dense.read_into(name, start, out)
+        parts = self._parts[name]
+        if not parts:
+            out.zero_()
             return
-        parts = self._parts(found[1], found[2])
         period = sum(prod(self.dense.shapes[part]) for part, _ in parts)
         end = start + out.numel()
         for expert in range(start // period, -(-end // period)):

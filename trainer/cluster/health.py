@@ -26,9 +26,7 @@ class Health:
 
     def sentences(self) -> list[str]:
         """What to fix, one sentence each."""
-        return [f"fix: {words}" for words in self.general] + [
-            f"fix: node {n}: {words}" for n, words in self.bad.items()
-        ]
+        return [f"fix: {words}" for words in (*self.general, *(f"node {n}: {w}" for n, w in self.bad.items()))]
 
 
 def nodes_of(facts: Sequence[Facts]) -> list[str]:
@@ -46,31 +44,27 @@ def judge_nodes(facts: Sequence[Facts], missing: Mapping[int, str]) -> Health:
 
     `missing` maps ranks that did not report to their nodes. A problem that all of several nodes have is `general`.
     """
-    nodes = nodes_of(facts)
-    by_node: dict[str, list[str]] = {node: [] for node in nodes}
+    by_node: dict[str, list[str]] = {node: [] for node in nodes_of(facts)}
     for fact in facts:
         by_node[fact.node] += fact.problems
     spread = Counter(words for problems in by_node.values() for words in set(problems))
-    general = [words for words, count in spread.items() if count == len(nodes)]
-    bad = {
-        node: "; ".join(dict.fromkeys(w for w in problems if w not in general)) for node, problems in by_node.items()
-    }
+    general = [words for words, count in spread.items() if count == len(by_node)]
+    bad = {node: "; ".join(dict.fromkeys(w for w in words if w not in general)) for node, words in by_node.items()}
     for rank, node in missing.items():
         bad[node] = f"process {rank} did not report in time: see its log"
     for name in sorted({name for fact in facts for name in fact.versions}):
-        usual, count = Counter(fact.versions.get(name, "none") for fact in facts).most_common(1)[0]
-        if count < len(facts):
-            for fact in facts:
-                if (found := fact.versions.get(name, "none")) != usual:
-                    bad[fact.node] = bad.get(fact.node) or f"{name} is {found}, elsewhere {usual}: install the same"
+        found = [fact.versions.get(name, "none") for fact in facts]
+        usual = Counter(found).most_common(1)[0][0]
+        for fact, mine in zip(facts, found, strict=True):
+            if mine != usual:
+                bad[fact.node] = bad.get(fact.node) or f"{name} is {mine}, elsewhere {usual}: install the same"
     bad = {node: words for node, words in bad.items() if words}
     return Health(bad=bad, general=general, warnings=warnings_of(facts))
 
 
 def judge_network(facts: Sequence[Facts], network: Network) -> Health:
     """Judge the results of collectives, bandwidths and clocks."""
-    nodes, bad = nodes_of(facts), dict[str, str]()
-    warnings = warnings_of(facts)
+    nodes, bad, warnings = nodes_of(facts), dict[str, str](), warnings_of(facts)
     for number, share in slow_nodes(network.pair).items():
         words = f"its network has {share:.0%} of the median node's bandwidth: check its links"
         if share < BROKEN:
@@ -86,28 +80,23 @@ def judge_network(facts: Sequence[Facts], network: Network) -> Health:
 
 def table(facts: Sequence[Facts], network: Network | None, health: Health) -> list[str]:
     """One line per node."""
-    rows = [("node", "ranks", "device", "driver", "free", "memory", "disk", "write", "clock", "pairs", "state")]
-    units = ("", "", "", "", "GiB", "GiB", "GiB", "MiB/s", "s", "GB/s", "")
-    rows.append(units)
+    rows = [
+        ("node", "ranks", "device", "driver", "free", "memory", "disk", "write", "clock", "pairs", "state"),
+        ("", "", "", "", "GiB", "GiB", "GiB", "MiB/s", "s", "GB/s", ""),
+    ]
     middle = statistics.median(network.clock) if network else 0.0
     for number, node in enumerate(nodes_of(facts)):
         mine = [fact for fact in facts if fact.node == node]
         ranks = [fact.rank for fact in mine]
-        pairs = list(network.pair.get(number, {}).values()) if network else []
-        rows.append(
-            (
-                node,
-                f"{min(ranks)}-{max(ranks)}",
-                ", ".join(f"{count} x {name}" for name, count in Counter(fact.device for fact in mine).items()),
-                mine[0].driver or "-",
-                f"{min(fact.device_free for fact in mine):.0f}" if mine[0].device_free else "-",
-                f"{max(fact.memory for fact in mine):.0f}",
-                f"{max(fact.disk_free for fact in mine):.0f}",
-                f"{max(fact.write_speed for fact in mine):.0f}",
-                f"{network.clock[ranks[0]] - middle:+.2f}" if network else "-",
-                f"{statistics.median(pairs):.2f}" if pairs else "-",
-                "bad" if node in health.bad else "ok",
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(units))]
+        devices = ", ".join(f"{count} x {name}" for name, count in Counter(fact.device for fact in mine).items())
+        free = f"{min(fact.device_free for fact in mine):.0f}" if mine[0].device_free else "-"
+        of_node = (max(getattr(fact, key) for fact in mine) for key in ("memory", "disk_free", "write_speed"))
+        clock = f"{network.clock[ranks[0]] - middle:+.2f}" if network else "-"
+        pairs = network.pair.get(number) if network else None
+        speed = f"{statistics.median(pairs.values()):.2f}" if pairs else "-"
+        state = "bad" if node in health.bad else "ok"
+        memory, disk, write = (f"{value:.0f}" for value in of_node)
+        rows.append((node, f"{min(ranks)}-{max(ranks)}", devices, mine[0].driver or "-", free,
+                     memory, disk, write, clock, speed, state))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

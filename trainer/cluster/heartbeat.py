@@ -65,9 +65,8 @@ class Heartbeat:
         self.loop.close()
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
-        self.thread = threading.Thread(
-            target=self.loop.run_until_complete, args=(self._run(work),), name="heartbeat", daemon=True
-        )
+        run = self.loop.run_until_complete
+        self.thread = threading.Thread(target=run, args=(self._run(work),), name="heartbeat", daemon=True)
         self.thread.start()
 
     async def _serve(self, listener: socket.socket) -> None:
@@ -167,12 +166,9 @@ def watch_peers(world: World) -> Iterator[None]:
     torch.distributed.broadcast_object_list(port, src=0)
     if not world.is_main:
         heartbeat.join(world.rank, address, port[0])
-    farewell = False
     try:
         yield
-        farewell = True
-    except ConfigError:  # all ranks raise it together
-        farewell = True
+    except BaseException as error:
+        heartbeat.close(farewell=isinstance(error, ConfigError))  # which all ranks raise together
         raise
-    finally:
-        heartbeat.close(farewell=farewell)
+    heartbeat.close(farewell=True)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+
+from trainer.distributed import gather
 
 TRIES = 3
 MAX_ROUNDS = 16  # of pairs; with more nodes each is measured against that many others
@@ -40,8 +41,7 @@ def measure(rank: int, world_size: int, local_size: int, device: torch.device) -
     pair = _pairs(rank, world_size // local_size, local_size, length, device)
     dist.barrier()
     clock = time.time()
-    parts: list[tuple[list[str], dict[int, float], float]] = [([], {}, 0.0)] * world_size
-    dist.all_gather_object(parts, (wrong, pair, clock))
+    parts = gather((wrong, pair, clock))
     factor = 2 * (world_size - 1) / world_size * 4e-9 * length  # what a ring sends per process, in GB
     return Network(
         wrong=[f"rank {number}: {words}" for number, part in enumerate(parts) for words in part[0]],
@@ -97,23 +97,18 @@ def _pairs(rank: int, num_nodes: int, local_size: int, length: int, device: torc
     sent, received = torch.ones(length, device=device), torch.empty(length, device=device)
     found: dict[int, float] = {}
     for pairs in rounds(num_nodes):
-        partner = next((a + b - node for a, b in pairs if node in (a, b)), None)
-        mine = partner if local_rank == 0 else None
+        partner = next((a + b - node for a, b in pairs if node in (a, b)), None) if local_rank == 0 else None
 
-        def swap(mine: int | None = mine) -> None:
-            if mine is not None:
-                _swap(sent, received, mine * local_size)
+        def swap(partner: int | None = partner) -> None:
+            if partner is not None:
+                ends = ((dist.isend, sent), (dist.irecv, received))
+                for request in dist.batch_isend_irecv([dist.P2POp(o, x, partner * local_size) for o, x in ends]):
+                    request.wait()
 
         seconds = _best(swap, device)
-        if mine is not None:
-            found[mine] = 4e-9 * length / seconds
+        if partner is not None:
+            found[partner] = 4e-9 * length / seconds
     return found
-
-
-def _swap(sent: Tensor, received: Tensor, partner: int) -> None:
-    transfers = [dist.P2POp(dist.isend, sent, partner), dist.P2POp(dist.irecv, received, partner)]
-    for request in dist.batch_isend_irecv(transfers):
-        request.wait()
 
 
 def slow_nodes(pair: dict[int, dict[int, float]]) -> dict[int, float]:
