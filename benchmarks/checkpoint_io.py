@@ -11,10 +11,12 @@ plain seconds / seconds: 1 is the speed of the disk.
 
 import argparse
 
+from trainer.config import command_parser
+
 
 def command_line() -> argparse.ArgumentParser:
     """Options; see the module docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("benchmarks.checkpoint_io", __doc__)
     parser.add_argument("--dim", type=int, default=512, help="width of the model; bytes grow with its square")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", help="a folder on the disk to measure; default: the system's temporary one")

@@ -13,12 +13,14 @@ machine does meets all variants alike. Result: OUT/compare.md, compare.json and 
 import argparse
 from pathlib import Path
 
+from trainer.config import command_parser
+
 DEFAULT_VARIANTS = ("dense", "token_choice", "expert_choice", "diffmoe", "nucleus")
 
 
 def command_line() -> argparse.ArgumentParser:
     """Options; see the module docstring."""
-    parser = argparse.ArgumentParser(prog="benchmarks.compare", description="Compare routers at equal FLOPs.")
+    parser = command_parser("benchmarks.compare", __doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--steps", type=int, default=400, help="of each run (default %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

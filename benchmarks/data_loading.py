@@ -17,10 +17,12 @@ scale    10^9 samples in 10^5 shards: set-up, look-up and memory of the order of
 import argparse
 from pathlib import Path
 
+from trainer.config import command_parser
+
 
 def command_line() -> argparse.ArgumentParser:
     """Options; see the module docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("benchmarks.data_loading", __doc__)
     parser.add_argument("--only", choices=["reader", "encode", "scale"], help="one of the tables")
     parser.add_argument("--samples", type=int, default=4000, help="samples of the reader's table")
     parser.add_argument("--pictures", type=int, default=192, help="pictures of the encoders' table")
@@ -56,7 +58,7 @@ import torch
 from PIL import Image
 
 from benchmarks.interleaved import markdown_table, ratio, time_interleaved, write_json
-from trainer.config import TrainConfig, TrainLoopConfig, require, run_cli
+from trainer.config import TrainConfig, TrainLoopConfig, command, require
 from trainer.data.index import build_index
 from trainer.data.latents.dataset_file import read_dataset_file
 from trainer.data.latents.encode_folder import build_encoder, encode_tar, shard_names
@@ -263,7 +265,9 @@ def scale_table(folder: Path) -> tuple[str, dict[str, float]]:
     return markdown_table(["10^9 samples, 10^5 shards", ""], [[k, f"{v:.2f}"] for k, v in found.items()]), found
 
 
-def _main(argv: list[str] | None) -> None:
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
     args = command_line().parse_args(argv)
     require(args.samples >= 32, f"--samples is {args.samples}: use 32 or more")
     for name in ("pictures", "rounds"):
@@ -283,11 +287,6 @@ def _main(argv: list[str] | None) -> None:
             print(text)
     if args.json:
         write_json(args.json, found)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
-    run_cli(lambda: _main(argv))
 
 
 if __name__ == "__main__":

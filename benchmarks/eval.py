@@ -13,10 +13,12 @@ memory      peak of a process that streams 30,000 and 10^6 pictures' features in
 import argparse
 from pathlib import Path
 
+from trainer.config import command_parser
+
 
 def command_line() -> argparse.ArgumentParser:
     """Options; see the module docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("benchmarks.eval", __doc__)
     parser.add_argument("--only", choices=["features", "detection", "frechet", "memory"], help="one of the tables")
     parser.add_argument("--pictures", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
@@ -56,7 +58,7 @@ from eval.pictures.image_files import read_picture
 from eval.scoring.feature_store import FeatureStore, add_picture_features
 from eval.suites.geneval_steps import detect_files, open_detections
 from eval.weights import find_file
-from trainer.config import require, run_cli
+from trainer.config import command, require
 
 BATCH, WIDTH = 16, 2048
 Work = dict[str, Callable[[], object]]
@@ -213,7 +215,9 @@ def frechet_table(rounds: int) -> tuple[str, dict[str, Any]]:
     return "\n\n".join(texts), found
 
 
-def _main(argv: list[str] | None) -> None:
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
     args = command_line().parse_args(argv)
     for name in ("pictures", "rounds"):
         require(getattr(args, name) >= 1, f"--{name} is {getattr(args, name)}: use 1 or more")
@@ -237,11 +241,6 @@ def _main(argv: list[str] | None) -> None:
     print(json.dumps({"threads": args.threads, "torch": torch.__version__}))
     if args.json:
         write_json(args.json, found)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
-    run_cli(lambda: _main(argv))
 
 
 if __name__ == "__main__":

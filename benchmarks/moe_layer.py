@@ -18,10 +18,12 @@ Shapes: B images, S tokens, D width, F hidden width, E experts, C capacity, N = 
 import argparse
 from pathlib import Path
 
+from trainer.config import command_parser
+
 
 def command_line() -> argparse.ArgumentParser:
     """Options; see the module docstring."""
-    parser = argparse.ArgumentParser(prog="benchmarks.moe_layer", description="Ratios of one MoE layer.")
+    parser = command_parser("benchmarks.moe_layer", __doc__)
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 16, 64])
     parser.add_argument("--dtypes", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--batch-size", type=int, default=8, help="images (default %(default)s)")

@@ -14,10 +14,12 @@ Exits 1 if a row is outside the bounds.
 
 import argparse
 
+from trainer.config import command_parser
+
 
 def command_line() -> argparse.ArgumentParser:
     """Options; see the module docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("benchmarks.parity", __doc__)
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--ep-sizes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--optimizers", nargs="+", default=["sgd", "adamw"], choices=["sgd", "adamw"])

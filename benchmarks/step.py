@@ -49,7 +49,7 @@ from trainer.engine.determinism import make_deterministic
 from trainer.engine.ema import Ema
 from trainer.engine.engine import build_engine
 from trainer.loop.step import next_step, noised_batches, train_step
-from trainer.plan.arguments import parse as parse_plan
+from trainer.plan.__main__ import parse as parse_plan
 from trainer.plan.command import plan
 from trainer.plan.job import Job
 from trainer.telemetry.step_timer import StepTimer

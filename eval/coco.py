@@ -7,7 +7,6 @@ Which captions and pictures are used moves FID by several points, so the list is
 each drawn picture, both by seed, in the order of the draw.
 """
 
-import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from trainer.config import ConfigError, require, run_cli
+from trainer.config import ConfigError, command, command_parser, require
 from trainer.files import replacing
 
 
@@ -90,10 +89,10 @@ def write_pictures(rows: list[dict[str, Any]], folder: Path, out: Path, size: in
     return sum(tqdm(done, "pictures", total=len(rows), disable=None))
 
 
-def _main(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="eval.coco", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = command_parser("eval.coco", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="captions by seed")
     listing.add_argument("annotations", type=Path)
@@ -103,8 +102,8 @@ def _main(argv: list[str] | None) -> None:
     pictures.add_argument("list", type=Path)
     pictures.add_argument("folder", type=Path)
     pictures.add_argument("--size", type=int, default=256)
-    for command in (listing, pictures):
-        command.add_argument("--out", type=Path, required=True)
+    for part in (listing, pictures):
+        part.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(argv)
     if given.command == "list":
         require(given.count >= 1, f"--count is {given.count}: use 1 or more")
@@ -119,11 +118,6 @@ def _main(argv: list[str] | None) -> None:
     require(given.size >= 1, f"--size is {given.size}: use 1 or more")
     rows = [json.loads(line) for line in given.list.read_text().splitlines()]
     print(f"{write_pictures(rows, given.folder, given.out, given.size)} pictures written to {given.out}")
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
-    run_cli(lambda: _main(argv))
 
 
 if __name__ == "__main__":

@@ -3,17 +3,16 @@
 python -m eval.report compare RUN RUN --out comparison.html
 """
 
-import argparse
 from pathlib import Path
 
-from trainer.config import require, run_cli
+from trainer.config import command, command_parser, require
 from trainer.files import write_text
 
 
-def _main(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="eval.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Command line: compare reports."""
+    parser = command_parser("eval.report", __doc__)
     parser.add_argument("command", choices=["compare"])
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, folders of results, or report.json files")
     parser.add_argument("--out", type=Path, help="also write a page to this file")
@@ -25,11 +24,6 @@ def _main(argv: list[str] | None) -> None:
     print(comparison_text(scores))
     if given.out is not None:
         write_text(given.out, comparison_page(scores))
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line: compare reports."""
-    run_cli(lambda: _main(argv))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from eval.scoring.options import EMBEDDED, add_score_options, split_names
 from eval.scoring.registry import SUITES
-from trainer.config import require, run_cli
+from trainer.config import command_parser, require, run_cli
 
 if TYPE_CHECKING:
     from eval.scoring.draw_and_score import EvalConfig
@@ -30,9 +30,7 @@ _DEMO_DEFAULTS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(
-        prog="eval.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("eval.run", __doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, help="run folder, a step folder in RUN/checkpoints, or an export")
     add("--prompts", default="demo", help="demo, geneval[:SEED], or a file or folder of prompts")

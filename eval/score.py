@@ -13,14 +13,12 @@ from pathlib import Path
 
 from eval.scoring.options import add_score_options, split_names
 from eval.scoring.registry import SUITES
-from trainer.config import require, run_cli
+from trainer.config import command, command_parser, require
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(
-        prog="eval.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("eval.score", __doc__)
     parser.add_argument("pictures", type=Path, help="folder of pictures, or an npz with arr_0")
     parser.add_argument("--suite", required=True, help=f"comma list of {', '.join(SUITES)}")
     parser.add_argument("--prompts", default="", help="geneval[:SEED], or a file or folder of prompts")
@@ -30,7 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _main(argv: list[str] | None) -> None:
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Command line of scoring."""
     given = build_parser().parse_args(argv)
     from eval.pictures.image_files import folder_files, geneval_files, unpack_npz
     from eval.pictures.prompt_files import read_prompts
@@ -57,11 +57,6 @@ def _main(argv: list[str] | None) -> None:
     )  # fmt: skip
     summary = f"{len(files)} pictures of {given.prompts or 'no prompts'}"
     score_and_report(job, world, ScoredSubject(name=given.pictures.resolve().name, summary=summary))
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line of scoring."""
-    run_cli(lambda: _main(argv))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.scoring.options import add_score_options, split_names
 from eval.scoring.registry import SUITES
-from trainer.config import ConfigError, require, run_cli
+from trainer.config import ConfigError, command_parser, require, run_cli
 from trainer.files import write_text
 
 if TYPE_CHECKING:
@@ -132,9 +132,7 @@ def watch(config: WatchConfig) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The options."""
-    parser = argparse.ArgumentParser(
-        prog="eval.watch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("eval.watch", __doc__)
     add = parser.add_argument
     add("run", type=Path, help="run folder")
     add("--prompts", default="demo", help="demo, geneval[:SEED], or a file or folder of prompts")

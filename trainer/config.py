@@ -5,12 +5,13 @@ range is a `ConfigError` with one sentence. What each setting means stands below
 `moe/config.py`; `python -m trainer.train --settings [PREFIX]` prints it.
 """
 
+import argparse
 import difflib
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -163,3 +164,19 @@ def run_cli(main: Callable[[], None], errors: TextIO | None = None) -> None:
     except ConfigError as error:
         print(f"error: {error}", file=errors or sys.stderr)
         raise SystemExit(2) from None
+
+
+def command(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
+    """Decorator of a program's `main(argv=None)`: a ConfigError ends it as `run_cli` says."""
+
+    @wraps(main)
+    def run(argv: list[str] | None = None) -> None:
+        run_cli(lambda: main(argv))
+
+    return run
+
+
+def command_parser(program: str, doc: str | None) -> argparse.ArgumentParser:
+    """Parser of `python -m PROGRAM`, whose `--help` shows the module's docstring as it stands."""
+    shown = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=f"python -m {program}", description=doc, formatter_class=shown)

@@ -10,13 +10,12 @@ atomic rename in the run folder's file system, configuration and data readable. 
 correct, their bandwidth, and that of pairs of nodes. Exit codes: 0 sound, 1 with the sentences that say what to fix.
 """
 
-import argparse
 import os
 import sys
 import time
 from pathlib import Path
 
-from trainer.config import TrainConfig, load_config, run_cli
+from trainer.config import TrainConfig, command, command_parser, load_config
 from trainer.files import replacing
 
 
@@ -70,11 +69,10 @@ def check_nodes(config: TrainConfig, bad_nodes: Path | None) -> None:
         raise SystemExit(1)
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Command line of the doctor."""
-    parser = argparse.ArgumentParser(
-        prog="trainer.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("trainer.doctor", __doc__)
     parser.add_argument("config", help="YAML recipe, or its name in trainer/configs")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--bad-nodes", type=Path, metavar="FILE")
@@ -82,15 +80,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--world-size", type=int, default=0, metavar="N", help="with --only-config: processes")
     parser.add_argument("--local-size", type=int, default=0, metavar="N", help="of them on each node")
     args = parser.parse_intermixed_args(argv)
-
-    def body() -> None:
-        config = load_config(args.config, args.overrides)
-        if args.only_config:
-            check_config(config, args.world_size, args.local_size)
-        else:
-            check_nodes(config, args.bad_nodes)
-
-    run_cli(body)
+    config = load_config(args.config, args.overrides)
+    if args.only_config:
+        check_config(config, args.world_size, args.local_size)
+    else:
+        check_nodes(config, args.bad_nodes)
 
 
 if __name__ == "__main__":

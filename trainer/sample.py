@@ -3,15 +3,15 @@
 python -m trainer.sample runs/demo --prompt "a cat on a blue background" --num 4 --out cat.png
 """
 
-import argparse
 from pathlib import Path
 
-from trainer.config import require, run_cli
+from trainer.config import command, command_parser, require
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("trainer.sample", __doc__)
     parser.add_argument("checkpoint", type=Path, help="run folder, step folder or export")
     parser.add_argument("--prompt", action="append", required=True, help="caption; give it several times for several")
     parser.add_argument("--num", type=int, default=4, help="pictures per prompt")
@@ -19,23 +19,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("samples.png"))
     parser.add_argument("--scale", type=int, default=4, help="enlargement by whole pixels")
     arguments = parser.parse_args(argv)
+    require(arguments.num >= 1, f"--num is {arguments.num}: use 1 or more")
+    require(arguments.out.suffix == ".png", f"--out {arguments.out}: the grid is written as .png")
+    from PIL import Image  # here, as are the others, so that --help is quick
 
-    def body() -> None:
-        require(arguments.num >= 1, f"--num is {arguments.num}: use 1 or more")
-        require(arguments.out.suffix == ".png", f"--out {arguments.out}: the grid is written as .png")
-        from PIL import Image  # here, as are the others, so that --help is quick
+    from trainer.diffusion.sampling import picture_grid
+    from trainer.pipeline import Pipeline
 
-        from trainer.diffusion.sampling import picture_grid
-        from trainer.pipeline import Pipeline
-
-        pipeline = Pipeline.load(arguments.checkpoint)
-        captions = [prompt for prompt in arguments.prompt for _ in range(arguments.num)]
-        seeds = [arguments.seed + i for _ in arguments.prompt for i in range(arguments.num)]
-        grid = picture_grid(pipeline.generate(captions, seeds), columns=arguments.num, scale=arguments.scale)
-        Image.fromarray(grid.numpy()).save(arguments.out)
-        print(f"{len(captions)} pictures of step {pipeline.step} in {arguments.out}")
-
-    run_cli(body)
+    pipeline = Pipeline.load(arguments.checkpoint)
+    captions = [prompt for prompt in arguments.prompt for _ in range(arguments.num)]
+    seeds = [arguments.seed + i for _ in arguments.prompt for i in range(arguments.num)]
+    grid = picture_grid(pipeline.generate(captions, seeds), columns=arguments.num, scale=arguments.scale)
+    Image.fromarray(grid.numpy()).save(arguments.out)
+    print(f"{len(captions)} pictures of step {pipeline.step} in {arguments.out}")
 
 
 if __name__ == "__main__":

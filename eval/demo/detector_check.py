@@ -3,8 +3,9 @@
 python -m eval.demo.detector_check                 # a table: accuracy per category, clean and degraded
 """
 
-import argparse
 from dataclasses import replace
+
+from trainer.config import command_parser
 
 
 def print_table(per_category: int, seed: int) -> None:
@@ -45,9 +46,7 @@ def print_table(per_category: int, seed: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of the measurement."""
-    parser = argparse.ArgumentParser(
-        prog="eval.demo.detector_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("eval.demo.detector_check", __doc__)
     parser.add_argument("--per-category", type=int, default=40, help="pictures per tag (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the scenes (default %(default)s)")
     given = parser.parse_args(argv)

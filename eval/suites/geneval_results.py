@@ -4,7 +4,6 @@ The file has one JSON object per picture with filename, tag, prompt and correct.
 prompts (553 for the official set, four pictures each), so that a run that lost prompts is not taken for a score.
 """
 
-import argparse
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from eval.metrics.geneval import Fault, PictureVerdict, Summary, summarize
 from eval.pictures.prompt_files import read_prompts
-from trainer.config import ConfigError, require, run_cli
+from trainer.config import ConfigError, command, command_parser, require
 
 _KEYS = ("filename", "tag", "prompt", "correct")
 
@@ -55,10 +54,10 @@ def summarize_results(rows: list[dict[str, Any]]) -> Summary:
     return summarize([row["tag"] for row in rows], [row["prompt"] for row in rows], verdicts)
 
 
-def _main(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="eval.suites.geneval_results", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Command line of the reader."""
+    parser = command_parser("eval.suites.geneval_results", __doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("--prompts", default="geneval", help="the set that must be complete")
     parser.add_argument("--samples", type=int, default=4, help="pictures per prompt")
@@ -69,11 +68,6 @@ def _main(argv: list[str] | None) -> None:
     for tag, score in [*summary.tags.items(), ("overall", summary.overall)]:
         print(f"{tag:14s} {score.value:7.2%}  ({score.low:.1%} to {score.high:.1%})  {score.correct} / {score.total}")
     print(f"{'pictures':14s} {summary.images.value:7.2%}\n{'prompts':14s} {summary.prompts.value:7.2%}")
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line of the reader."""
-    run_cli(lambda: _main(argv))
 
 
 if __name__ == "__main__":

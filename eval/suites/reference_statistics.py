@@ -9,14 +9,13 @@ convention has to be given one by the user; a file of another convention is refu
 Shapes: N pictures, D features.
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.config import ConfigError, require, run_cli
+from trainer.config import ConfigError, command, command_parser, require
 from trainer.files import replacing
 
 if TYPE_CHECKING:
@@ -116,12 +115,10 @@ def build_statistics(pictures: Path, store_folder: Path, convention: str, *, pro
     )
 
 
-def _main(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="eval.suites.reference_statistics",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = command_parser("eval.suites.reference_statistics", __doc__)
     parser.add_argument("pictures", type=Path, help="folder of pictures, or an npz with arr_0")
     parser.add_argument("--out", type=Path, required=True, help="npz to write")
     parser.add_argument(
@@ -137,11 +134,6 @@ def _main(argv: list[str] | None) -> None:
     store = given.features or given.out.parent / "features"
     write_statistics(given.out, build_statistics(given.pictures, store, given.convention, progress=True))
     print(given.out)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
-    run_cli(lambda: _main(argv))
 
 
 if __name__ == "__main__":

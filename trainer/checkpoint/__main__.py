@@ -9,17 +9,16 @@
 needs no GPU and little memory. Resuming on other processes needs no command: any topology reads any checkpoint.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from trainer.config import run_cli
+from trainer.config import command, command_parser
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m trainer.checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Run one subcommand and exit with its code."""
+    parser = command_parser("trainer.checkpoint", __doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     listing = commands.add_parser("list", help="checkpoints of a run, checked by size")
     listing.add_argument("path", type=Path, metavar="RUN", help="run folder")
@@ -31,15 +30,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--weights", default="ema", help="ema (the average, default) or model (the live weights)")
     export.add_argument("--dtype", default="bf16", help="bf16 (default) or fp32, of all tensors")
     export.add_argument("--shard-gb", type=float, default=4.0, help="largest file in GB (10^9 bytes); default 4")
-    return parser
+    arguments = parser.parse_args(argv)
+    from trainer.checkpoint import commands as bodies  # torch takes seconds, and --help needs none of it
 
-
-def main(argv: list[str] | None = None) -> None:
-    """Run one subcommand and exit with its code."""
-    arguments = _parser().parse_args(argv)
-    from trainer.checkpoint import commands  # torch takes seconds, and --help needs none of it
-
-    run_cli(lambda: sys.exit(commands.COMMANDS[arguments.command](arguments)))
+    sys.exit(bodies.COMMANDS[arguments.command](arguments))
 
 
 if __name__ == "__main__":

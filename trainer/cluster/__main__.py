@@ -16,6 +16,7 @@ from pathlib import Path
 from trainer.cluster import bad_nodes
 from trainer.cluster.outcome import Outcome
 from trainer.cluster.verdict import last_words, settle, silent_nodes
+from trainer.config import command_parser
 
 SILENT_HOURS = 1.0
 
@@ -50,9 +51,7 @@ def report(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Command line of the batch scripts."""
-    parser = argparse.ArgumentParser(
-        prog="trainer.cluster", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("trainer.cluster", __doc__)
     commands = parser.add_subparsers(required=True)
     for command in (verdict, exclude, report):
         sub = commands.add_parser(command.__name__)

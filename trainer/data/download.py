@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from trainer.config import ConfigError, require, run_cli
+from trainer.config import ConfigError, command, command_parser, require
 from trainer.data.images import img2dataset
 from trainer.data.images.download_report import PartReport, finished_tars, remove_damaged, summarize, total
 from trainer.data.images.img2dataset import DISTRIBUTORS, DownloadSettings
@@ -174,9 +174,7 @@ def download(out: Path, urls: UrlList, settings: DownloadSettings, parts: list[i
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="trainer.data.download", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("trainer.data.download", __doc__)
     parser.add_argument(
         "urls", type=Path, help="list of URLs and captions: .parquet, .csv or .tsv, or a folder of them"
     )
@@ -212,7 +210,9 @@ def _check(args: argparse.Namespace) -> DownloadSettings:
     return DownloadSettings(**{name: getattr(args, name) for name in asdict(DownloadSettings())})
 
 
-def _main(argv: list[str] | None) -> None:
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Command line; exit code 1 if tars are missing."""
     args = _parser().parse_args(argv)
     settings = _check(args)
     urls = open_url_list(args.urls, args.url_column, args.caption_column, tuple(args.keep_columns))
@@ -221,11 +221,6 @@ def _main(argv: list[str] | None) -> None:
     parts = list(range(args.parts)) if args.part is None else [args.part]
     if not download(args.out, urls, settings, parts, args.parts, args.python):
         raise SystemExit(1)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line; exit code 1 if tars are missing."""
-    run_cli(lambda: _main(argv))
 
 
 if __name__ == "__main__":

@@ -3,14 +3,15 @@
 The tars are dealt out to the processes. A rerun goes on where a killed one stopped and gives the same bytes.
 """
 
-import argparse
 import os
 
-from trainer.config import load_config, require, run_cli
+from trainer.config import command, command_parser, load_config, require
 
 
-def _main(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(prog="trainer.data.encode", description="Encode image shards to latent shards.")
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = command_parser("trainer.data.encode", __doc__)
     parser.add_argument("config", help="YAML recipe, or its name in trainer/configs")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     cores = len(os.sched_getaffinity(0))
@@ -32,11 +33,6 @@ def _main(argv: list[str] | None) -> None:
         torch.backends.cudnn.benchmark = False
     if not encode(encoder, rank=world.rank, world_size=world.size):
         print(f"rank {world.rank} of {world.size} is done; dataset.json is written by the one that ends last")
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
-    run_cli(lambda: _main(argv))
 
 
 if __name__ == "__main__":

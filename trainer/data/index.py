@@ -6,7 +6,6 @@ there, `index.parquet` in the folder itself lists the tars. Nothing is held for 
 With RANK and WORLD_SIZE set the tars are dealt out to the ranks. `python -m trainer.data.index IMAGES_DIR`
 """
 
-import argparse
 import json
 import os
 from collections import Counter
@@ -21,7 +20,7 @@ from pathlib import Path
 import pyarrow as pa
 from tqdm import tqdm
 
-from trainer.config import require, run_cli
+from trainer.config import command, command_parser, require
 from trainer.data.images.index_file import (
     INDEX_NAME,
     ROW_SCHEMA,
@@ -156,8 +155,10 @@ def index_or_open(folder: Path) -> Index:
     return index
 
 
-def _main(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(prog="trainer.data.index", description="Check and index image shards.")
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Command line: index a folder; exit code 1 if nothing in it can be kept."""
+    parser = command_parser("trainer.data.index", __doc__)
     parser.add_argument("images", type=Path, help="folder that holds the tars, also in subfolders")
     parser.add_argument("--num-workers", type=int, default=0, help="processes to read tars with (0: this one)")
     parser.add_argument(
@@ -176,11 +177,6 @@ def _main(argv: list[str] | None) -> None:
     print(index.summary())
     if not index.num_kept:
         raise SystemExit(1)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line: index a folder; exit code 1 if nothing in it can be kept."""
-    run_cli(lambda: _main(argv))
 
 
 if __name__ == "__main__":

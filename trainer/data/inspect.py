@@ -7,7 +7,7 @@ decoded from their latents, with their captions. `--verify` reads every byte and
 import argparse
 from pathlib import Path
 
-from trainer.config import ConfigError, require, run_cli
+from trainer.config import ConfigError, command, command_parser, require
 from trainer.data.latents.format import DATASET_NAME
 from trainer.files import replacing
 
@@ -40,8 +40,10 @@ def _inspect_latents(args: argparse.Namespace) -> None:
             raise SystemExit(1)
 
 
-def _main(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(prog="trainer.data.inspect", description="Look at a folder of latents.")
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = command_parser("trainer.data.inspect", __doc__)
     parser.add_argument("folder", type=Path, help="folder of latents, or of image shards")
     parser.add_argument("--out", type=Path, help="contact sheet to write (default: NAME.html in the current folder)")
     parser.add_argument("--num-samples", type=int, default=48, help="pictures on the sheet; 0: no sheet")
@@ -60,11 +62,6 @@ def _main(argv: list[str] | None) -> None:
         print(open_index(args.folder).summary())
     else:
         raise ConfigError(f"{args.folder} has neither {DATASET_NAME} nor {INDEX_NAME}: name a folder of latents")
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
-    run_cli(lambda: _main(argv))
 
 
 if __name__ == "__main__":

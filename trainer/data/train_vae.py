@@ -3,14 +3,15 @@
 `python -m trainer.data.train_vae CONFIG data.codec=vae:FILE [key=value ...] [--steps 1500]`
 """
 
-import argparse
 from pathlib import Path
 
-from trainer.config import load_config, require, run_cli
+from trainer.config import command, command_parser, load_config, require
 
 
-def _main(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(prog="trainer.data.train_vae", description="Train the small VAE.")
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = command_parser("trainer.data.train_vae", __doc__)
     parser.add_argument("config", help="YAML recipe, or its name in trainer/configs")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--steps", type=int, default=1500)
@@ -26,11 +27,6 @@ def _main(argv: list[str] | None) -> None:
     require(bool(data.images), "data.images is empty: name the folder of image shards to train on")
     require(data.image_size % FACTOR == 0, f"data.image_size is {data.image_size}: use a multiple of {FACTOR}")
     train_and_save(data, config.seed, args.steps, Path(data.codec.removeprefix(VAE_PREFIX)))
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
-    run_cli(lambda: _main(argv))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Per shard: NNNNN.tar with KEY.png, KEY.txt, KEY.json; NNNNN.parquet with one row
 NNNNN_stats.json, last. The bytes are a function of the arguments, so there are no times in them.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from trainer.config import require, run_cli
+from trainer.config import command, command_parser, require
 from trainer.data.demo.emoji import ATTRIBUTION
 from trainer.data.demo.scenes import Scene, render, training_scene
 from trainer.files import replacing, write_text
@@ -87,10 +86,10 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def _main(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="trainer.data.demo.scene_shards", description="Draw the embedded picture set."
-    )
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Command line: draw training scenes and write them as image shards."""
+    parser = command_parser("trainer.data.demo.scene_shards", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the image shards")
     parser.add_argument("--num-images", type=int, default=16000)
     parser.add_argument("--image-size", type=int, default=32)
@@ -101,11 +100,6 @@ def _main(argv: list[str] | None) -> None:
         flag = f"--{name.replace('_', '-')}"
         require(getattr(args, name) >= 1, f"{flag} is {getattr(args, name)}: use 1 or more")
     write_shards(args.out, args.num_images, args.image_size, args.seed, args.shard_size)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line: draw training scenes and write them as image shards."""
-    run_cli(lambda: _main(argv))
 
 
 if __name__ == "__main__":
