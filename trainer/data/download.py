@@ -92,7 +92,7 @@ def prepare(part: Part, urls: UrlList, settings: DownloadSettings) -> dict[str, 
     others = {path.stem.rpartition("-of-")[2] for path in part.record.parent.glob("part-*-of-*.json")}
     for other in others - {f"{part.count:05d}"}:
         raise ConfigError(f"{part.out} was begun with --parts {int(other)}, not {part.count}: name another --out")
-    table, refused = split_http(read_slice(urls, part.number, part.count), urls.url_column)
+    table, refused = split_http(read_slice(urls, part.number, part.count), urls.columns[0])
     record = {
         "columns": urls.columns,
         "settings": settings.of_content(),
