@@ -10,7 +10,6 @@ DIR/failed the URLs worth another try, itself a list of URLs; DIR/logs what img2
 import argparse
 import fcntl
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -73,18 +72,14 @@ class Part:
 @contextmanager
 def _locked(part: Part) -> Iterator[int]:
     """Hold the part alone: two downloads in one folder leave corrupt tars that look finished."""
-    path = part.out / "lists" / f"{part.name}.lock"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+    with (part.out / "lists" / f"{part.name}.lock").open("a") as file:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
                 f"{part.folder} is being downloaded by another process: wait for it, or end it"
             ) from error
-        yield handle
-    finally:
-        os.close(handle)
+        yield file.fileno()
 
 
 def prepare(part: Part, urls: UrlList, settings: DownloadSettings) -> dict[str, Any]:
@@ -137,22 +132,18 @@ def download_part(part: Part, urls: UrlList, settings: DownloadSettings, python:
             with tqdm(total=num_tars, initial=done, desc=part.name, unit="tar", disable=None) as bar:
                 img2dataset.run(
                     python, options, part.out / "logs" / f"{part.name}.log", lock,
-                    lambda: _advance(bar, len(finished_tars(part.folder))),
+                    lambda: bar.update(len(finished_tars(part.folder)) - bar.n),
                 )  # fmt: skip
         report = summarize(
             part.folder,
             num_http=record["num_http"],
             num_refused=record["num_refused"],
-            samples_per_tar=settings.samples_per_tar,
+            num_tars=num_tars,
             columns=urls.columns,
             failed=part.out / "failed" / f"{part.name}.parquet",
         )
         write_json(part.report, asdict(report))
     return report
-
-
-def _advance(bar: "tqdm[Any]", done: int) -> None:
-    bar.update(done - bar.n)
 
 
 def download(out: Path, urls: UrlList, settings: DownloadSettings, parts: list[int], count: int, python: str) -> bool:
@@ -185,8 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--caption-column", default="caption")
     parser.add_argument("--keep-columns", nargs="*", default=[], help="further columns to keep with each picture")
     parser.add_argument("--python", default=sys.executable, help="interpreter of an environment with img2dataset")
-    defaults = DownloadSettings()
-    for name, value in asdict(defaults).items():
+    for name, value in asdict(DownloadSettings()).items():
         choices = {"encode_format": ("jpg", "png", "webp"), "distributor": DISTRIBUTORS}.get(name)
         default = None if name == "encode_quality" else value
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=default, choices=choices)

@@ -8,7 +8,6 @@ With RANK and WORLD_SIZE set the tars are dealt out to the ranks. `python -m tra
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -26,7 +25,6 @@ from trainer.data.images.index_file import (
     ROW_SCHEMA,
     Index,
     TarEntry,
-    index_is_current,
     open_index,
     read_note,
     source_of,
@@ -34,9 +32,8 @@ from trainer.data.images.index_file import (
     tar_sizes,
     write_table,
 )
-from trainer.data.images.tar_scan import IndexRow, scan_tar, tar_digest
+from trainer.data.images.tar_scan import REPEATED, IndexRow, scan_tar, tar_digest
 
-_REPEATED = "key seen before in the same folder"
 _MAX_EXAMPLES = 3
 
 
@@ -44,11 +41,9 @@ def index_tar(folder: Path, needs_stats: bool, tar: str) -> None:
     """Scan one tar and write its list of samples."""
     digest, size = tar_digest(folder / tar), (folder / tar).stat().st_size
     result = scan_tar(folder, tar, needs_stats)
-    examples: dict[str, list[str]] = {}
+    rejected: dict[str, list[str]] = {}
     for reason, where in result.rejected:
-        examples.setdefault(reason, [])
-        if len(examples[reason]) < _MAX_EXAMPLES:
-            examples[reason].append(where)
+        rejected.setdefault(reason, []).append(where)
     entry = TarEntry(
         tar=tar,
         size=size,
@@ -57,8 +52,8 @@ def index_tar(folder: Path, needs_stats: bool, tar: str) -> None:
         source=source_of(result.rows),
         first_key=result.rows[0].key if result.rows else "",
         last_key=result.rows[-1].key if result.rows else "",
-        rejected=dict(Counter(reason for reason, _ in result.rejected)),
-        examples=examples,
+        rejected={reason: len(where) for reason, where in rejected.items()},
+        examples={reason: where[:_MAX_EXAMPLES] for reason, where in rejected.items()},
     )
     note = {"needs_stats": needs_stats, "entry": asdict(entry)}
     write_table(tar_index_path(folder, tar), [asdict(row) for row in result.rows], ROW_SCHEMA, note)
@@ -113,8 +108,8 @@ def _drop(entry: TarEntry, rows: list[IndexRow], seen: set[str]) -> TarEntry:
         num_kept=len(kept),
         source=source_of(kept),
         repeated=repeated,
-        rejected={**entry.rejected, _REPEATED: entry.rejected.get(_REPEATED, 0) + len(repeated)},
-        examples={**entry.examples, _REPEATED: entry.examples.get(_REPEATED, examples)},
+        rejected={**entry.rejected, REPEATED: entry.rejected.get(REPEATED, 0) + len(repeated)},
+        examples={**entry.examples, REPEATED: entry.examples.get(REPEATED, examples)},
     )
 
 
@@ -147,7 +142,7 @@ def build_index(
 
 def index_or_open(folder: Path) -> Index:
     """The index of a folder, built first (and printed) if there is none of this version."""
-    if index_is_current(folder):
+    if read_note(folder / INDEX_NAME):  # the tars may have changed since
         return open_index(folder)
     index = build_index(folder)
     assert index is not None  # there are no other ranks

@@ -134,11 +134,6 @@ def tar_sizes(folder: Path) -> dict[str, int]:
     return dict(sorted(sizes.items()))
 
 
-def index_is_current(folder: Path) -> bool:
-    """Whether the folder has an index in the format of this version; the tars may have changed since."""
-    return bool(read_note(folder / INDEX_NAME))
-
-
 def open_index(folder: Path) -> Index:
     """The index of a folder; ConfigError if it is missing or does not describe the tars that are there."""
     path = folder / INDEX_NAME
