@@ -60,9 +60,7 @@ def keep_records(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Drop the lines whose object is not `wanted`, the file rewritten whole; for the one process that may write it."""
     remove_leftovers(path)
     if path.exists():
-        kept = [line for record, line in _records(path) if wanted(record)]
-        with replacing(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept))
+        write_text(path, "".join(f"{line}\n" for record, line in _records(path) if wanted(record)))
 
 
 def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -76,8 +74,7 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON in one step, as the one process that may write `path`."""
     remove_leftovers(path)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 @cache

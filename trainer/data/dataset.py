@@ -7,6 +7,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trainer.config import TrainConfig
 from trainer.data.latents.dataset_file import LatentFolder, check_settings, check_shards, read_dataset_file
 from trainer.data.latents.samples import LatentDataset, LatentInfo
@@ -116,11 +118,7 @@ def _describe(
 
 def _pooled(moments: list[tuple[list[float], list[float]]], weights: list[float]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel of several data sets drawn from by weight."""
-    share = [weight / sum(weights) for weight in weights]
-    means, stds = [], []
-    for pairs in zip(*(zip(*both, strict=True) for both in moments), strict=True):  # of each channel
-        mean = sum(w * m for w, (m, _) in zip(share, pairs, strict=True))
-        square = sum(w * (s * s + m * m) for w, (m, s) in zip(share, pairs, strict=True))
-        means.append(mean)
-        stds.append(math.sqrt(max(square - mean * mean, 1e-12)))
-    return means, stds
+    share = np.array(weights)[:, None] / sum(weights)
+    means, stds = (np.array(values) for values in zip(*moments, strict=True))  # [data sets, channels]
+    mean, square = (share * means).sum(0), (share * (stds * stds + means * means)).sum(0)
+    return mean.tolist(), np.sqrt(np.maximum(square - mean * mean, 1e-12)).tolist()

@@ -8,9 +8,8 @@ With RANK and WORLD_SIZE set the tars are dealt out to the ranks. `python -m tra
 
 import json
 import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import groupby
@@ -70,29 +69,27 @@ def _finished_entry(folder: Path, needs_stats: bool, tar: str) -> TarEntry | Non
 
 def _without_repeats(folder: Path, entries: list[TarEntry]) -> list[TarEntry]:
     """Mark samples whose (part, key) an earlier tar has; only tars whose ranges of keys overlap are read."""
-    found = []
+    found, overlapping = [], _overlapping([entry for entry in entries if entry.num_kept])
     for _, part in groupby(sorted(entries, key=lambda entry: (entry.part, entry.tar)), key=lambda entry: entry.part):
-        members = list(part)
-        overlapping = _overlapping([entry for entry in members if entry.num_kept])
         seen: set[str] = set()
-        for entry in members:
-            if entry.tar not in overlapping:
+        for entry in part:
+            if entry.tar in overlapping:
+                rows = Index(folder=folder, tars=[]).rows_of(entry)
+                found.append(_drop(entry, rows, seen))
+                seen.update(row.key for row in rows)
+            else:
                 found.append(entry)
-                continue
-            rows = Index(folder=folder, tars=[]).rows_of(entry)
-            found.append(_drop(entry, rows, seen))
-            seen.update(row.key for row in rows)
     return sorted(found, key=lambda entry: entry.tar)
 
 
 def _overlapping(entries: list[TarEntry]) -> set[str]:
-    """Tars of a part whose range of keys meets another's."""
+    """Tars whose range of (part, key) meets another's."""
     found: set[str] = set()
     widest: TarEntry | None = None
-    for entry in sorted(entries, key=lambda entry: entry.first_key):
-        if widest is not None and entry.first_key <= widest.last_key:
+    for entry in sorted(entries, key=lambda entry: (entry.part, entry.first_key)):
+        if widest is not None and (entry.part, entry.first_key) <= (widest.part, widest.last_key):
             found |= {entry.tar, widest.tar}
-        if widest is None or entry.last_key > widest.last_key:
+        if widest is None or (entry.part, entry.last_key) > (widest.part, widest.last_key):
             widest = entry
     return found
 
@@ -123,11 +120,9 @@ def build_index(
     tars = list(tar_sizes(folder))
     finished = partial(_finished_entry, folder, needs_stats)
     todo = [tar for tar in tars[rank::world_size] if finished(tar) is None]
-    with ExitStack() as stack:
-        scan = partial(index_tar, folder, needs_stats)
-        scanned: Iterator[None] = map(scan, todo)
-        if num_workers > 0:
-            scanned = stack.enter_context(ProcessPoolExecutor(num_workers)).map(scan, todo)
+    scan = partial(index_tar, folder, needs_stats)
+    with ProcessPoolExecutor(num_workers) if num_workers else nullcontext() as pool:
+        scanned = pool.map(scan, todo) if pool else map(scan, todo)
         for _ in tqdm(scanned, total=len(todo), desc="index", unit="tar", disable=None):
             pass
     entries = [entry for entry in map(finished, tars) if entry is not None]
