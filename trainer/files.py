@@ -93,8 +93,7 @@ def package_file(module: str, relative: str) -> Path:
     Raises ConfigError if it is missing.
     """
     spec = importlib.util.find_spec(module)
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    for folder in folders:
+    for folder in (spec and spec.submodule_search_locations) or ():
         path = Path(folder) / relative
         if path.is_file():
             return path

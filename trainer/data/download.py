@@ -96,23 +96,19 @@ def prepare(part: Part, urls: UrlList, settings: DownloadSettings) -> dict[str, 
         "list_sha256": table_digest(table),
     }
     if part.record.is_file():
-        _check_record(part, json.loads(part.record.read_text()), record)
+        # With another list or other settings img2dataset would skip rows without a word.
+        old, remedy = json.loads(part.record.read_text()), "restore it, or name another --out"
+        for name, value in record["settings"].items():
+            was, flag = old["settings"].get(name), f"--{name.replace('_', '-')}"
+            require(was == value, f"{flag} is {value} but {part.folder} was begun with {was}: {remedy}")
+        same = all(old[name] == record[name] for name in ("columns", "num_http", "num_refused", "list_sha256"))
+        require(same, f"the list of URLs is not the one that {part.folder} was begun with: {remedy}")
         if part.url_list.is_file():
             return record
     with replacing(part.url_list) as temporary:
         pq.write_table(table, temporary)
     write_json(part.record, record)
     return record
-
-
-def _check_record(part: Part, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """With another list or other settings img2dataset would skip rows without a word."""
-    remedy = "restore it, or name another --out"
-    for name, value in new["settings"].items():
-        was = old["settings"].get(name)
-        require(was == value, f"--{name.replace('_', '-')} is {value} but {part.folder} was begun with {was}: {remedy}")
-    same = all(old[name] == new[name] for name in ("columns", "num_http", "num_refused", "list_sha256"))
-    require(same, f"the list of URLs is not the one that {part.folder} was begun with: {remedy}")
 
 
 def download_part(part: Part, urls: UrlList, settings: DownloadSettings, python: str) -> PartReport:
@@ -124,9 +120,10 @@ def download_part(part: Part, urls: UrlList, settings: DownloadSettings, python:
         part.folder.mkdir(exist_ok=True)
         for reason in remove_damaged(part.folder):
             print(f"{part.name}: {reason}: again")
-        num_tars = -(-record["num_http"] // settings.samples_per_tar)
+        num_http, num_refused = record["num_http"], record["num_refused"]
+        num_tars = -(-num_http // settings.samples_per_tar)
         done = len(finished_tars(part.folder))
-        print(f"{part.name}: {record['num_http']} URLs, {done} of {num_tars} tars finished")
+        print(f"{part.name}: {num_http} URLs, {done} of {num_tars} tars finished")
         if done < num_tars:
             options = img2dataset.arguments(part.url_list, part.folder, settings, urls.columns)
             with tqdm(total=num_tars, initial=done, desc=part.name, unit="tar", disable=None) as bar:
@@ -134,14 +131,8 @@ def download_part(part: Part, urls: UrlList, settings: DownloadSettings, python:
                     python, options, part.out / "logs" / f"{part.name}.log", lock,
                     lambda: bar.update(len(finished_tars(part.folder)) - bar.n),
                 )  # fmt: skip
-        report = summarize(
-            part.folder,
-            num_http=record["num_http"],
-            num_refused=record["num_refused"],
-            num_tars=num_tars,
-            columns=urls.columns,
-            failed=part.out / "failed" / f"{part.name}.parquet",
-        )
+        failed = part.out / "failed" / f"{part.name}.parquet"
+        report = summarize(part.folder, num_http, num_refused, num_tars, urls.columns, failed)
         write_json(part.report, asdict(report))
     return report
 

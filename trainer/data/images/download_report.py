@@ -46,9 +46,7 @@ class PartReport:
 
 def total(reports: list[PartReport]) -> PartReport:
     """The sum over parts."""
-    reasons: Counter[str] = Counter()
-    for report in reports:
-        reasons.update(report.reasons)
+    reasons = sum((Counter(report.reasons) for report in reports), Counter[str]())
     names = ("num_urls", "num_pictures", "num_tars", "num_unfinished", "num_retry")
     return PartReport(**{name: sum(getattr(r, name) for r in reports) for name in names}, reasons=dict(reasons))
 
@@ -80,7 +78,7 @@ def finished_tars(folder: Path) -> list[Path]:
 
 
 def summarize(
-    folder: Path, *, num_http: int, num_refused: int, num_tars: int, columns: list[str], failed: Path
+    folder: Path, num_http: int, num_refused: int, num_tars: int, columns: list[str], failed: Path
 ) -> PartReport:
     """Count what a part's folder holds; write the URLs worth another try to `failed` under their old column names."""
     reasons: Counter[str] = Counter({_NO_HTTP: num_refused} if num_refused else {})

@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import math
 import time
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +56,8 @@ def build_encoder(data: DataConfig, num_threads: int = 1) -> Encoder:
         codec.has_std or not data.latent_std,
         f"data.latent_std is true, but data.codec={data.codec} gives no standard deviation: use false",
     )
-    return Encoder(
-        data=data,
-        codec=codec,
-        text_encoder=text_encoder,
-        fingerprint=encoding_fingerprint(data, codec, text_encoder),
-        num_threads=num_threads,
-    )
+    fingerprint = encoding_fingerprint(data, codec, text_encoder)
+    return Encoder(data=data, codec=codec, text_encoder=text_encoder, fingerprint=fingerprint, num_threads=num_threads)
 
 
 def shard_names(index: Index) -> dict[str, TarEntry]:
@@ -98,7 +92,6 @@ def read_sidecar(encoder: Encoder, name: str, entry: TarEntry) -> Sidecar | None
     return sidecar if all(path.is_file() and path.stat().st_size == size for path, size in files) else None
 
 
-@cache
 def code_version() -> str:
     """Version of the package and, in a checkout, its commit."""
     try:

@@ -8,6 +8,7 @@ that another removed.
 import os
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +29,10 @@ class Stage:
     def fetch(self, path: Path, entry: ShardEntry) -> Path:
         """The path of the copy of a shard, made if it is not there."""
         copy = self.folder / f"{entry.sha256[:32]}-{entry.file}"
-        try:
+        with suppress(FileNotFoundError):
             os.utime(copy)  # it is in use: the newest
             if copy.stat().st_size == entry.size:
                 return copy
-        except FileNotFoundError:
-            pass
         self._make_room(entry.size, copy)  # before copying: the limit holds at every moment
         try:
             with replacing(copy) as temporary:
