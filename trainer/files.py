@@ -25,10 +25,7 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write; at the end, flush it to disk and rename it to `path`.
-
-    If the body raises, the temporary file is removed and `path` stays as it was.
-    """
+    """Give a temporary path to write, in the end flushed to disk and renamed to `path`; removed if the body raises."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")  # unique over nodes too
     try:
         yield temporary
@@ -88,10 +85,7 @@ def git_commit() -> str:
 
 
 def package_file(module: str, relative: str) -> Path:
-    """Path of a data file of an installed package of requirements-demo.txt, found without importing it.
-
-    Raises ConfigError if it is missing.
-    """
+    """A data file of an installed package of requirements-demo.txt, found without importing it, or ConfigError."""
     spec = importlib.util.find_spec(module)
     for folder in (spec and spec.submodule_search_locations) or ():
         path = Path(folder) / relative

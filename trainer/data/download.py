@@ -12,8 +12,6 @@ import fcntl
 import json
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,19 +67,6 @@ class Part:
         return self.out / "reports" / f"{self.name}.json"
 
 
-@contextmanager
-def _locked(part: Part) -> Iterator[int]:
-    """Hold the part alone: two downloads in one folder leave corrupt tars that look finished."""
-    with (part.out / "lists" / f"{part.name}.lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"{part.folder} is being downloaded by another process: wait for it, or end it"
-            ) from error
-        yield file.fileno()
-
-
 def prepare(part: Part, urls: UrlList, settings: DownloadSettings) -> dict[str, Any]:
     """Cut the slice and write it, or check that it and the settings are what the folder was begun with."""
     others = {path.stem.rpartition("-of-")[2] for path in part.record.parent.glob("part-*-of-*.json")}
@@ -115,7 +100,13 @@ def download_part(part: Part, urls: UrlList, settings: DownloadSettings, python:
     """Download what is missing of one part and count what is there."""
     for name in ("lists", "logs", "reports"):
         (part.out / name).mkdir(parents=True, exist_ok=True)
-    with _locked(part) as lock:
+    with (part.out / "lists" / f"{part.name}.lock").open("a") as lock:
+        try:  # two downloads in one folder leave corrupt tars that look finished
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{part.folder} is being downloaded by another process: wait for it, or end it"
+            ) from error
         record = prepare(part, urls, settings)
         part.folder.mkdir(exist_ok=True)
         for reason in remove_damaged(part.folder):
@@ -128,7 +119,7 @@ def download_part(part: Part, urls: UrlList, settings: DownloadSettings, python:
             options = img2dataset.arguments(part.url_list, part.folder, settings, urls.columns)
             with tqdm(total=num_tars, initial=done, desc=part.name, unit="tar", disable=None) as bar:
                 img2dataset.run(
-                    python, options, part.out / "logs" / f"{part.name}.log", lock,
+                    python, options, part.out / "logs" / f"{part.name}.log", lock.fileno(),
                     lambda: bar.update(len(finished_tars(part.folder)) - bar.n),
                 )  # fmt: skip
         failed = part.out / "failed" / f"{part.name}.parquet"

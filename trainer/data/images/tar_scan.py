@@ -44,10 +44,6 @@ class ScanResult:
     rejected: list[tuple[str, str]] = field(default_factory=list)
 
 
-class _DamagedTarError(Exception):
-    """A tar that cannot be used at all; the message is the reason."""
-
-
 def stats_path(tar: Path) -> Path:
     """Where img2dataset writes the counts of a tar, as the last thing it does."""
     return tar.with_name(f"{tar.stem}_stats.json")
@@ -88,29 +84,26 @@ class _Members:
 
 def damage_of(tar: Path, *, needs_stats: bool) -> str | None:
     """Why a tar cannot be used, or None: no counts beside it, cut off, overwritten, or at odds with its counts."""
-    try:
-        _read_members(tar, needs_stats)
-    except _DamagedTarError as damage:
-        return str(damage)
-    return None
+    found = _read_members(tar, needs_stats)
+    return found if isinstance(found, str) else None
 
 
-def _read_members(path: Path, needs_stats: bool) -> _Members:
-    """All files of a whole tar; raises _DamagedTarError as `damage_of` says."""
+def _read_members(path: Path, needs_stats: bool) -> _Members | str:
+    """All files of a whole tar, or why it cannot be used."""
     stats, found = stats_path(path), _Members()
     if needs_stats and not stats.is_file():
-        raise _DamagedTarError("tar without its _stats.json (download was killed)")
+        return "tar without its _stats.json (download was killed)"
     try:
         with tarfile.open(path, "r:") as tar, path.open("rb") as file:
             for member in filter(tarfile.TarInfo.isfile, tar):
                 found.add(member)
             file.seek(tar.offset)  # tarfile also stops without a word at the first header that is cut off
             if file.read(len(_END_OF_TAR)) != _END_OF_TAR:
-                raise _DamagedTarError("tar without its end (download was killed)")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise _DamagedTarError("tar that cannot be read") from error
+                return "tar without its end (download was killed)"
+    except (tarfile.TarError, OSError, EOFError):
+        return "tar that cannot be read"
     if stats.is_file() and _json_object(stats.read_bytes()).get("successes") != found.num_pictures:
-        raise _DamagedTarError("tar with other samples than its _stats.json says (two downloads in one folder)")
+        return "tar with other samples than its _stats.json says (two downloads in one folder)"
     return found
 
 
@@ -167,10 +160,9 @@ def _check_sample(file: BinaryIO, key: str, files: dict[str, tuple[int, int]], t
 
 def scan_tar(folder: Path, tar: str, needs_stats: bool = True) -> ScanResult:
     """Read one tar (a path relative to `folder`) to its end and decode its pictures."""
-    try:
-        members = _read_members(folder / tar, needs_stats)
-    except _DamagedTarError as damage:
-        return ScanResult(rejected=[(str(damage), tar)])
+    members = _read_members(folder / tar, needs_stats)
+    if isinstance(members, str):
+        return ScanResult(rejected=[(members, tar)])
     result = ScanResult(rejected=[(REPEATED, f"{tar}: {key}") for key in members.repeated])
     with (folder / tar).open("rb") as file:
         for key, files in sorted(members.files.items()):

@@ -66,12 +66,10 @@ def _pieces(file: Path, columns: list[str]) -> Iterator[tuple[int, Callable[[], 
         for group in range(parquet.num_row_groups):
             yield parquet.metadata.row_group(group).num_rows, partial(parquet.read_row_group, group, columns=columns)
         return
+    types = dict.fromkeys(columns, pa.string())
     # Nothing but an empty field is null: a caption may well be "NA".
     convert = pa_csv.ConvertOptions(
-        include_columns=columns,
-        column_types=dict.fromkeys(columns, pa.string()),
-        null_values=[""],
-        strings_can_be_null=True,
+        include_columns=columns, column_types=types, null_values=[""], strings_can_be_null=True
     )
     with pa_csv.open_csv(file, parse_options=_dialect(file), convert_options=convert) as reader:
         for batch in reader:

@@ -21,20 +21,13 @@ from trainer.data.images.decode import nearest_bucket
 from trainer.data.images.index_file import Index, TarEntry, check_unchanged, open_index
 from trainer.data.images.tar_scan import IndexRow
 from trainer.data.index import index_or_open
-from trainer.data.latents.format import (
-    CROP,
-    DATASET_NAME,
-    EMPTY_NAME,
-    FORMAT_VERSION,
-    SETTINGS,
-    encoding_fingerprint,
-    signed_json,
-)
+from trainer.data.latents.format import CROP, DATASET_NAME, FORMAT_VERSION, SETTINGS, encoding_fingerprint, signed_json
 from trainer.data.latents.shard_writer import Encoder, write_shard
 from trainer.encoders.build import build_codec, build_text_encoder
 from trainer.encoders.protocols import TextEncoder
 from trainer.files import git_commit, replacing, write_json
 
+_EMPTY_NAME = "empty.safetensors"
 _TOKEN_MULTIPLE = 8  # text is padded to a multiple of this length
 Sidecar = dict[str, Any]
 
@@ -149,7 +142,7 @@ def _write_empty_text(folder: Path, text_encoder: TextEncoder) -> tuple[str, int
     """Write the empty caption's tokens; returns the file's hash and their number."""
     empty = text_encoder.encode([""])[0].half()
     content = save({"text": empty})
-    with replacing(folder / EMPTY_NAME) as temporary:
+    with replacing(folder / _EMPTY_NAME) as temporary:
         temporary.write_bytes(content)
     return hashlib.sha256(content).hexdigest(), len(empty)
 
@@ -180,7 +173,7 @@ def write_dataset(encoder: Encoder, sidecars: list[Sidecar]) -> None:
         "num_samples": sum(part["num_samples"] for part in parts),
         "info": info,
         "settings": {name: getattr(encoder.data, name) for name in SETTINGS},
-        "empty_text": EMPTY_NAME if encoder.text_encoder else None,
+        "empty_text": _EMPTY_NAME if encoder.text_encoder else None,
         "empty_sha256": empty_sha256,
         "codec_fingerprint": encoder.codec.fingerprint(),
         "buckets": buckets,

@@ -29,7 +29,6 @@ READABLE_VERSIONS = (1, 2)
 VALUES_VERSION = 1  # of what the values mean; stays when only the layout changes, so that runs can go on
 CROP = "cover, centre, lanczos"
 DATASET_NAME = "dataset.json"
-EMPTY_NAME = "empty.safetensors"
 # Of DataConfig: those that shape the latents. Of encoders the kind is compared; the fingerprint covers the rest.
 SETTINGS = ("image_size", "buckets", "latent_std", "text", "codec", "text_encoder")
 INDEX_TENSORS = ("caption_id", "text_offset", "latent_check", "text_check")

@@ -38,10 +38,7 @@ _BATCHES_AHEAD = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """All that turns samples into shards, and the folders they come from and go to.
-
-    `text_encoder` is None when captions are stored as they are (data.text=online).
-    """
+    """All that turns samples into shards, and their folders; no text encoder: captions are stored as they are."""
 
     data: DataConfig
     codec: ImageCodec
