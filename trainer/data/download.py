@@ -166,10 +166,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace) -> DownloadSettings:
-    require(args.parts >= 1, f"--parts is {args.parts}: use 1 or more")
-    require(args.part is None or 0 <= args.part < args.parts, f"--part is {args.part}: use 0 to {args.parts - 1}")
-    for name in ("image_size", "samples_per_tar", "processes", "threads", "timeout"):
+    for name in ("parts", "image_size", "samples_per_tar", "processes", "threads", "timeout"):
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} is {getattr(args, name)}: use 1 or more")
+    require(args.part is None or 0 <= args.part < args.parts, f"--part is {args.part}: use 0 to {args.parts - 1}")
     for column in args.keep_columns:
         require(column not in _RESERVED, f"--keep-columns {column}: img2dataset fills a column of that name itself")
     if args.encode_quality is None:

@@ -91,7 +91,10 @@ def summarize(
         counted += table.num_rows
         bad = table.filter(pc.invert(success))
         reasons.update(_reason(message) for message in bad.column("error_message").to_pylist())
-        retries.append(_worth_another_try(bad, columns))
+        permanent = pc.fill_null(pc.match_substring_regex(bad.column("error_message"), _PERMANENT), False)
+        again = bad.filter(pc.and_(pc.equal(bad.column("status"), "failed_to_download"), pc.invert(permanent)))
+        names = ["url", "caption", *columns[2:], "error_message"]
+        retries.append(again.select(names).rename_columns([*columns, "error_message"]))
     num_retry = sum(table.num_rows for table in retries)
     if num_retry:
         failed.parent.mkdir(parents=True, exist_ok=True)
@@ -114,10 +117,3 @@ def _reason(message: Any) -> str:
     text = " ".join(str(message or "unknown").split())
     text = re.sub(r"0x[0-9a-f]+", "0x...", re.sub(r"'[^']*://[^']*'", "'URL'", text))
     return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-def _worth_another_try(bad: pa.Table, columns: list[str]) -> pa.Table:
-    permanent = pc.fill_null(pc.match_substring_regex(bad.column("error_message"), _PERMANENT), False)
-    again = bad.filter(pc.and_(pc.equal(bad.column("status"), "failed_to_download"), pc.invert(permanent)))
-    names = ["url", "caption", *columns[2:]]
-    return again.select([*names, "error_message"]).rename_columns([*columns, "error_message"])

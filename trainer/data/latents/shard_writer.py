@@ -71,8 +71,9 @@ def picture_batches(
     with (folder / rows[0].tar).open("rb") as tar, ThreadPoolExecutor(num_threads) as pool:
 
         def picture(row: IndexRow) -> Tensor:
+            content = os.pread(tar.fileno(), row.size, row.offset)
             try:
-                image = read_rgb(os.pread(tar.fileno(), row.size, row.offset), row.orientation)
+                image = read_rgb(content, row.orientation)
             except UNREADABLE as error:
                 raise RuntimeError(
                     f"{row.tar}: {row.key} changed since it was indexed and cannot be decoded any more"
