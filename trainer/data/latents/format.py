@@ -63,10 +63,7 @@ def check_of(*parts: bytes | bytearray | memoryview) -> int:
 
 def index_digest(header: bytes, tensors: Mapping[str, bytes | bytearray]) -> str:
     """Hash of what describes a shard: its safetensors header and the tensors of INDEX_TENSORS, in that order."""
-    digest = hashlib.sha256(header)
-    for name in INDEX_TENSORS:
-        digest.update(tensors.get(name, b""))
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join([header, *(tensors.get(name, b"") for name in INDEX_TENSORS)])).hexdigest()
 
 
 def signed_json(content: dict[str, Any]) -> bytes:

@@ -47,15 +47,12 @@ class Stage:
         """Remove copies, oldest use first, until `size` more bytes fit."""
         found = []
         for path in self.folder.iterdir():
-            try:
+            with suppress(FileNotFoundError):  # another process was faster
                 state = path.stat()
-            except FileNotFoundError:  # another process was faster
-                continue
-            if path.suffix == ".tmp":
-                if time.time() - state.st_mtime > _ABANDONED_SECONDS:
-                    path.unlink(missing_ok=True)
-            elif path != keep:
-                found.append((state.st_mtime_ns, state.st_size, path))
+                if path.suffix != ".tmp" and path != keep:
+                    found.append((state.st_mtime_ns, state.st_size, path))
+                elif path.suffix == ".tmp" and time.time() - state.st_mtime > _ABANDONED_SECONDS:
+                    path.unlink()
         total = sum(length for _, length, _ in found)
         for _, length, path in sorted(found):
             if total + size <= self.max_bytes:
