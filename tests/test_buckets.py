@@ -7,7 +7,7 @@ import shutil
 import signal
 import tarfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def test_five_chained_resumes_keep_values_and_noise(root: Path, expected: list[d
         found += global_batches(config, state, steps, world)
         for _ in range(steps):
             state = state.advance(12, len(open_dataset(config)), 12)
-        state = DataState.from_dict(json.loads(json.dumps(state.to_dict())))
+        state = DataState(**json.loads(json.dumps(asdict(state))))
     assert state.epoch == 1
     for a, b in zip(found, expected, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in b)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -130,7 +131,7 @@ def test_chained_resumes_continue_exactly_across_epochs_and_topologies(latents: 
         found += global_batches(open_dataset(config), config, state, steps, world_size)
         for _ in range(steps):
             state = state.advance(8, len(dataset), 8)
-        state = DataState.from_dict(json.loads(json.dumps(state.to_dict())))
+        state = DataState(**json.loads(json.dumps(asdict(state))))
     assert all(map(equal, found, expected)) and len(found) == 10
     assert state == DataState(seed=3, epoch=3, consumed=8, samples_seen=80)
 

@@ -25,10 +25,7 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write; at the end, flush it to disk and rename it to `path`.
-
-    If the body raises, the temporary file is removed and `path` stays as it was.
-    """
+    """Give a temporary path to write, in the end flushed to disk and renamed to `path`; removed if the body raises."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")  # unique over nodes too
     try:
         yield temporary
@@ -60,9 +57,7 @@ def keep_records(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Drop the lines whose object is not `wanted`, the file rewritten whole; for the one process that may write it."""
     remove_leftovers(path)
     if path.exists():
-        kept = [line for record, line in _records(path) if wanted(record)]
-        with replacing(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept))
+        write_text(path, "".join(f"{line}\n" for record, line in _records(path) if wanted(record)))
 
 
 def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -76,8 +71,7 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON in one step, as the one process that may write `path`."""
     remove_leftovers(path)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 @cache
@@ -91,13 +85,9 @@ def git_commit() -> str:
 
 
 def package_file(module: str, relative: str) -> Path:
-    """Path of a data file of an installed package of requirements-demo.txt, found without importing it.
-
-    Raises ConfigError if it is missing.
-    """
+    """A data file of an installed package of requirements-demo.txt, found without importing it, or ConfigError."""
     spec = importlib.util.find_spec(module)
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    for folder in folders:
+    for folder in (spec and spec.submodule_search_locations) or ():
         path = Path(folder) / relative
         if path.is_file():
             return path

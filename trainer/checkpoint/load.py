@@ -34,7 +34,7 @@ def load_checkpoint(checkpoint: Path, engine: Any, ema: Ema, world: World) -> Tr
     restore_counters(engine, saved)
     if saved["topology"]["world_size"] == world.size and (rng := _rng_tensors(checkpoint / rank_file(world.rank))):
         restore_rng(rng)
-    return TrainState(step=saved["step"], data=DataState.from_dict(saved["data"]), interval_loss=saved["interval_loss"])
+    return TrainState(step=saved["step"], data=DataState(**saved["data"]), interval_loss=saved["interval_loss"])
 
 
 @torch.no_grad()

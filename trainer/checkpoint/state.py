@@ -57,7 +57,7 @@ def describe(
         "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "step": state.step,
         "interval_loss": state.interval_loss,
-        "data": state.data.to_dict(),
+        "data": asdict(state.data),
         "data_info": asdict(info),  # so that pictures can be drawn where the latents are not
         "topology": asdict(topology),
         "global_batch_size": config.global_batch_size(topology.world_size),

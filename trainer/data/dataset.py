@@ -7,6 +7,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trainer.config import TrainConfig
 from trainer.data.latents.dataset_file import LatentFolder, check_settings, check_shards, read_dataset_file
 from trainer.data.latents.samples import LatentDataset, LatentInfo
@@ -40,14 +42,9 @@ def open_dataset(config: TrainConfig) -> LatentDataset:
     for bucket in folders[0].buckets[1:]:
         check_latent_size(config, *bucket, where=" of data.buckets")
     shards = [(folder.path / shard.file, shard) for folder in folders for shard in folder.shards]
-    layout, _ = build_layout(
-        [shard.num_samples for _, shard in shards],
-        [shard.bucket for _, shard in shards],
-        [number for number, folder in enumerate(folders) for _ in folder.shards],
-        weights,
-        data.bucket_block,
-        data.small_buckets == "drop",
-    )
+    sizes, buckets = [shard.num_samples for _, shard in shards], [shard.bucket for _, shard in shards]
+    sets = [number for number, folder in enumerate(folders) for _ in folder.shards]
+    layout, _ = build_layout(sizes, buckets, sets, weights, data.bucket_block, data.small_buckets == "drop")
     online = text_encoder if data.text == "online" else None
     return ShardDataset(
         _describe(data, folders, weights, text_encoder),
@@ -87,7 +84,7 @@ def _describe(
     decided: dict[str, Any] = {}
     if len(folders) > 1:
         decided["mix"] = [[weight, folder.num_samples] for weight, folder in zip(weights, folders, strict=True)]
-        mean, std = _pooled([(folder.info["mean"], folder.info["std"]) for folder in folders], weights)
+        mean, std = _pooled(folders, weights)
         longest = max(folder.info["max_tokens"] for folder in folders)
         info = replace(info, mean=mean, std=std, max_tokens=longest)
     if len(folders) > 1 or len(folders[0].buckets) > 1:
@@ -114,13 +111,9 @@ def _describe(
     return info
 
 
-def _pooled(moments: list[tuple[list[float], list[float]]], weights: list[float]) -> tuple[list[float], list[float]]:
+def _pooled(folders: list[LatentFolder], weights: list[float]) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel of several data sets drawn from by weight."""
-    share = [weight / sum(weights) for weight in weights]
-    means, stds = [], []
-    for pairs in zip(*(zip(*both, strict=True) for both in moments), strict=True):  # of each channel
-        mean = sum(w * m for w, (m, _) in zip(share, pairs, strict=True))
-        square = sum(w * (s * s + m * m) for w, (m, s) in zip(share, pairs, strict=True))
-        means.append(mean)
-        stds.append(math.sqrt(max(square - mean * mean, 1e-12)))
-    return means, stds
+    share = np.array(weights)[:, None] / sum(weights)
+    means, stds = (np.array([folder.info[name] for folder in folders]) for name in ("mean", "std"))
+    mean, square = (share * means).sum(0), (share * (stds * stds + means * means)).sum(0)
+    return mean.tolist(), np.sqrt(np.maximum(square - mean * mean, 1e-12)).tolist()

@@ -10,11 +10,8 @@ DIR/failed the URLs worth another try, itself a list of URLs; DIR/logs what img2
 import argparse
 import fcntl
 import json
-import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,29 +67,12 @@ class Part:
         return self.out / "reports" / f"{self.name}.json"
 
 
-@contextmanager
-def _locked(part: Part) -> Iterator[int]:
-    """Hold the part alone: two downloads in one folder leave corrupt tars that look finished."""
-    path = part.out / "lists" / f"{part.name}.lock"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"{part.folder} is being downloaded by another process: wait for it, or end it"
-            ) from error
-        yield handle
-    finally:
-        os.close(handle)
-
-
 def prepare(part: Part, urls: UrlList, settings: DownloadSettings) -> dict[str, Any]:
     """Cut the slice and write it, or check that it and the settings are what the folder was begun with."""
     others = {path.stem.rpartition("-of-")[2] for path in part.record.parent.glob("part-*-of-*.json")}
     for other in others - {f"{part.count:05d}"}:
         raise ConfigError(f"{part.out} was begun with --parts {int(other)}, not {part.count}: name another --out")
-    table, refused = split_http(read_slice(urls, part.number, part.count), urls.url_column)
+    table, refused = split_http(read_slice(urls, part.number, part.count), urls.columns[0])
     record = {
         "columns": urls.columns,
         "settings": settings.of_content(),
@@ -101,7 +81,13 @@ def prepare(part: Part, urls: UrlList, settings: DownloadSettings) -> dict[str, 
         "list_sha256": table_digest(table),
     }
     if part.record.is_file():
-        _check_record(part, json.loads(part.record.read_text()), record)
+        # With another list or other settings img2dataset would skip rows without a word.
+        old, remedy = json.loads(part.record.read_text()), "restore it, or name another --out"
+        for name, value in record["settings"].items():
+            was, flag = old["settings"].get(name), f"--{name.replace('_', '-')}"
+            require(was == value, f"{flag} is {value} but {part.folder} was begun with {was}: {remedy}")
+        same = all(old[name] == record[name] for name in ("columns", "num_http", "num_refused", "list_sha256"))
+        require(same, f"the list of URLs is not the one that {part.folder} was begun with: {remedy}")
         if part.url_list.is_file():
             return record
     with replacing(part.url_list) as temporary:
@@ -110,49 +96,36 @@ def prepare(part: Part, urls: UrlList, settings: DownloadSettings) -> dict[str, 
     return record
 
 
-def _check_record(part: Part, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """With another list or other settings img2dataset would skip rows without a word."""
-    remedy = "restore it, or name another --out"
-    for name, value in new["settings"].items():
-        was = old["settings"].get(name)
-        require(was == value, f"--{name.replace('_', '-')} is {value} but {part.folder} was begun with {was}: {remedy}")
-    same = all(old[name] == new[name] for name in ("columns", "num_http", "num_refused", "list_sha256"))
-    require(same, f"the list of URLs is not the one that {part.folder} was begun with: {remedy}")
-
-
 def download_part(part: Part, urls: UrlList, settings: DownloadSettings, python: str) -> PartReport:
     """Download what is missing of one part and count what is there."""
     for name in ("lists", "logs", "reports"):
         (part.out / name).mkdir(parents=True, exist_ok=True)
-    with _locked(part) as lock:
+    with (part.out / "lists" / f"{part.name}.lock").open("a") as lock:
+        try:  # two downloads in one folder leave corrupt tars that look finished
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{part.folder} is being downloaded by another process: wait for it, or end it"
+            ) from error
         record = prepare(part, urls, settings)
         part.folder.mkdir(exist_ok=True)
         for reason in remove_damaged(part.folder):
             print(f"{part.name}: {reason}: again")
-        num_tars = -(-record["num_http"] // settings.samples_per_tar)
+        num_http, num_refused = record["num_http"], record["num_refused"]
+        num_tars = -(-num_http // settings.samples_per_tar)
         done = len(finished_tars(part.folder))
-        print(f"{part.name}: {record['num_http']} URLs, {done} of {num_tars} tars finished")
+        print(f"{part.name}: {num_http} URLs, {done} of {num_tars} tars finished")
         if done < num_tars:
             options = img2dataset.arguments(part.url_list, part.folder, settings, urls.columns)
             with tqdm(total=num_tars, initial=done, desc=part.name, unit="tar", disable=None) as bar:
                 img2dataset.run(
-                    python, options, part.out / "logs" / f"{part.name}.log", lock,
-                    lambda: _advance(bar, len(finished_tars(part.folder))),
+                    python, options, part.out / "logs" / f"{part.name}.log", lock.fileno(),
+                    lambda: bar.update(len(finished_tars(part.folder)) - bar.n),
                 )  # fmt: skip
-        report = summarize(
-            part.folder,
-            num_http=record["num_http"],
-            num_refused=record["num_refused"],
-            samples_per_tar=settings.samples_per_tar,
-            columns=urls.columns,
-            failed=part.out / "failed" / f"{part.name}.parquet",
-        )
+        failed = part.out / "failed" / f"{part.name}.parquet"
+        report = summarize(part.folder, num_http, num_refused, num_tars, urls.columns, failed)
         write_json(part.report, asdict(report))
     return report
-
-
-def _advance(bar: "tqdm[Any]", done: int) -> None:
-    bar.update(done - bar.n)
 
 
 def download(out: Path, urls: UrlList, settings: DownloadSettings, parts: list[int], count: int, python: str) -> bool:
@@ -185,8 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--caption-column", default="caption")
     parser.add_argument("--keep-columns", nargs="*", default=[], help="further columns to keep with each picture")
     parser.add_argument("--python", default=sys.executable, help="interpreter of an environment with img2dataset")
-    defaults = DownloadSettings()
-    for name, value in asdict(defaults).items():
+    for name, value in asdict(DownloadSettings()).items():
         choices = {"encode_format": ("jpg", "png", "webp"), "distributor": DISTRIBUTORS}.get(name)
         default = None if name == "encode_quality" else value
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=default, choices=choices)
@@ -194,10 +166,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace) -> DownloadSettings:
-    require(args.parts >= 1, f"--parts is {args.parts}: use 1 or more")
-    require(args.part is None or 0 <= args.part < args.parts, f"--part is {args.part}: use 0 to {args.parts - 1}")
-    for name in ("image_size", "samples_per_tar", "processes", "threads", "timeout"):
+    for name in ("parts", "image_size", "samples_per_tar", "processes", "threads", "timeout"):
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} is {getattr(args, name)}: use 1 or more")
+    require(args.part is None or 0 <= args.part < args.parts, f"--part is {args.part}: use 0 to {args.parts - 1}")
     for column in args.keep_columns:
         require(column not in _RESERVED, f"--keep-columns {column}: img2dataset fills a column of that name itself")
     if args.encode_quality is None:

@@ -8,10 +8,8 @@ With RANK and WORLD_SIZE set the tars are dealt out to the ranks. `python -m tra
 
 import json
 import os
-from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import groupby
@@ -26,7 +24,6 @@ from trainer.data.images.index_file import (
     ROW_SCHEMA,
     Index,
     TarEntry,
-    index_is_current,
     open_index,
     read_note,
     source_of,
@@ -34,9 +31,8 @@ from trainer.data.images.index_file import (
     tar_sizes,
     write_table,
 )
-from trainer.data.images.tar_scan import IndexRow, scan_tar, tar_digest
+from trainer.data.images.tar_scan import REPEATED, IndexRow, scan_tar, tar_digest
 
-_REPEATED = "key seen before in the same folder"
 _MAX_EXAMPLES = 3
 
 
@@ -44,11 +40,9 @@ def index_tar(folder: Path, needs_stats: bool, tar: str) -> None:
     """Scan one tar and write its list of samples."""
     digest, size = tar_digest(folder / tar), (folder / tar).stat().st_size
     result = scan_tar(folder, tar, needs_stats)
-    examples: dict[str, list[str]] = {}
+    rejected: dict[str, list[str]] = {}
     for reason, where in result.rejected:
-        examples.setdefault(reason, [])
-        if len(examples[reason]) < _MAX_EXAMPLES:
-            examples[reason].append(where)
+        rejected.setdefault(reason, []).append(where)
     entry = TarEntry(
         tar=tar,
         size=size,
@@ -57,8 +51,8 @@ def index_tar(folder: Path, needs_stats: bool, tar: str) -> None:
         source=source_of(result.rows),
         first_key=result.rows[0].key if result.rows else "",
         last_key=result.rows[-1].key if result.rows else "",
-        rejected=dict(Counter(reason for reason, _ in result.rejected)),
-        examples=examples,
+        rejected={reason: len(where) for reason, where in rejected.items()},
+        examples={reason: where[:_MAX_EXAMPLES] for reason, where in rejected.items()},
     )
     note = {"needs_stats": needs_stats, "entry": asdict(entry)}
     write_table(tar_index_path(folder, tar), [asdict(row) for row in result.rows], ROW_SCHEMA, note)
@@ -75,29 +69,27 @@ def _finished_entry(folder: Path, needs_stats: bool, tar: str) -> TarEntry | Non
 
 def _without_repeats(folder: Path, entries: list[TarEntry]) -> list[TarEntry]:
     """Mark samples whose (part, key) an earlier tar has; only tars whose ranges of keys overlap are read."""
-    found = []
+    found, overlapping = [], _overlapping([entry for entry in entries if entry.num_kept])
     for _, part in groupby(sorted(entries, key=lambda entry: (entry.part, entry.tar)), key=lambda entry: entry.part):
-        members = list(part)
-        overlapping = _overlapping([entry for entry in members if entry.num_kept])
         seen: set[str] = set()
-        for entry in members:
-            if entry.tar not in overlapping:
+        for entry in part:
+            if entry.tar in overlapping:
+                rows = Index(folder=folder, tars=[]).rows_of(entry)
+                found.append(_drop(entry, rows, seen))
+                seen.update(row.key for row in rows)
+            else:
                 found.append(entry)
-                continue
-            rows = Index(folder=folder, tars=[]).rows_of(entry)
-            found.append(_drop(entry, rows, seen))
-            seen.update(row.key for row in rows)
     return sorted(found, key=lambda entry: entry.tar)
 
 
 def _overlapping(entries: list[TarEntry]) -> set[str]:
-    """Tars of a part whose range of keys meets another's."""
+    """Tars whose range of (part, key) meets another's."""
     found: set[str] = set()
     widest: TarEntry | None = None
-    for entry in sorted(entries, key=lambda entry: entry.first_key):
-        if widest is not None and entry.first_key <= widest.last_key:
+    for entry in sorted(entries, key=lambda entry: (entry.part, entry.first_key)):
+        if widest is not None and (entry.part, entry.first_key) <= (widest.part, widest.last_key):
             found |= {entry.tar, widest.tar}
-        if widest is None or entry.last_key > widest.last_key:
+        if widest is None or (entry.part, entry.last_key) > (widest.part, widest.last_key):
             widest = entry
     return found
 
@@ -113,8 +105,8 @@ def _drop(entry: TarEntry, rows: list[IndexRow], seen: set[str]) -> TarEntry:
         num_kept=len(kept),
         source=source_of(kept),
         repeated=repeated,
-        rejected={**entry.rejected, _REPEATED: entry.rejected.get(_REPEATED, 0) + len(repeated)},
-        examples={**entry.examples, _REPEATED: entry.examples.get(_REPEATED, examples)},
+        rejected={**entry.rejected, REPEATED: entry.rejected.get(REPEATED, 0) + len(repeated)},
+        examples={**entry.examples, REPEATED: entry.examples.get(REPEATED, examples)},
     )
 
 
@@ -128,11 +120,9 @@ def build_index(
     tars = list(tar_sizes(folder))
     finished = partial(_finished_entry, folder, needs_stats)
     todo = [tar for tar in tars[rank::world_size] if finished(tar) is None]
-    with ExitStack() as stack:
-        scan = partial(index_tar, folder, needs_stats)
-        scanned: Iterator[None] = map(scan, todo)
-        if num_workers > 0:
-            scanned = stack.enter_context(ProcessPoolExecutor(num_workers)).map(scan, todo)
+    scan = partial(index_tar, folder, needs_stats)
+    with ProcessPoolExecutor(num_workers) if num_workers else nullcontext() as pool:
+        scanned = pool.map(scan, todo) if pool else map(scan, todo)
         for _ in tqdm(scanned, total=len(todo), desc="index", unit="tar", disable=None):
             pass
     entries = [entry for entry in map(finished, tars) if entry is not None]
@@ -147,7 +137,7 @@ def build_index(
 
 def index_or_open(folder: Path) -> Index:
     """The index of a folder, built first (and printed) if there is none of this version."""
-    if index_is_current(folder):
+    if read_note(folder / INDEX_NAME):  # the tars may have changed since
         return open_index(folder)
     index = build_index(folder)
     assert index is not None  # there are no other ranks

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trainer.config import ConfigError, command, command_parser, require
 from trainer.data.latents.format import DATASET_NAME
-from trainer.files import replacing
+from trainer.files import write_text
 
 
 def _inspect_latents(args: argparse.Namespace) -> None:
@@ -30,8 +30,7 @@ def _inspect_latents(args: argparse.Namespace) -> None:
     if args.num_samples:
         figures = draw_samples(folder, codec, args.num_samples, args.seed)
         out = args.out or Path(f"{args.folder.resolve().name}.html")
-        with replacing(out) as temporary:
-            temporary.write_text(contact_sheet(str(args.folder), text, figures))
+        write_text(out, contact_sheet(str(args.folder), text, figures))
         print(f"{out}: {len(figures)} samples")
     if args.verify:
         damaged = verify(folder)

@@ -117,7 +117,8 @@ class BlockOrder:
         for bucket, count in enumerate(layout.num_blocks):
             self.turn[self.bucket_of == bucket] = np.arange(count)
         self.orders: dict[tuple[int, int], EpochOrder] = {}
-        self.mixed = lru_cache(_KEPT)(self._mix)
+        # A random order of the samples of a block, which mixes its data sets.
+        self.mixed = lru_cache(_KEPT)(lambda n: _generator(seed, epoch, _WITHIN_BLOCK + n).permutation(layout.block))
 
     def __getitem__(self, position: int) -> int:
         block, row = divmod(position, self.layout.block)
@@ -137,10 +138,6 @@ class BlockOrder:
         blocks_before = self.epoch * self.layout.num_blocks[bucket] + turn
         epoch, place = divmod(blocks_before * stream.quota + slot, stream.size)
         return self._order(stream, epoch)[place]
-
-    def _mix(self, block: int) -> Ints:
-        """A random order of the samples of a block, which mixes its data sets."""
-        return _generator(self.seed, self.epoch, _WITHIN_BLOCK + block).permutation(self.layout.block)
 
     def _order(self, stream: Stream, epoch: int) -> EpochOrder:
         key = (stream.number, epoch)

@@ -5,8 +5,7 @@ the position is a few numbers, the same for all, and a run resumes from them on 
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from trainer.data.order import SampleLayout
 
@@ -23,15 +22,6 @@ class DataState:
     epoch: int
     consumed: int
     samples_seen: int
-
-    def to_dict(self) -> dict[str, int]:
-        """For `state.json`."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "DataState":
-        """Inverse of `to_dict`."""
-        return cls(**content)
 
     def start_of_batch(self, dataset_size: int, global_batch_size: int) -> "DataState":
         """The state at which the next global batch begins: in the next epoch, if too few samples of this one are left.

@@ -70,7 +70,7 @@ def count_rollbacks(events: Sequence[Event], step: int) -> int:
 def read_events(path: Path) -> list[Event]:
     """Events of a file in order, [] without one."""
     return [
-        Event(kind=record["kind"], step=record["step"], data=DataState.from_dict(record["data"]))
+        Event(kind=record["kind"], step=record["step"], data=DataState(**record["data"]))
         for record in read_records(path)
     ]
 

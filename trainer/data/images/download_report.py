@@ -1,7 +1,6 @@
 """What became of the URLs of a download: counts that are checked, reasons of failure, a list for a second round."""
 
 import json
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -47,9 +46,7 @@ class PartReport:
 
 def total(reports: list[PartReport]) -> PartReport:
     """The sum over parts."""
-    reasons: Counter[str] = Counter()
-    for report in reports:
-        reasons.update(report.reasons)
+    reasons = sum((Counter(report.reasons) for report in reports), Counter[str]())
     names = ("num_urls", "num_pictures", "num_tars", "num_unfinished", "num_retry")
     return PartReport(**{name: sum(getattr(r, name) for r in reports) for name in names}, reasons=dict(reasons))
 
@@ -57,12 +54,11 @@ def total(reports: list[PartReport]) -> PartReport:
 def remove_damaged(folder: Path) -> list[str]:
     """Remove what img2dataset takes for finished and is not, so that it does it again; returns reasons."""
     found = []
-    for stats in sorted(folder.glob("*_stats.json")):
-        tar = stats.with_name(stats.name.replace("_stats.json", ".tar"))
+    for tar in finished_tars(folder):
         reason = damage_of(tar, needs_stats=True) or _table_damage(tar)
         if reason:
             found.append(f"{tar.name}: {reason}")
-            for path in (stats, tar, tar.with_suffix(".parquet")):
+            for path in (stats_path(tar), tar, tar.with_suffix(".parquet")):
                 path.unlink(missing_ok=True)
     return found
 
@@ -70,9 +66,8 @@ def remove_damaged(folder: Path) -> list[str]:
 def _table_damage(tar: Path) -> str | None:
     try:
         rows = pq.read_metadata(tar.with_suffix(".parquet")).num_rows
-        return (
-            None if rows == json.loads(stats_path(tar).read_text())["count"] else "table with other rows than counted"
-        )
+        counted = json.loads(stats_path(tar).read_text())["count"]
+        return None if rows == counted else "table with other rows than counted"
     except (pa.ArrowException, OSError, ValueError, KeyError):
         return "table that cannot be read"
 
@@ -83,13 +78,12 @@ def finished_tars(folder: Path) -> list[Path]:
 
 
 def summarize(
-    folder: Path, *, num_http: int, num_refused: int, samples_per_tar: int, columns: list[str], failed: Path
+    folder: Path, num_http: int, num_refused: int, num_tars: int, columns: list[str], failed: Path
 ) -> PartReport:
     """Count what a part's folder holds; write the URLs worth another try to `failed` under their old column names."""
     reasons: Counter[str] = Counter({_NO_HTTP: num_refused} if num_refused else {})
-    retries, pictures = [], 0
+    retries, pictures, counted = [], 0, 0
     tars = [tar for tar in finished_tars(folder) if damage_of(tar, needs_stats=True) is None]
-    counted = 0
     for tar in tars:
         table = pq.read_table(tar.with_suffix(".parquet"))
         success = pc.equal(table.column("status"), "success")
@@ -97,23 +91,24 @@ def summarize(
         counted += table.num_rows
         bad = table.filter(pc.invert(success))
         reasons.update(_reason(message) for message in bad.column("error_message").to_pylist())
-        retries.append(_worth_another_try(bad, columns))
-    expected = math.ceil(num_http / samples_per_tar)
-    table = pa.concat_tables(retries) if retries else None
-    if table is not None and table.num_rows:
+        permanent = pc.fill_null(pc.match_substring_regex(bad.column("error_message"), _PERMANENT), False)
+        again = bad.filter(pc.and_(pc.equal(bad.column("status"), "failed_to_download"), pc.invert(permanent)))
+        names = ["url", "caption", *columns[2:], "error_message"]
+        retries.append(again.select(names).rename_columns([*columns, "error_message"]))
+    num_retry = sum(table.num_rows for table in retries)
+    if num_retry:
         failed.parent.mkdir(parents=True, exist_ok=True)
         with replacing(failed) as temporary:
-            pq.write_table(table, temporary)
+            pq.write_table(pa.concat_tables(retries), temporary)
     else:
         failed.unlink(missing_ok=True)
-    missing = expected - len(tars)
     return PartReport(
         num_urls=num_http + num_refused,
         num_pictures=pictures,
         num_tars=len(tars),
-        num_unfinished=missing if missing else int(counted != num_http),
+        num_unfinished=num_tars - len(tars) or int(counted != num_http),
         reasons=dict(reasons),
-        num_retry=table.num_rows if table is not None else 0,
+        num_retry=num_retry,
     )
 
 
@@ -122,10 +117,3 @@ def _reason(message: Any) -> str:
     text = " ".join(str(message or "unknown").split())
     text = re.sub(r"0x[0-9a-f]+", "0x...", re.sub(r"'[^']*://[^']*'", "'URL'", text))
     return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-def _worth_another_try(bad: pa.Table, columns: list[str]) -> pa.Table:
-    permanent = pc.fill_null(pc.match_substring_regex(bad.column("error_message"), _PERMANENT), False)
-    again = bad.filter(pc.and_(pc.equal(bad.column("status"), "failed_to_download"), pc.invert(permanent)))
-    names = ["url", "caption", *columns[2:]]
-    return again.select([*names, "error_message"]).rename_columns([*columns, "error_message"])

@@ -19,7 +19,8 @@ from trainer.config import require
 
 VERSION = "1.47.0"
 DISTRIBUTORS = ("multiprocessing", "pyspark", "ray")
-# Of DownloadSettings: how tars are filled, not with what. These may change when a download goes on.
+# Of DownloadSettings: what img2dataset calls otherwise; how tars are filled, not with what: these may change meanwhile.
+_OPTIONS = {"samples_per_tar": "number_sample_per_shard", "processes": "processes_count", "threads": "thread_count"}
 _SETTINGS_OF_THE_WAY = ("processes", "threads", "timeout", "retries", "distributor")
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 _START = "from img2dataset.main import main; main()"
@@ -103,17 +104,7 @@ def arguments(url_list: Path, folder: Path, settings: DownloadSettings, columns:
         "caption_col": columns[1],
         "resize_mode": "keep_ratio",
         "resize_only_if_bigger": True,
-        "image_size": settings.image_size,
-        "min_image_size": settings.min_image_size,
-        "max_aspect_ratio": settings.max_aspect_ratio,
-        "encode_format": settings.encode_format,
-        "encode_quality": settings.encode_quality,
-        "number_sample_per_shard": settings.samples_per_tar,
-        "processes_count": settings.processes,
-        "thread_count": settings.threads,
-        "timeout": settings.timeout,
-        "retries": settings.retries,
-        "distributor": settings.distributor,
+        **{_OPTIONS.get(name, name): value for name, value in asdict(settings).items()},
         "compute_hash": "sha256",
         "incremental_mode": "incremental",
         "enable_wandb": False,

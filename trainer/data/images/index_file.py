@@ -65,10 +65,7 @@ class Index:
     @property
     def rejected(self) -> Counter[str]:
         """Number of rejected samples (or whole tars) by reason."""
-        counts: Counter[str] = Counter()
-        for entry in self.tars:
-            counts.update(entry.rejected)
-        return counts
+        return sum((Counter(entry.rejected) for entry in self.tars), Counter[str]())
 
     def rows_of(self, entry: TarEntry) -> list[IndexRow]:
         """The sound samples of one tar in the order of keys."""
@@ -88,10 +85,8 @@ class Index:
 
     def summary(self) -> str:
         """Table of what was kept and, by reason, what was not, each with its first example."""
-        examples: dict[str, str] = {}
-        for entry in self.tars:
-            for reason, where in entry.examples.items():
-                examples.setdefault(reason, where[0])
+        of_tars = [entry.examples.items() for entry in reversed(self.tars)]  # the first tar's take the place of others
+        examples = {reason: where[0] for items in of_tars for reason, where in items}
         lines = [f"{self.num_kept:>10}  kept, from {sum(entry.num_kept > 0 for entry in self.tars)} tars"]
         lines += [f"{count:>10}  {reason}, first {examples[reason]}" for reason, count in self.rejected.most_common()]
         return "\n".join(lines)
@@ -132,11 +127,6 @@ def tar_sizes(folder: Path) -> dict[str, int]:
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*.tar")}
     require(bool(sizes), f"data.images={folder} holds no .tar: download or draw pictures into it first")
     return dict(sorted(sizes.items()))
-
-
-def index_is_current(folder: Path) -> bool:
-    """Whether the folder has an index in the format of this version; the tars may have changed since."""
-    return bool(read_note(folder / INDEX_NAME))
 
 
 def open_index(folder: Path) -> Index:

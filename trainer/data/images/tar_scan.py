@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 from trainer.data.images.decode import UNREADABLE, UnsupportedModeError, is_constant, orientation_of, read_rgb
 
+REPEATED = "key seen before in the same folder"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _END_OF_TAR = bytes(1024)
 _DIGEST_BYTES = 1 << 16  # at either end of the tar
@@ -41,10 +42,6 @@ class ScanResult:
 
     rows: list[IndexRow] = field(default_factory=list)
     rejected: list[tuple[str, str]] = field(default_factory=list)
-
-
-class _DamagedTarError(Exception):
-    """A tar that cannot be used at all; the message is the reason."""
 
 
 def stats_path(tar: Path) -> Path:
@@ -85,39 +82,28 @@ class _Members:
             self.repeated.append(folder + slash + key)
 
 
-def _read_members(path: Path) -> _Members:
-    """All files of a whole tar; raises _DamagedTarError if it was cut off or overwritten."""
-    found = _Members()
-    try:
-        with tarfile.open(path, "r:") as tar, path.open("rb") as file:
-            for member in tar:
-                if member.isfile():
-                    found.add(member)
-            file.seek(tar.offset)  # tarfile also stops without a word at the first header that is cut off
-            if file.read(len(_END_OF_TAR)) != _END_OF_TAR:
-                raise _DamagedTarError("tar without its end (download was killed)")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise _DamagedTarError("tar that cannot be read") from error
-    return found
-
-
 def damage_of(tar: Path, *, needs_stats: bool) -> str | None:
     """Why a tar cannot be used, or None: no counts beside it, cut off, overwritten, or at odds with its counts."""
-    try:
-        _whole_members(tar, needs_stats)
-    except _DamagedTarError as damage:
-        return str(damage)
-    return None
+    found = _read_members(tar, needs_stats)
+    return found if isinstance(found, str) else None
 
 
-def _whole_members(tar: Path, needs_stats: bool) -> _Members:
-    stats = stats_path(tar)
+def _read_members(path: Path, needs_stats: bool) -> _Members | str:
+    """All files of a whole tar, or why it cannot be used."""
+    stats, found = stats_path(path), _Members()
     if needs_stats and not stats.is_file():
-        raise _DamagedTarError("tar without its _stats.json (download was killed)")
-    found = _read_members(tar)
-    if stats.is_file():
-        if _json_object(stats.read_bytes()).get("successes") != found.num_pictures:
-            raise _DamagedTarError("tar with other samples than its _stats.json says (two downloads in one folder)")
+        return "tar without its _stats.json (download was killed)"
+    try:
+        with tarfile.open(path, "r:") as tar, path.open("rb") as file:
+            for member in filter(tarfile.TarInfo.isfile, tar):
+                found.add(member)
+            file.seek(tar.offset)  # tarfile also stops without a word at the first header that is cut off
+            if file.read(len(_END_OF_TAR)) != _END_OF_TAR:
+                return "tar without its end (download was killed)"
+    except (tarfile.TarError, OSError, EOFError):
+        return "tar that cannot be read"
+    if stats.is_file() and _json_object(stats.read_bytes()).get("successes") != found.num_pictures:
+        return "tar with other samples than its _stats.json says (two downloads in one folder)"
     return found
 
 
@@ -174,13 +160,11 @@ def _check_sample(file: BinaryIO, key: str, files: dict[str, tuple[int, int]], t
 
 def scan_tar(folder: Path, tar: str, needs_stats: bool = True) -> ScanResult:
     """Read one tar (a path relative to `folder`) to its end and decode its pictures."""
-    result = ScanResult()
-    try:
-        members = _whole_members(folder / tar, needs_stats)
-    except _DamagedTarError as damage:
-        return ScanResult(rejected=[(str(damage), tar)])
+    members = _read_members(folder / tar, needs_stats)
+    if isinstance(members, str):
+        return ScanResult(rejected=[(members, tar)])
+    result = ScanResult(rejected=[(REPEATED, f"{tar}: {key}") for key in members.repeated])
     with (folder / tar).open("rb") as file:
-        result.rejected += [("key seen before in the same folder", f"{tar}: {key}") for key in members.repeated]
         for key, files in sorted(members.files.items()):
             foreign = [suffix for suffix in files if suffix not in (*IMAGE_SUFFIXES, "txt", "json")]
             result.rejected += [("file that is no picture, txt or json", f"{tar}: {key}.{s}") for s in foreign]

@@ -5,8 +5,9 @@ row groups of the slice are read; CSV and TSV are read to their end to know thei
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,19 +21,12 @@ _SUFFIXES = (".parquet", ".csv", ".tsv")
 _HTTP = "^https?://."  # with `file:` img2dataset would read local files into the data
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class UrlList:
-    """The files of a list in the order of names, and which of their columns count."""
+    """The files of a list in the order of names, and the columns that are read: URL, caption, further ones."""
 
     files: list[Path]
-    url_column: str
-    caption_column: str
-    extra_columns: tuple[str, ...] = ()
-
-    @property
-    def columns(self) -> list[str]:
-        """All columns that are read."""
-        return [self.url_column, self.caption_column, *self.extra_columns]
+    columns: list[str]
 
 
 def open_url_list(path: Path, url_column: str, caption_column: str, extra_columns: tuple[str, ...] = ()) -> UrlList:
@@ -43,12 +37,12 @@ def open_url_list(path: Path, url_column: str, caption_column: str, extra_column
         bool(files) and all(file.suffix in _SUFFIXES for file in files),
         f"{path} is no list of URLs: name a .parquet, .csv or .tsv file, or a folder of them",
     )
-    urls = UrlList(files=files, url_column=url_column, caption_column=caption_column, extra_columns=extra_columns)
+    columns = [url_column, caption_column, *extra_columns]
     for file in files:
         names = _column_names(file)
-        for column in urls.columns:
+        for column in columns:
             require(column in names, f"{file} has no column {column}: it has {', '.join(names)}")
-    return urls
+    return UrlList(files, columns)
 
 
 def _column_names(file: Path) -> list[str]:
@@ -65,59 +59,40 @@ def _dialect(file: Path) -> pa_csv.ParseOptions:
     return pa_csv.ParseOptions(delimiter="\t" if file.suffix == ".tsv" else ",", newlines_in_values=True)
 
 
-def _num_rows(urls: UrlList, file: Path) -> int:
+def _pieces(file: Path, columns: list[str]) -> Iterator[tuple[int, Callable[[], pa.Table]]]:
+    """Of each row group of parquet or batch of text: how many rows it has, and what gives (or first reads) them."""
     if file.suffix == ".parquet":
-        return int(pq.read_metadata(file).num_rows)
-    return sum(batch.num_rows for batch in _csv_batches(urls, file))
-
-
-def _csv_batches(urls: UrlList, file: Path) -> Iterator[pa.RecordBatch]:
-    types = dict.fromkeys(urls.columns, pa.string())
+        parquet = pq.ParquetFile(file)
+        for group in range(parquet.num_row_groups):
+            yield parquet.metadata.row_group(group).num_rows, partial(parquet.read_row_group, group, columns=columns)
+        return
+    types = dict.fromkeys(columns, pa.string())
     # Nothing but an empty field is null: a caption may well be "NA".
     convert = pa_csv.ConvertOptions(
-        include_columns=urls.columns, column_types=types, null_values=[""], strings_can_be_null=True
+        include_columns=columns, column_types=types, null_values=[""], strings_can_be_null=True
     )
     with pa_csv.open_csv(file, parse_options=_dialect(file), convert_options=convert) as reader:
-        yield from reader
-
-
-def _parquet_batches(urls: UrlList, file: Path, first: int, last: int) -> Iterator[pa.RecordBatch]:
-    """Rows of a file; row groups outside [first, last) come as empty batches that only count."""
-    parquet, start = pq.ParquetFile(file), 0
-    for group in range(parquet.num_row_groups):
-        rows = parquet.metadata.row_group(group).num_rows
-        if start < last and start + rows > first:
-            table = parquet.read_row_group(group, columns=urls.columns).select(urls.columns)
-            low, high = max(0, first - start), min(rows, last - start)
-            yield from table.slice(low, high - low).to_batches()
-        start += rows
-
-
-def _rows_of(urls: UrlList, file: Path, first: int, last: int) -> Iterator[pa.RecordBatch]:
-    if file.suffix == ".parquet":
-        yield from _parquet_batches(urls, file, first, last)
-        return
-    start = 0
-    for batch in _csv_batches(urls, file):
-        low, high = max(0, first - start), min(batch.num_rows, last - start)
-        if low < high:
-            yield batch.slice(low, high - low)
-        start += batch.num_rows
+        for batch in reader:
+            yield batch.num_rows, partial(pa.Table.from_batches, [batch])
 
 
 def read_slice(urls: UrlList, part: int, num_parts: int) -> pa.Table:
     """Rows [total * part / num_parts, total * (part + 1) / num_parts) of the list, all columns as strings."""
-    counts = [_num_rows(urls, file) for file in urls.files]
+    counts = [sum(rows for rows, _ in _pieces(file, urls.columns)) for file in urls.files]
     total = sum(counts)
     first, last = total * part // num_parts, total * (part + 1) // num_parts
     schema = pa.schema([(name, pa.string()) for name in urls.columns])
-    found, start = [], 0
+    found, end = [schema.empty_table()], 0
     for file, count in zip(urls.files, counts, strict=True):
-        if start < last and start + count > first:
-            batches = _rows_of(urls, file, max(0, first - start), min(count, last - start))
-            found += [pa.Table.from_batches([batch]).cast(schema) for batch in batches]
-        start += count
-    return pa.concat_tables(found).combine_chunks() if found else schema.empty_table()
+        start, end = end, end + count
+        if start >= last or end <= first:
+            continue
+        for rows, read in _pieces(file, urls.columns):
+            low, high = max(0, first - start), min(rows, last - start)
+            if low < high:
+                found.append(read().select(urls.columns).slice(low, high - low).cast(schema))
+            start += rows
+    return pa.concat_tables(found).combine_chunks()
 
 
 def split_http(table: pa.Table, url_column: str) -> tuple[pa.Table, int]:

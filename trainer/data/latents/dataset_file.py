@@ -67,8 +67,7 @@ class LatentFolder:
 
     def spread(self, count: int) -> list[int]:
         """The numbers of up to `count` shards, evenly spread."""
-        numbers: list[int] = np.unique(np.linspace(0, len(self.shards) - 1, count).astype(int)).tolist()
-        return numbers
+        return list(map(int, np.unique(np.linspace(0, len(self.shards) - 1, count).astype(int))))
 
     def open(self, number: int) -> ShardFile:
         """A shard; DamagedShardError if it is not what the folder says."""

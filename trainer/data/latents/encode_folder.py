@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import math
 import time
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,13 @@ from trainer.data.images.decode import nearest_bucket
 from trainer.data.images.index_file import Index, TarEntry, check_unchanged, open_index
 from trainer.data.images.tar_scan import IndexRow
 from trainer.data.index import index_or_open
-from trainer.data.latents.format import (
-    CROP,
-    DATASET_NAME,
-    EMPTY_NAME,
-    FORMAT_VERSION,
-    SETTINGS,
-    encoding_fingerprint,
-    signed_json,
-)
+from trainer.data.latents.format import CROP, DATASET_NAME, FORMAT_VERSION, SETTINGS, encoding_fingerprint, signed_json
 from trainer.data.latents.shard_writer import Encoder, write_shard
 from trainer.encoders.build import build_codec, build_text_encoder
 from trainer.encoders.protocols import TextEncoder
 from trainer.files import git_commit, replacing, write_json
 
+_EMPTY_NAME = "empty.safetensors"
 _TOKEN_MULTIPLE = 8  # text is padded to a multiple of this length
 Sidecar = dict[str, Any]
 
@@ -57,13 +49,8 @@ def build_encoder(data: DataConfig, num_threads: int = 1) -> Encoder:
         codec.has_std or not data.latent_std,
         f"data.latent_std is true, but data.codec={data.codec} gives no standard deviation: use false",
     )
-    return Encoder(
-        data=data,
-        codec=codec,
-        text_encoder=text_encoder,
-        fingerprint=encoding_fingerprint(data, codec, text_encoder),
-        num_threads=num_threads,
-    )
+    fingerprint = encoding_fingerprint(data, codec, text_encoder)
+    return Encoder(data=data, codec=codec, text_encoder=text_encoder, fingerprint=fingerprint, num_threads=num_threads)
 
 
 def shard_names(index: Index) -> dict[str, TarEntry]:
@@ -98,7 +85,6 @@ def read_sidecar(encoder: Encoder, name: str, entry: TarEntry) -> Sidecar | None
     return sidecar if all(path.is_file() and path.stat().st_size == size for path, size in files) else None
 
 
-@cache
 def code_version() -> str:
     """Version of the package and, in a checkout, its commit."""
     try:
@@ -156,7 +142,7 @@ def _write_empty_text(folder: Path, text_encoder: TextEncoder) -> tuple[str, int
     """Write the empty caption's tokens; returns the file's hash and their number."""
     empty = text_encoder.encode([""])[0].half()
     content = save({"text": empty})
-    with replacing(folder / EMPTY_NAME) as temporary:
+    with replacing(folder / _EMPTY_NAME) as temporary:
         temporary.write_bytes(content)
     return hashlib.sha256(content).hexdigest(), len(empty)
 
@@ -187,7 +173,7 @@ def write_dataset(encoder: Encoder, sidecars: list[Sidecar]) -> None:
         "num_samples": sum(part["num_samples"] for part in parts),
         "info": info,
         "settings": {name: getattr(encoder.data, name) for name in SETTINGS},
-        "empty_text": EMPTY_NAME if encoder.text_encoder else None,
+        "empty_text": _EMPTY_NAME if encoder.text_encoder else None,
         "empty_sha256": empty_sha256,
         "codec_fingerprint": encoder.codec.fingerprint(),
         "buckets": buckets,

@@ -29,7 +29,6 @@ READABLE_VERSIONS = (1, 2)
 VALUES_VERSION = 1  # of what the values mean; stays when only the layout changes, so that runs can go on
 CROP = "cover, centre, lanczos"
 DATASET_NAME = "dataset.json"
-EMPTY_NAME = "empty.safetensors"
 # Of DataConfig: those that shape the latents. Of encoders the kind is compared; the fingerprint covers the rest.
 SETTINGS = ("image_size", "buckets", "latent_std", "text", "codec", "text_encoder")
 INDEX_TENSORS = ("caption_id", "text_offset", "latent_check", "text_check")
@@ -64,10 +63,7 @@ def check_of(*parts: bytes | bytearray | memoryview) -> int:
 
 def index_digest(header: bytes, tensors: Mapping[str, bytes | bytearray]) -> str:
     """Hash of what describes a shard: its safetensors header and the tensors of INDEX_TENSORS, in that order."""
-    digest = hashlib.sha256(header)
-    for name in INDEX_TENSORS:
-        digest.update(tensors.get(name, b""))
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join([header, *(tensors.get(name, b"") for name in INDEX_TENSORS)])).hexdigest()
 
 
 def signed_json(content: dict[str, Any]) -> bytes:

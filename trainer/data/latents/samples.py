@@ -66,13 +66,12 @@ class Batch:
 
 def pad_text(tokens: Sequence[Tensor], length: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Unpadded tokens [n_i, D] -> [B, L, D] with zeros behind, and their mask [B, L]; L is at least `length`."""
-    length = max([length, *(len(t) for t in tokens)])
+    lengths_B = torch.tensor([len(t) for t in tokens])
+    length = max(length, int(lengths_B.max()))
     text_BLD = torch.zeros(len(tokens), length, tokens[0].shape[-1], dtype=dtype)
-    mask_BL = torch.zeros(len(tokens), length, dtype=torch.bool)
     for row, token in enumerate(tokens):
         text_BLD[row, : len(token)] = token
-        mask_BL[row, : len(token)] = True
-    return text_BLD, mask_BL
+    return text_BLD, torch.arange(length) < lengths_B[:, None]
 
 
 class LatentDataset(Protocol):

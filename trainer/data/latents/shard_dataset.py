@@ -1,6 +1,7 @@
 """The samples of latent shards by number; a few files are open at a time."""
 
 from bisect import bisect_right
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,23 +17,20 @@ from trainer.encoders.protocols import TextEncoder
 _MAX_OPEN_FILES = 64
 
 
+@dataclass(eq=False)
 class ShardDataset:
     """The safetensors shards that `trainer.data.encode` wrote; each is verified when it is opened and read."""
 
-    def __init__(
-        self,
-        info: LatentInfo,
-        shards: list[tuple[Path, ShardEntry]],
-        fingerprint: str,
-        layout: SampleLayout,
-        *,
-        empty_text: Tensor | str,
-        online_encoder: TextEncoder | None = None,
-        stage: Stage | None = None,
-    ) -> None:
-        self.info, self.shards, self.fingerprint, self.layout = info, shards, fingerprint, layout
-        self.first = [0, *accumulate(entry.num_samples for _, entry in shards)]
-        self.empty_text, self.online_encoder, self.stage = empty_text, online_encoder, stage
+    info: LatentInfo
+    shards: list[tuple[Path, ShardEntry]]
+    fingerprint: str
+    layout: SampleLayout
+    empty_text: Tensor | str
+    online_encoder: TextEncoder | None = None
+    stage: Stage | None = None
+
+    def __post_init__(self) -> None:
+        self.first = [0, *accumulate(entry.num_samples for _, entry in self.shards)]
         self.open_files: dict[int, ShardFile] = {}
 
     def __len__(self) -> int:

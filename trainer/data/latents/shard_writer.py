@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,7 @@ _BATCHES_AHEAD = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """All that turns samples into shards, and the folders they come from and go to.
-
-    `text_encoder` is None when captions are stored as they are (data.text=online).
-    """
+    """All that turns samples into shards, and their folders; no text encoder: captions are stored as they are."""
 
     data: DataConfig
     codec: ImageCodec
@@ -67,37 +64,31 @@ class Encoder:
         return max(1, MAX_SHARD_BYTES // (latent + text))
 
 
-def read_picture(content: bytes, row: IndexRow, height: int, width: int) -> Tensor:
-    """One picture, resized and cropped: uint8 [height, width, 3]."""
-    try:
-        image = read_rgb(content, row.orientation)
-    except UNREADABLE as error:
-        raise RuntimeError(
-            f"{row.tar}: {row.key} changed since it was indexed and cannot be decoded any more"
-        ) from error
-    return torch.from_numpy(np.array(cover_crop(image, height, width)))
-
-
 def picture_batches(
     folder: Path, rows: Sequence[IndexRow], height: int, width: int, num_threads: int
 ) -> Iterator[Tensor]:
-    """The pictures of samples of one tar, in order: uint8 [B, height, width, 3], decoded ahead by threads."""
-    if not rows:
-        return
+    """The pictures of samples of one tar, in order, cropped: uint8 [B, height, width, 3], decoded ahead by threads."""
     with (folder / rows[0].tar).open("rb") as tar, ThreadPoolExecutor(num_threads) as pool:
 
         def picture(row: IndexRow) -> Tensor:
-            return read_picture(os.pread(tar.fileno(), row.size, row.offset), row, height, width)
+            content = os.pread(tar.fileno(), row.size, row.offset)
+            try:
+                image = read_rgb(content, row.orientation)
+            except UNREADABLE as error:
+                raise RuntimeError(
+                    f"{row.tar}: {row.key} changed since it was indexed and cannot be decoded any more"
+                ) from error
+            return torch.from_numpy(np.array(cover_crop(image, height, width)))
 
         # Batches in the queue are being decoded while the one given out is encoded. More than two ahead would only
         # hold more pictures in memory: the slower of the two sides sets the pace.
-        ahead: deque[list[Future[Tensor]]] = deque()
+        ahead: deque[Iterator[Tensor]] = deque()
         for start in range(0, len(rows), BATCH_SIZE):
-            ahead.append([pool.submit(picture, row) for row in rows[start : start + BATCH_SIZE]])
+            ahead.append(pool.map(picture, rows[start : start + BATCH_SIZE]))
             if len(ahead) > _BATCHES_AHEAD:
-                yield torch.stack([future.result() for future in ahead.popleft()])
+                yield torch.stack(list(ahead.popleft()))
         for batch in ahead:
-            yield torch.stack([future.result() for future in batch])
+            yield torch.stack(list(batch))
 
 
 @torch.no_grad()

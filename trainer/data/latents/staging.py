@@ -8,6 +8,7 @@ that another removed.
 import os
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +29,10 @@ class Stage:
     def fetch(self, path: Path, entry: ShardEntry) -> Path:
         """The path of the copy of a shard, made if it is not there."""
         copy = self.folder / f"{entry.sha256[:32]}-{entry.file}"
-        try:
+        with suppress(FileNotFoundError):
             os.utime(copy)  # it is in use: the newest
             if copy.stat().st_size == entry.size:
                 return copy
-        except FileNotFoundError:
-            pass
         self._make_room(entry.size, copy)  # before copying: the limit holds at every moment
         try:
             with replacing(copy) as temporary:
@@ -48,15 +47,12 @@ class Stage:
         """Remove copies, oldest use first, until `size` more bytes fit."""
         found = []
         for path in self.folder.iterdir():
-            try:
+            with suppress(FileNotFoundError):  # another process was faster
                 state = path.stat()
-            except FileNotFoundError:  # another process was faster
-                continue
-            if path.suffix == ".tmp":
-                if time.time() - state.st_mtime > _ABANDONED_SECONDS:
-                    path.unlink(missing_ok=True)
-            elif path != keep:
-                found.append((state.st_mtime_ns, state.st_size, path))
+                if path.suffix != ".tmp" and path != keep:
+                    found.append((state.st_mtime_ns, state.st_size, path))
+                elif path.suffix == ".tmp" and time.time() - state.st_mtime > _ABANDONED_SECONDS:
+                    path.unlink()
         total = sum(length for _, length, _ in found)
         for _, length, path in sorted(found):
             if total + size <= self.max_bytes:
