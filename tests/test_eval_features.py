@@ -16,6 +16,7 @@ from torch.nn import functional
 from eval.metrics.frechet import inception_score
 from eval.networks.inception import InceptionEncoder
 from eval.networks.inception_network import Inception, build_inception
+from eval.networks.protocols import ImageEncoder
 from eval.networks.resize import CONVENTIONS, fid_input
 from eval.networks.weight_files import read_torchscript
 from eval.pictures.image_files import folder_files, geneval_files, read_picture, unpack_npz, write_picture
@@ -27,7 +28,7 @@ from trainer.config import ConfigError
 WIDTH = 6
 
 
-class Stub:
+class Stub(ImageEncoder):
     """A real, tiny network in place of a big one: channel means of the four quarters, projected."""
 
     dim = WIDTH

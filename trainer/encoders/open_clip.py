@@ -7,15 +7,13 @@ use them. Only the text tower is built and only its weights are read.
 Shapes: B captions of the same length, L tokens, D text width.
 """
 
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from trainer.config import ConfigError, require
@@ -25,6 +23,7 @@ from trainer.encoders.pretrained import (
     encoder_device,
     files_digest,
     read_json,
+    read_weights,
     require_file,
     text_dtype,
     weight_files,
@@ -100,7 +99,7 @@ class OpenClipText:
 
         dtype = text_dtype()
         try:
-            state = dict(_text_weights(self.weights))
+            state = read_weights(self.weights, _text_name)
             with torch.device("meta"):
                 tower = _build_text_tower(
                     self.config["embed_dim"], self.text_config, self.config.get("quick_gelu", False), dtype
@@ -113,18 +112,7 @@ class OpenClipText:
         return tower.eval().requires_grad_(False).to(encoder_device())
 
 
-def _text_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Weights of the text tower of a checkpoint, whatever wrapper's prefix they have."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            yield from ((_text_name(key), file.get_tensor(key)) for key in file.keys() if _text_name(key))
-        return
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    state = content.get("state_dict", content)
-    yield from ((_text_name(key), value) for key, value in state.items() if _text_name(key))
-
-
 def _text_name(key: str) -> str:
-    """Name within the text tower, "" if the weight belongs elsewhere."""
+    """Name within the text tower, whatever wrapper's prefix it has; "" if the weight belongs elsewhere."""
     name = key.removeprefix("module.").removeprefix("text.")
     return name if name.startswith(_TEXT_KEYS) else ""

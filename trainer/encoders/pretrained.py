@@ -8,8 +8,10 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from trainer.config import ConfigError, require
@@ -54,6 +56,16 @@ def load_local(setting: str, cls: Any, folder: Path, **options: Any) -> Any:
     if missing:
         raise ConfigError(f"{setting} lacks {len(missing)} weights, first {missing[0]}: copy it again")
     return model.eval().requires_grad_(False)
+
+
+def read_weights(path: Path, rename: Callable[[str], str]) -> dict[str, Tensor]:
+    """Weights of a safetensors or torch file; `rename` gives their names here, "" for those that are not wanted."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(key) for key in file.keys() if (name := rename(key))}
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    state = content.get("state_dict", content)
+    return {name: value for key, value in state.items() if (name := rename(key))}
 
 
 def weight_files(setting: str, folder: Path) -> list[Path]:
