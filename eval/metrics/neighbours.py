@@ -44,11 +44,8 @@ class Memorisation:
 
 def _distances(a_ND: Tensor, b_MD: Tensor) -> Iterator[tuple[int, Tensor]]:
     """For each chunk of n rows of `a`: the number of its first row, and Euclidean distances to `b`, float64 [n, M]."""
-    squares_M = b_MD.square().sum(1)
     for start in range(0, len(a_ND), _CHUNK):
-        part = a_ND[start : start + _CHUNK]
-        square = part.square().sum(1)[:, None] + squares_M - 2 * part @ b_MD.T
-        yield start, square.clamp_min_(0).sqrt_()
+        yield start, torch.cdist(a_ND[start : start + _CHUNK], b_MD)
 
 
 def _without_self(start: int, distance_nM: Tensor) -> Tensor:
