@@ -48,19 +48,16 @@ def _distances(a_ND: Tensor, b_MD: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start, torch.cdist(a_ND[start : start + _CHUNK], b_MD)
 
 
-def _without_self(start: int, distance_nM: Tensor) -> Tensor:
-    """Infinite distance of each row to itself, for a chunk of a set's distances to that set."""
-    rows = torch.arange(len(distance_nM))
-    distance_nM[rows, rows + start] = float("inf")
-    return distance_nM
-
-
 def neighbour_radii(x_ND: Tensor, k: int) -> Tensor:
     """Distance of each picture to its k-th nearest other, float64 [N]; raises ValueError for k + 1 > N."""
     if len(x_ND) <= k:
         raise ValueError(f"{len(x_ND)} pictures have no {k}-th neighbour: use more pictures or a smaller k")
     x_ND = x_ND.double()
-    return torch.cat([_without_self(s, d).kthvalue(k, dim=1).values for s, d in _distances(x_ND, x_ND)])
+    radii = []
+    for start, distance_nN in _distances(x_ND, x_ND):
+        distance_nN.diagonal(start).fill_(torch.inf)  # of each picture to itself
+        radii.append(distance_nN.kthvalue(k, dim=1).values)
+    return torch.cat(radii)
 
 
 def neighbours(generated_ND: Tensor, real_MD: Tensor, *, k: int = 5) -> Neighbours:

@@ -12,6 +12,7 @@ from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from trainer.config import ConfigError, require
@@ -107,6 +108,17 @@ def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
                 file.seek((size - _BLOCK) * number // (_NUM_BLOCKS - 1))
                 digest.update(file.read(_BLOCK))
     return digest.hexdigest()
+
+
+def read_tokenizer(setting: str, path: Path, max_tokens: int) -> Tokenizer:
+    """The tokenizer of a file, which cuts captions at `max_tokens` and pads none; ConfigError if it is damaged."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ConfigError(f"{setting}: {path} is no tokenizer, copy it again") from error
+    tokenizer.enable_truncation(max_tokens)
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def encoder_device() -> torch.device:
