@@ -16,11 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from eval.networks.protocols import ImageEncoder
-from eval.networks.weight_files import must_fit, read_torchscript
 from eval.weights import cache_folder, file_sha256, find_weights_file
 from eval.weights_table import TABLE
 from trainer.config import require
-from trainer.encoders.pretrained import read_weights
+from trainer.encoders.pretrained import must_fit, read_torchscript, read_weights
 
 DEFAULT_CLIP, CMMD_CLIP = "ViT-L-14:openai", "ViT-L-14-336:openai"
 _BATCH = 64

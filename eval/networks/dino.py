@@ -9,8 +9,8 @@ from torch import Tensor
 
 from eval.networks.protocols import ImageEncoder
 from eval.networks.resize import pil_bicubic
-from eval.networks.weight_files import must_fit
 from eval.weights import file_sha256, find_weights_file
+from trainer.encoders.pretrained import must_fit
 
 DINO_WEIGHTS = "dinov2-vit-l-14"
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet

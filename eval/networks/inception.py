@@ -6,8 +6,8 @@ from torch import Tensor
 from eval.networks.inception_network import NUM_FEATURES, Inception, build_inception
 from eval.networks.protocols import ImageEncoder
 from eval.networks.resize import check_convention, fid_input
-from eval.networks.weight_files import read_torchscript
 from eval.weights import file_sha256, find_file, find_weights_file
+from trainer.encoders.pretrained import read_torchscript
 
 SLIM, FULL = "inception-2015-12-05", "inception-2015-12-05-full"
 """Entries of the weights table: the network without its classifier, and with it."""

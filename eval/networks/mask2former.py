@@ -16,11 +16,17 @@ from torch.nn import functional
 
 from eval.networks.mask2former_keys import convert_mask2former
 from eval.networks.protocols import DetectorSource, FoundObject
-from eval.networks.weight_files import must_fit
 from eval.pictures.geneval_names import CLASSES, Box
 from eval.weights import file_sha256
 from trainer.config import ConfigError, require
-from trainer.encoders.pretrained import encoder_device, files_digest, load_local, require_package, weight_files
+from trainer.encoders.pretrained import (
+    encoder_device,
+    files_digest,
+    load_local,
+    must_fit,
+    require_package,
+    weight_files,
+)
 
 _LONG, _SHORT, _MULTIPLE, _BEST = 1333, 800, 32, 100
 _UNUSED = ("model.pixel_level_module.encoder.swin.layernorm.", "criterion.")

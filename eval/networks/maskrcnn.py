@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from eval.networks.protocols import DetectorSource, FoundObject
-from eval.networks.weight_files import must_fit
 from eval.pictures.geneval_names import CATEGORY_NUMBERS
 from eval.weights import file_sha256
-from trainer.encoders.pretrained import encoder_device
+from trainer.encoders.pretrained import encoder_device, must_fit
 
 
 class MaskRcnn:

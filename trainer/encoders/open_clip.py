@@ -9,19 +9,18 @@ Shapes: B captions of the same length, L tokens, D text width.
 
 from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from trainer.config import ConfigError, require
+from trainer.config import require
 from trainer.encoders.pretrained import (
     config_digest,
     encode_by_length,
     encoder_device,
     files_digest,
+    must_fit,
     read_json,
     read_weights,
     require_file,
@@ -98,16 +97,13 @@ class OpenClipText:
         from open_clip.model import _build_text_tower  # the only way to have a text tower without its image tower
 
         dtype = text_dtype()
-        try:
+        with must_fit(f"{self.setting}: {self.weights} holds other weights than needed"):
             state = read_weights(self.weights, _text_name)
             with torch.device("meta"):
                 tower = _build_text_tower(
                     self.config["embed_dim"], self.text_config, self.config.get("quick_gelu", False), dtype
                 )
             tower.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True)
-        except (RuntimeError, SafetensorError, OSError, KeyError, TypeError, UnpicklingError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"{self.setting}: {self.weights} holds other weights than needed: {reason}") from error
         tower.attn_mask = tower.build_causal_mask().to(dtype)
         return tower.eval().requires_grad_(False).to(encoder_device())
 

@@ -1,17 +1,20 @@
-"""What the encoders of other libraries share: local files only, one sentence when one is missing, digests, device."""
+"""What the encoders of other libraries share: local files only, one sentence when they are wrong, digests, device."""
 
 import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from zipfile import is_zipfile
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -67,6 +70,26 @@ def read_weights(path: Path, rename: Callable[[str], str]) -> dict[str, Tensor]:
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     state = content.get("state_dict", content)
     return {name: value for key, value in state.items() if (name := rename(key))}
+
+
+def read_torchscript(path: Path) -> dict[str, Tensor]:
+    """State dict of a TorchScript archive; nothing in it is called."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the loader of this archived format is deprecated
+        state: dict[str, Tensor] = torch.jit.load(str(path), map_location="cpu").state_dict()
+    return state
+
+
+@contextmanager
+def must_fit(complaint: str) -> Iterator[None]:
+    """Around a strict load: weights of another network raise ConfigError with `complaint` and the reason.
+
+    A wrong pair of weights and network must not give wrong pictures or scores silently.
+    """
+    try:
+        yield
+    except (RuntimeError, SafetensorError, OSError, KeyError, TypeError, AttributeError, UnpicklingError) as error:
+        raise ConfigError(f"{complaint}: {' '.join(str(error).split())[:300]}") from error
 
 
 def weight_files(setting: str, folder: Path) -> list[Path]:
