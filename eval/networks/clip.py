@@ -96,9 +96,12 @@ class ClipModel(ImageEncoder):
         self.transform = image_transform_v2(settings, is_train=False)
         size = settings.size if isinstance(settings.size, int) else settings.size[0]
         super().__init__(
-            model, int(config["embed_dim"]), network=network_name(arch), weights_sha256=weights_sha256,
+            model,
+            int(config["embed_dim"]),
+            network=network_name(arch),
+            weights_sha256=weights_sha256,
             preprocess=f"{settings.interpolation}-{settings.resize_mode}-{size}-crop",
-        )  # fmt: skip
+        )
 
     def prepare(self, picture_HW3: Tensor) -> Tensor:
         """Resize, crop and scale a uint8 picture as the model was trained with."""

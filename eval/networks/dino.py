@@ -28,9 +28,12 @@ class DinoEncoder(ImageEncoder):
             path = find_weights_file(DINO_WEIGHTS)
             model, weights_sha256 = _load_dino(path), file_sha256(path)
         super().__init__(
-            model, int(model.num_features), network="dinov2-vit-l-14", weights_sha256=weights_sha256,
+            model,
+            int(model.num_features),
+            network="dinov2-vit-l-14",
+            weights_sha256=weights_sha256,
             preprocess="pil-bicubic-224-imagenet",
-        )  # fmt: skip
+        )
 
     def prepare(self, picture_HW3: Tensor) -> Tensor:
         """Resize to 224 x 224 without regard to the sides' ratio, and scale."""

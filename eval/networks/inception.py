@@ -25,9 +25,12 @@ class InceptionEncoder(ImageEncoder):
             path = find_weights_file(SLIM)
             net, weights_sha256 = build_inception(read_torchscript(path)), file_sha256(path)
         super().__init__(
-            net, NUM_FEATURES, network="inception-2015-12-05", weights_sha256=weights_sha256,
+            net,
+            NUM_FEATURES,
+            network="inception-2015-12-05",
+            weights_sha256=weights_sha256,
             preprocess=f"{convention}-299",
-        )  # fmt: skip
+        )
 
     def prepare(self, picture_HW3: Tensor) -> Tensor:
         """Resize a uint8 picture to 299 x 299 by the convention, and scale it."""

@@ -50,7 +50,7 @@ def read_json(setting: str, path: Path, what: str) -> dict[str, Any]:
 
 
 def load_local(setting: str, cls: Any, folder: Path, **options: Any) -> Any:
-    """A library's model from a folder, frozen; ConfigError if that fails or leaves weights random."""
+    """A library's model from a folder, frozen, on the device; ConfigError if that fails or leaves weights random."""
     try:
         model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
     except Exception as error:  # libraries raise anything, from OSError to RuntimeError
@@ -59,7 +59,7 @@ def load_local(setting: str, cls: Any, folder: Path, **options: Any) -> Any:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigError(f"{setting} lacks {len(missing)} weights, first {missing[0]}: copy it again")
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).to(encoder_device())
 
 
 def read_weights(path: Path, rename: Callable[[str], str]) -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ class T5Text:
         import transformers
 
         cls = getattr(transformers, f"{self.config['model_type'].upper()}EncoderModel")
-        return load_local(self.setting, cls, self.folder, dtype=text_dtype()).to(encoder_device())
+        return load_local(self.setting, cls, self.folder, dtype=text_dtype())
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> list[Tensor]:
