@@ -65,12 +65,6 @@ class OpenClipText:
         digest = config_digest({"text": self.text_config, "quick_gelu": self.config.get("quick_gelu", False)})
         return f"open_clip-{digest}-{files_digest([self.weights])}{_LAYER}-{self.max_tokens}"
 
-    def token_ids(self, captions: list[str]) -> list[list[int]]:
-        """Start token, at most max_tokens - 2 of the caption's, end token."""
-        end = self._tokenizer.eot_token_id
-        rows = self._tokenizer(captions).tolist() if captions else []
-        return [row[: row.index(end) + 1] for row in rows]
-
     @cached_property
     def _tokenizer(self) -> Any:
         from open_clip import SimpleTokenizer
@@ -79,8 +73,10 @@ class OpenClipText:
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> list[Tensor]:
-        """One fp32 [n, dim] per caption."""
-        return encode_by_length(self.token_ids(captions), self._forward, encoder_device())
+        """One fp32 [n, dim] per caption: start token, at most max_tokens - 2 of its own, end token."""
+        rows = self._tokenizer(captions).tolist() if captions else []
+        ids = [row[: row.index(self._tokenizer.eot_token_id) + 1] for row in rows]
+        return encode_by_length(ids, self._forward, encoder_device())
 
     def _forward(self, ids_BL: Tensor) -> Tensor:
         tower, L = self._tower, ids_BL.shape[1]
