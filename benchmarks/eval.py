@@ -52,7 +52,7 @@ from torch import Tensor
 
 from benchmarks.interleaved import markdown_table, ratio, time_interleaved, write_json
 from eval.metrics.frechet import FrechetReference, Moments, moments_of
-from eval.networks.detectors import build_detector
+from eval.networks.detectors import build_detector, describe_detector
 from eval.networks.inception import InceptionEncoder
 from eval.pictures.image_files import read_picture
 from eval.scoring.feature_store import FeatureStore, add_picture_features
@@ -95,7 +95,7 @@ def detection_work(folder: Path, files: list[Path]) -> Work:
     numbers = itertools.count()
 
     def cached() -> None:
-        cache = open_detections(folder / f"cache{next(numbers)}", detector.card)
+        cache = open_detections(folder / f"cache{next(numbers)}", describe_detector("yolov3-tiny")[1])
         detect_files(cache, detector, files)
 
     return {"bare": lambda: [detector.detect(picture) for picture in ready], "cached": cached}

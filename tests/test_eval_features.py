@@ -16,18 +16,19 @@ from torch.nn import functional
 from eval.metrics.frechet import inception_score
 from eval.networks.inception import InceptionEncoder
 from eval.networks.inception_network import Inception, build_inception
+from eval.networks.protocols import ImageEncoder
 from eval.networks.resize import CONVENTIONS, fid_input
-from eval.networks.weight_files import read_torchscript
 from eval.pictures.image_files import folder_files, geneval_files, read_picture, unpack_npz, write_picture
 from eval.scoring.feature_store import FeatureStore, add_picture_features, hash_files, prefetched
 from eval.suites import reference_statistics as statistics
 from eval.weights import find_weights_file
 from trainer.config import ConfigError
+from trainer.encoders.pretrained import read_torchscript
 
 WIDTH = 6
 
 
-class Stub:
+class Stub(ImageEncoder):
     """A real, tiny network in place of a big one: channel means of the four quarters, projected."""
 
     dim = WIDTH

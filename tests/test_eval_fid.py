@@ -133,7 +133,7 @@ def test_features_equal_the_archived_graph_and_are_kept(tmp_path: Path) -> None:
         warnings.simplefilter("ignore", FutureWarning)
         archived = torch.jit.load(str(find_weights_file(SLIM))).net.layers
         expected = archived(preprocess(images)).flatten(1)
-        ours = encoder.net(preprocess(images, RESOLUTION))
+        ours = encoder.model(preprocess(images, RESOLUTION))
     torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(features, expected, atol=2e-5, rtol=1e-4)
     (stored,) = store.folder.glob("*.safetensors")

@@ -26,6 +26,7 @@ from eval.scoring.rle import decode_mask, encode_mask
 from eval.suites import geneval_results as results
 from eval.suites.geneval import Scored, best_of, result_lines, score_detections
 from eval.suites.geneval_steps import detect_files, judge_colors, open_colors, open_detections, read_detections
+from eval.weights import file_sha256, find_weights_file
 from trainer.config import ConfigError
 from trainer.files import write_text
 
@@ -92,7 +93,7 @@ def test_converted_checkpoint_is_the_same_network(network: Any, old: bool) -> No
 
 @pytest.mark.slow
 def test_mask2former_detects_at_the_pictures_size(network: Any) -> None:
-    detector = Mask2Former(network, "small", "random", "approximate", long=133, short=80)
+    detector = Mask2Former(network, long=133, short=80)
     picture = torch.randint(0, 256, (40, 60, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     found = detector.detect(picture)
     assert len(found) == 100
@@ -166,7 +167,6 @@ def test_a_further_detector_is_one_line_of_registration(tmp_path: Path, monkeypa
 class Scripted:
     """A detector that knows its pictures by their first pixel."""
 
-    comparable = "approximate"
     card = {"detector": "scripted", "weights_sha256": "0"}  # noqa: RUF012
 
     def __init__(self) -> None:
@@ -308,8 +308,11 @@ def test_real_photographs_through_a_real_detector(tmp_path: Path, photographs: d
     for file, (picture, *_) in zip(files, pairs, strict=True):
         write_picture(file, picture)
     detector = build_detector("yolov3-tiny")
-    assert describe_detector("yolov3-tiny") == (detector.comparable, detector.card)
-    cache = open_detections(tmp_path, detector.card)
+    comparable, card = describe_detector("yolov3-tiny")
+    sha256 = file_sha256(find_weights_file("yolov3-tiny"))
+    assert comparable == "approximate"
+    assert card == {"detector": "yolov3-tiny", "weights_sha256": sha256, "input": "letterbox 416"}
+    cache = open_detections(tmp_path, card)
     assert detect_files(cache, detector, files) == 3  # distinct pictures
     scored = score_files(cache, None, prompts, files)
     assert [verdict.correct for verdict in scored.verdicts] == [expected for *_, expected in pairs]

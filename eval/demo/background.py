@@ -39,9 +39,5 @@ def background_score(prompts: Sequence[Prompt], pictures_NHWC: Tensor, num_sampl
     flags = []
     for i, found in enumerate(border_colors(pictures_NHWC)):
         scene = Scene.from_json(prompts[i // num_samples].metadata["scene"])
-        if scene.category == "color_attr":
-            asked = (scene.objects[0].background, scene.objects[1].background)
-        else:
-            asked = (scene.objects[0].background,) * 2
-        flags.append(found == asked)
+        flags.append(found == (scene.objects[0].background, scene.objects[-1].background))
     return share_score(flags)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from eval.demo.detector import PICTURE_SIZE, RULES, DetectorConfig, detect
 from eval.demo.templates import gaussian_blur
-from eval.metrics.geneval import Summary, judge, summarize
+from eval.metrics.controls import judge_all
+from eval.metrics.geneval import Summary
 from eval.pictures.prompts import Prompt
 from trainer.data.demo.scenes import COLORS, OBJECTS, Scene, SceneObject, render
 from trainer.files import package_file
@@ -54,13 +55,12 @@ def measure(prompts: list[Prompt], pictures_NHWC: Tensor, config: DetectorConfig
     start = time.perf_counter()
     found = detect(pictures_NHWC, config)
     seconds = time.perf_counter() - start
-    verdicts = [judge(prompt.metadata, items, RULES) for prompt, items in zip(prompts, found, strict=True)]
     extra = 0
     for prompt, items in zip(prompts, found, strict=True):
         scene = Scene.from_json(prompt.metadata["scene"])
         surplus = Counter(item.name for item in items) - Counter(item.name for item in scene.objects)
         extra += surplus.total()
-    summary = summarize([prompt.tag for prompt in prompts], [prompt.id for prompt in prompts], verdicts)
+    _, summary = judge_all(prompts, found, RULES)
     return Ceiling(summary=summary, extra_per_picture=extra / len(prompts), seconds=seconds)
 
 
@@ -85,17 +85,13 @@ def draw_blends(size: int) -> Tensor:
     """Even mixtures of two objects at one place on white, large and small: uint8 [N, size, size, 3]."""
     pictures = []
     for share in (0.8, 0.46):
-        scenes = {
-            name: Scene(category="single_object", caption="", count=1, objects=(_centred(name, share),))
-            for name in OBJECTS
-        }
-        drawn = {name: torch.from_numpy(render(scene, size)).float() for name, scene in scenes.items()}
+        drawn = {}
+        for name in OBJECTS:
+            item = SceneObject(name=name, x=0.5, y=0.5, size=share, background="white")
+            scene = Scene(category="single_object", caption="", count=1, objects=(item,))
+            drawn[name] = torch.from_numpy(render(scene, size)).float()
         pictures += [((drawn[a] + drawn[b]) / 2).round().byte() for a, b in combinations(OBJECTS, 2)]
     return torch.stack(pictures)
-
-
-def _centred(name: str, share: float) -> SceneObject:
-    return SceneObject(name=name, x=0.5, y=0.5, size=share, background="white")
 
 
 @dataclass(frozen=True, kw_only=True)

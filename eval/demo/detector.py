@@ -12,7 +12,8 @@ Shapes: N pictures, T templates of one size, h x w window places, k x k pixels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,8 +56,7 @@ class DetectorConfig:
 RULES = Rules(score=0.0, counting_score=0.0)  # the detector's own threshold has been applied
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Candidates:
+class _Candidates(NamedTuple):
     """Windows above the threshold, K of them: picture, score, explained energy, object, box, background."""
 
     picture_K: Tensor
@@ -114,11 +114,6 @@ def _candidates(x_N3HW: Tensor, bank: TemplateBank, min_score: float) -> _Candid
         box_K4=torch.cat([corner_K2, corner_K2 + bank.size], 1),
         color_K3=color[n, t, :, y, x],
     )
-
-
-def _join(parts: list[_Candidates]) -> _Candidates:
-    joined = {item.name: torch.cat([getattr(part, item.name) for part in parts]) for item in fields(_Candidates)}
-    return _Candidates(**joined)
 
 
 def _overlap(box_4: Tensor, boxes_K4: Tensor) -> Tensor:
@@ -191,7 +186,8 @@ def detect_at(
         x_N3HW = functional.pad(gaussian_blur(x_N3HW, config.blur), (_PADDING,) * 4, mode="replicate")
         banks = [build_bank(pixels, config.step, config.blur) for pixels in config.sizes]
         # At a lead of 0.3 and scores from 0.54 on, a rival below this cut cannot spoil a lead: one serves all scores.
-        found = _join([_candidates(x_N3HW, bank, min(min_scores) - _RIVAL_SCORE) for bank in banks])
+        parts = [_candidates(x_N3HW, bank, min(min_scores) - _RIVAL_SCORE) for bank in banks]
+        found = _Candidates(*map(torch.cat, zip(*parts, strict=True)))
         for n in range(len(chunk)):
             rows_K = torch.nonzero(found.picture_K == n).flatten()
             for one, into in zip(configs, detections, strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eval.pictures.image_files import picture_path, write_picture
 from eval.pictures.prompts import Prompt
-from trainer.data.demo.scenes import CATEGORIES, Scene, held_out_scenes, render, training_scene
+from trainer.data.demo.scenes import Scene, held_out_scenes, render, training_scene
 
 
 def scene_clauses(scene: Scene) -> dict[str, Any]:
@@ -43,14 +43,11 @@ def demo_prompts(seed: int, per_category: int) -> list[Prompt]:
 
     A shorter list of the same seed is contained in a longer one, with the same ids.
     """
-    scenes = held_out_scenes(seed, per_category)
-    numbers = dict.fromkeys(CATEGORIES, 0)
     prompts = []
-    for scene in scenes:
+    for i, scene in enumerate(held_out_scenes(seed, per_category)):
         clauses = scene_clauses(scene)
         metadata = {"tag": scene.category, **clauses, "prompt": scene.caption, "scene": scene.to_json()}
-        name = f"{scene.category}/{seed}/{numbers[scene.category]:04d}"
-        numbers[scene.category] += 1
+        name = f"{scene.category}/{seed}/{i % per_category:04d}"
         prompts.append(Prompt(id=name, text=scene.caption, tag=scene.category, metadata=metadata))
     return prompts
 

@@ -10,7 +10,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
@@ -51,11 +50,6 @@ def gaussian_blur(x_NCHW: Tensor, sigma: float) -> Tensor:
     return functional.conv2d(rows, kernel.transpose(2, 3), groups=channels)
 
 
-def _reduce(channel: NDArray[np.float32], side: int) -> NDArray[np.float32]:
-    picture = Image.fromarray(channel)
-    return np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS))
-
-
 def _template(name: str, pixels: int, dx: int, dy: int, window: int, blur: float) -> Tensor:
     """Premultiplied light and coverage [4, window, window] of one object, `pixels` on the fine grid."""
     side = window + 2 * _MARGIN
@@ -64,8 +58,8 @@ def _template(name: str, pixels: int, dx: int, dy: int, window: int, blur: float
     x, y = _MARGIN * _OVERSAMPLING + dx, _MARGIN * _OVERSAMPLING + dy
     canvas[:3, y : y + pixels, x : x + pixels] = drawn[:3] * drawn[3]
     canvas[3, y : y + pixels, x : x + pixels] = drawn[3]
-    reduced = torch.from_numpy(np.stack([_reduce(channel, side) for channel in canvas]))
-    blurred = gaussian_blur(reduced[None], blur)[0]
+    reduced = [np.asarray(Image.fromarray(part).resize((side, side), Image.Resampling.LANCZOS)) for part in canvas]
+    blurred = gaussian_blur(torch.from_numpy(np.stack(reduced))[None], blur)[0]
     return blurred[:, _MARGIN:-_MARGIN, _MARGIN:-_MARGIN]
 
 

@@ -27,15 +27,13 @@ def permuted_scores(
 
     A tag whose prompts all say the same has no such pair and is left out.
     """
-    correct: dict[str, int] = {}
-    total: dict[str, int] = {}
+    flags: dict[str, list[bool]] = {}
     owners = [prompt for prompt in prompts for _ in range(num_samples)]
     for owner, found in zip(owners, detections, strict=True):
         for other in prompts:
             if other.tag == owner.tag and other.text != owner.text:
-                correct[owner.tag] = correct.get(owner.tag, 0) + judge(other.metadata, found, rules).correct
-                total[owner.tag] = total.get(owner.tag, 0) + 1
-    return {tag: correct[tag] / total[tag] for tag in total}
+                flags.setdefault(owner.tag, []).append(judge(other.metadata, found, rules).correct)
+    return {tag: sum(found) / len(found) for tag, found in flags.items()}
 
 
 def with_overall(tags: dict[str, float]) -> dict[str, float]:

@@ -74,23 +74,17 @@ def moments_of(parts: Iterable[Tensor]) -> Moments:
 
 
 def covariance_factor(covariance_DD: Tensor) -> Tensor:
-    """L [D, R] in float64 with L L' = covariance; directions without spread are left out of it."""
+    """L [D, R] in float64 with L L' = covariance; directions without spread are left out of it.
+
+    A semidefinite covariance needs the Cholesky that takes the largest rest first and ends when none is left: a third
+    of the work of an eigendecomposition at full rank, far less below it.
+    """
     covariance_DD = covariance_DD.double()
-    negligible = len(covariance_DD) * torch.finfo(torch.float64).eps
+    tolerance = len(covariance_DD) * torch.finfo(torch.float64).eps * float(covariance_DD.diagonal().max())
     factor_DD: Tensor
     factor_DD, failed = torch.linalg.cholesky_ex(covariance_DD)
-    pivots = factor_DD.diagonal().square()
-    if not failed and pivots.min() > negligible * covariance_DD.diagonal().max():
+    if not failed and factor_DD.diagonal().square().min() > tolerance:
         return factor_DD
-    return _pivoted_factor(covariance_DD, negligible)
-
-
-def _pivoted_factor(covariance_DD: Tensor, negligible: float) -> Tensor:
-    """The factor of a semidefinite covariance: Cholesky that takes the largest rest first and ends when none is left.
-
-    A third of the work of an eigendecomposition at full rank, far less below it.
-    """
-    tolerance = negligible * float(covariance_DD.diagonal().max())
     lower, order, rank, _ = dpstrf(covariance_DD.cpu().numpy(), lower=1, tol=tolerance)
     found = torch.zeros(len(covariance_DD), int(rank), dtype=torch.float64)
     found[torch.from_numpy(order - 1).long()] = torch.from_numpy(np.tril(lower)[:, : int(rank)])

@@ -84,16 +84,13 @@ def select_objects(detections: Sequence[Detection], tag: str, rules: Rules) -> d
     for detection in sorted(detections, key=lambda item: -item.score):
         if detection.score > threshold:
             by_class.setdefault(detection.name, []).append(detection)
-    return {name: _drop_overlaps(found[: rules.max_objects], rules) for name, found in by_class.items()}
-
-
-def _drop_overlaps(found: list[Detection], rules: Rules) -> list[Detection]:
     if rules.max_overlap >= 1:
-        return found
-    kept: list[Detection] = []
-    for item in found:
-        if all(box_iou(other.box, item.box) < rules.max_overlap for other in kept):
-            kept.append(item)
+        return {name: found[: rules.max_objects] for name, found in by_class.items()}
+    kept: dict[str, list[Detection]] = {name: [] for name in by_class}
+    for name, found in by_class.items():
+        for item in found[: rules.max_objects]:
+            if all(box_iou(other.box, item.box) < rules.max_overlap for other in kept[name]):
+                kept[name].append(item)
     return kept
 
 

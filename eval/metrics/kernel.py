@@ -58,11 +58,8 @@ def kid(a_ND: Tensor, b_MD: Tensor, *, subsets: int = 100, subset_size: int = 10
 
 def _mean_rbf(a_ND: Tensor, b_MD: Tensor, sigma: float) -> float:
     """Mean kernel value over all pairs, a chunk of rows at a time."""
-    total, squares_M = 0.0, b_MD.square().sum(1)
-    for part in a_ND.split(_CHUNK):
-        distance = part.square().sum(1)[:, None] + squares_M - 2 * part @ b_MD.T
-        total += float(torch.exp(-distance.clamp_min(0) / (2 * sigma**2)).sum())
-    return total / (len(a_ND) * len(b_MD))
+    parts = (torch.cdist(part, b_MD).square() for part in a_ND.split(_CHUNK))
+    return sum(float(torch.exp(-square / (2 * sigma**2)).sum()) for square in parts) / (len(a_ND) * len(b_MD))
 
 
 def cmmd(a_ND: Tensor, b_MD: Tensor, *, sigma: float = 10.0, scale: float = 1000.0) -> float:

@@ -44,18 +44,8 @@ class Memorisation:
 
 def _distances(a_ND: Tensor, b_MD: Tensor) -> Iterator[tuple[int, Tensor]]:
     """For each chunk of n rows of `a`: the number of its first row, and Euclidean distances to `b`, float64 [n, M]."""
-    squares_M = b_MD.square().sum(1)
     for start in range(0, len(a_ND), _CHUNK):
-        part = a_ND[start : start + _CHUNK]
-        square = part.square().sum(1)[:, None] + squares_M - 2 * part @ b_MD.T
-        yield start, square.clamp_min_(0).sqrt_()
-
-
-def _without_self(start: int, distance_nM: Tensor) -> Tensor:
-    """Infinite distance of each row to itself, for a chunk of a set's distances to that set."""
-    rows = torch.arange(len(distance_nM))
-    distance_nM[rows, rows + start] = float("inf")
-    return distance_nM
+        yield start, torch.cdist(a_ND[start : start + _CHUNK], b_MD)
 
 
 def neighbour_radii(x_ND: Tensor, k: int) -> Tensor:
@@ -63,7 +53,11 @@ def neighbour_radii(x_ND: Tensor, k: int) -> Tensor:
     if len(x_ND) <= k:
         raise ValueError(f"{len(x_ND)} pictures have no {k}-th neighbour: use more pictures or a smaller k")
     x_ND = x_ND.double()
-    return torch.cat([_without_self(s, d).kthvalue(k, dim=1).values for s, d in _distances(x_ND, x_ND)])
+    radii = []
+    for start, distance_nN in _distances(x_ND, x_ND):
+        distance_nN.diagonal(start).fill_(torch.inf)  # of each picture to itself
+        radii.append(distance_nN.kthvalue(k, dim=1).values)
+    return torch.cat(radii)
 
 
 def neighbours(generated_ND: Tensor, real_MD: Tensor, *, k: int = 5) -> Neighbours:

@@ -14,21 +14,15 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional
 
-from eval.networks.weight_files import must_fit, read_torchscript
+from eval.networks.protocols import ImageEncoder
 from eval.weights import cache_folder, file_sha256, find_weights_file
 from eval.weights_table import TABLE
 from trainer.config import require
-from trainer.encoders.pretrained import encoder_device
+from trainer.encoders.pretrained import must_fit, read_torchscript, read_weights
 
 DEFAULT_CLIP, CMMD_CLIP = "ViT-L-14:openai", "ViT-L-14-336:openai"
-_TOKENIZER_KEYS = ("hf_tokenizer_name", "hf_model_name")
 _BATCH = 64
-
-
-def _openai_name(arch: str) -> str:
-    return f"clip-{arch.lower()}-openai"
 
 
 def find_clip(spec: str) -> tuple[str, str, Path]:
@@ -42,8 +36,9 @@ def find_clip(spec: str) -> tuple[str, str, Path]:
         return arch, "", Path(where)
     tags = open_clip.list_pretrained_tags_by_model(arch)
     require(where in tags, f"CLIP model {spec}: {where} is no file, and no tag of {arch} ({', '.join(tags)})")
-    if where == "openai" and _openai_name(arch) in TABLE:
-        return arch, where, find_weights_file(_openai_name(arch))
+    listed = f"clip-{arch.lower()}-openai"
+    if where == "openai" and listed in TABLE:
+        return arch, where, find_weights_file(listed)
     folder = cache_folder() / f"open_clip_{arch}_{where}"
     files = [path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".bin", ".pt")]
     source = open_clip.get_pretrained_cfg(arch, where)
@@ -53,20 +48,13 @@ def find_clip(spec: str) -> tuple[str, str, Path]:
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return read_weights(path, lambda name: name.removeprefix("module."))
     except RuntimeError as error:
         if "TorchScript" not in str(error):
             raise
-        content = read_torchscript(path)
-    state = content.get("state_dict", content)
-    names = {name: name.removeprefix("module.") for name in state}
-    unused = ("input_resolution", "context_length", "vocab_size")
-    return {short: state[name].float() for name, short in names.items() if short not in unused}
+    unused = ("input_resolution", "context_length", "vocab_size")  # OpenAI's archives hold these numbers too
+    return {name: value for name, value in read_torchscript(path).items() if name not in unused}
 
 
 def load_clip(spec: str) -> "ClipModel":
@@ -89,32 +77,31 @@ def network_name(arch: str) -> str:
     return f"open_clip-{arch}"
 
 
-class ClipModel:
-    """Both towers on this process's device; an ImageEncoder of the feature store for pictures."""
+class ClipModel(ImageEncoder):
+    """Both towers on this process's device."""
 
     def __init__(self, arch: str, model: Any, weights_sha256: str, preset: dict[str, Any] | None = None) -> None:
         import open_clip
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
-        text = open_clip.get_model_config(arch)["text_cfg"]
+        config = open_clip.get_model_config(arch)
+        text = config["text_cfg"]
         # Other tokenizers load from the transformers hub, which this evaluation does not read from.
-        strange = [name for name in _TOKENIZER_KEYS if text.get(name)]
-        require(not strange, f"{arch} has the tokenizer {text.get('hf_tokenizer_name')}: use one with CLIP's own")
+        strange = text.get("hf_tokenizer_name") or text.get("hf_model_name")
+        require(not strange, f"{arch} has the tokenizer {strange}: use one with CLIP's own")
         self.context = int(text.get("context_length", 77))
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.context, **text.get("tokenizer_kwargs", {}))
-        self.device = encoder_device()
-        self.model = model.eval().requires_grad_(False).to(self.device)
         known = {k: v for k, v in (preset or {}).items() if k in PreprocessCfg.__dataclass_fields__}
         settings = replace(PreprocessCfg(), size=model.visual.image_size, **known)
         self.transform = image_transform_v2(settings, is_train=False)
-        self.dim = int(open_clip.get_model_config(arch)["embed_dim"])
         size = settings.size if isinstance(settings.size, int) else settings.size[0]
-        self.key = {
-            "network": network_name(arch),
-            "weights_sha256": weights_sha256,
-            "preprocess": f"{settings.interpolation}-{settings.resize_mode}-{size}-crop",
-            "precision": "fp32",
-        }
+        super().__init__(
+            model,
+            int(config["embed_dim"]),
+            network=network_name(arch),
+            weights_sha256=weights_sha256,
+            preprocess=f"{settings.interpolation}-{settings.resize_mode}-{size}-crop",
+        )
 
     def prepare(self, picture_HW3: Tensor) -> Tensor:
         """Resize, crop and scale a uint8 picture as the model was trained with."""
@@ -139,11 +126,3 @@ class ClipModel:
     def is_truncated(self, text: str) -> bool:
         """Whether the caption, with its start and end tokens, is longer than the context."""
         return len(self.tokenizer.encode(text)) + 2 > self.context
-
-
-@torch.inference_mode()
-def zero_shot_probabilities(clip: ClipModel, pictures: Sequence[Image.Image], classifier_KD: Tensor) -> Tensor:
-    """Softmax over classes of each picture with CLIP's temperature of 100, fp32 [N, K]."""
-    x_N3hw = torch.stack([clip.transform(picture) for picture in pictures])
-    features_ND = functional.normalize(clip.encode(x_N3hw), dim=1)
-    return (100 * features_ND @ classifier_KD.T).softmax(1)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from eval.networks.clip import ClipModel, find_clip, network_name, zero_shot_probabilities
+from eval.networks.clip import ClipModel, find_clip, network_name
 from eval.networks.protocols import FoundObject
 from eval.pictures.geneval_names import COLORS
 from eval.weights import file_sha256
@@ -22,9 +22,7 @@ TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}
 
 
 class ColorJudge(Protocol):
-    """Objects of one class to colour probabilities; `card` goes onto the protocol card."""
-
-    card: dict[str, str]
+    """Objects of one class to colour probabilities."""
 
     def classify(self, picture_HW3: Tensor, found: Sequence[FoundObject], name: str) -> Tensor:
         """Probability of each colour of each object, fp32 [N, K]."""
@@ -46,7 +44,6 @@ class ClipColors:
 
     def __init__(self, clip: ClipModel) -> None:
         self.clip = clip
-        self.card = _clip_card(clip.key["network"], clip.key["weights_sha256"])
         self._classifiers: dict[str, Tensor] = {}
 
     def classifier(self, name: str) -> Tensor:
@@ -59,10 +56,12 @@ class ClipColors:
         return self._classifiers[name]
 
     def classify(self, picture_HW3: Tensor, found: Sequence[FoundObject], name: str) -> Tensor:
-        """Softmax over the ten colours of each object, fp32 [N, K]."""
+        """Softmax over the ten colours of each object with CLIP's temperature of 100, fp32 [N, K]."""
         if not found:
             return torch.empty(0, len(COLORS))
-        return zero_shot_probabilities(self.clip, [crop(picture_HW3, item) for item in found], self.classifier(name))
+        x_N3hw = torch.stack([self.clip.transform(crop(picture_HW3, item)) for item in found])
+        features_ND = functional.normalize(self.clip.encode(x_N3hw), dim=1)
+        return (100 * features_ND @ self.classifier(name).T).softmax(1)
 
 
 # What the ten names look like on a screen: RGB in [0, 255].
@@ -93,13 +92,9 @@ class NearestColors:
         return rows
 
 
-def _clip_card(network: str, weights_sha256: str) -> dict[str, str]:
-    return {"colors": network, "weights_sha256": weights_sha256}
-
-
 def describe_colors(colors: str, clip: str) -> dict[str, str]:
     """`card` of the judge that --colors and --clip name, without loading it; ConfigError if it is not here."""
     if colors != "clip":
         return NearestColors.card
     arch, _, path = find_clip(clip)
-    return _clip_card(network_name(arch), file_sha256(path))
+    return {"colors": network_name(arch), "weights_sha256": file_sha256(path)}

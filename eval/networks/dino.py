@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eval.networks.protocols import ImageEncoder
 from eval.networks.resize import pil_bicubic
-from eval.networks.weight_files import must_fit
 from eval.weights import file_sha256, find_weights_file
-from trainer.encoders.pretrained import encoder_device
+from trainer.encoders.pretrained import must_fit
 
 DINO_WEIGHTS = "dinov2-vit-l-14"
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
-class DinoEncoder:
-    """Class token of DINOv2 ViT-L/14 at 224 pixels, bicubic, ImageNet scaling; an ImageEncoder.
+class DinoEncoder(ImageEncoder):
+    """Class token of DINOv2 ViT-L/14 at 224 pixels, bicubic, ImageNet scaling.
 
     Position embeddings are resampled by timm (antialiased bicubic), a little unlike Meta's own code. `model` replaces
     the listed weights by a network of the caller's.
@@ -27,26 +27,18 @@ class DinoEncoder:
         if model is None:
             path = find_weights_file(DINO_WEIGHTS)
             model, weights_sha256 = _load_dino(path), file_sha256(path)
-        self.dim = int(model.num_features)
-        self.key = {
-            "network": "dinov2-vit-l-14",
-            "weights_sha256": weights_sha256,
-            "preprocess": "pil-bicubic-224-imagenet",
-            "precision": "fp32",
-        }
-        self.device = encoder_device()
-        self.model = model.eval().requires_grad_(False).to(self.device)
+        super().__init__(
+            model,
+            int(model.num_features),
+            network="dinov2-vit-l-14",
+            weights_sha256=weights_sha256,
+            preprocess="pil-bicubic-224-imagenet",
+        )
 
     def prepare(self, picture_HW3: Tensor) -> Tensor:
         """Resize to 224 x 224 without regard to the sides' ratio, and scale."""
         mean, std = (torch.tensor(value)[:, None, None] for value in (_MEAN, _STD))
         return (pil_bicubic(picture_HW3, 224) / 255 - mean) / std
-
-    @torch.inference_mode()
-    def encode(self, x_N3hw: Tensor) -> Tensor:
-        """Inputs [N, 3, 224, 224] to features [N, D], fp32 on the CPU."""
-        features: Tensor = self.model(x_N3hw.to(self.device)).float().cpu()
-        return features
 
 
 def _load_dino(path: Path) -> Any:

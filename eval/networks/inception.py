@@ -4,47 +4,37 @@ import torch
 from torch import Tensor
 
 from eval.networks.inception_network import NUM_FEATURES, Inception, build_inception
+from eval.networks.protocols import ImageEncoder
 from eval.networks.resize import check_convention, fid_input
-from eval.networks.weight_files import read_torchscript
 from eval.weights import file_sha256, find_file, find_weights_file
-from trainer.encoders.pretrained import encoder_device
+from trainer.encoders.pretrained import read_torchscript
 
 SLIM, FULL = "inception-2015-12-05", "inception-2015-12-05-full"
 """Entries of the weights table: the network without its classifier, and with it."""
 
 
-class InceptionEncoder:
-    """Pool features of the FID network, under a named resize convention; an ImageEncoder.
+class InceptionEncoder(ImageEncoder):
+    """Pool features of the FID network, under a named resize convention.
 
     `net` replaces the listed weights by a network of the caller's.
     """
-
-    dim = NUM_FEATURES
 
     def __init__(self, convention: str, net: Inception | None = None, weights_sha256: str = "") -> None:
         self.convention = check_convention(convention)
         if net is None:
             path = find_weights_file(SLIM)
             net, weights_sha256 = build_inception(read_torchscript(path)), file_sha256(path)
-        self.key = {
-            "network": "inception-2015-12-05",
-            "weights_sha256": weights_sha256,
-            "preprocess": f"{convention}-299",
-            "precision": "fp32",
-        }
-        self.device = encoder_device()
-        self.net = net.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        super().__init__(
+            net,
+            NUM_FEATURES,
+            network="inception-2015-12-05",
+            weights_sha256=weights_sha256,
+            preprocess=f"{convention}-299",
+        )
 
     def prepare(self, picture_HW3: Tensor) -> Tensor:
         """Resize a uint8 picture to 299 x 299 by the convention, and scale it."""
         return fid_input(picture_HW3, self.convention)
-
-    @torch.inference_mode()
-    def encode(self, x_N3hw: Tensor) -> Tensor:
-        """Inputs [N, 3, 299, 299] to features [N, 2048], fp32 on the CPU."""
-        x_N3hw = x_N3hw.to(self.device).contiguous(memory_format=torch.channels_last)
-        features: Tensor = self.net(x_N3hw).float().cpu()
-        return features
 
 
 def classifier_weight() -> Tensor | None:

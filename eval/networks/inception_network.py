@@ -25,49 +25,32 @@ class Conv:
     valid: bool = False
 
 
-@dataclass(frozen=True)
-class Branches:
-    """Parallel chains of steps over the same input, concatenated over channels."""
-
-    chains: tuple["Chain", ...]
-
-
-Step = Conv | Branches | nn.Module
-Chain = tuple[Step, ...]
+Chain = list["Conv | nn.Module | Branches"]
+Branches = tuple[Chain, ...]
+"""Parallel chains over the same input, concatenated over channels."""
 
 SQUARE, FIVE, WIDE, TALL = (3, 3), (5, 5), (1, 7), (7, 1)
 AVERAGE = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
 MAXIMUM, HALVE = nn.MaxPool2d(3, 1, 1), nn.MaxPool2d(3, 2)
-FORK = Branches(((Conv(384, (1, 3)),), (Conv(384, (3, 1)),)))
+FORK: Branches = ([Conv(384, (1, 3))], [Conv(384, (3, 1))])
 
 
 def _block_35(pooled: int) -> Branches:
-    return Branches(
-        (
-            (Conv(64),),
-            (Conv(48), Conv(64, FIVE)),
-            (Conv(64), Conv(96, SQUARE), Conv(96, SQUARE)),
-            (AVERAGE, Conv(pooled)),
-        )
-    )
+    double: Chain = [Conv(64), Conv(96, SQUARE), Conv(96, SQUARE)]
+    return [Conv(64)], [Conv(48), Conv(64, FIVE)], double, [AVERAGE, Conv(pooled)]
 
 
 def _block_17(width: int) -> Branches:
-    return Branches(
-        (
-            (Conv(192),),
-            (Conv(width), Conv(width, WIDE), Conv(192, TALL)),
-            (Conv(width), Conv(width, TALL), Conv(width, WIDE), Conv(width, TALL), Conv(192, WIDE)),
-            (AVERAGE, Conv(192)),
-        )
-    )
+    simple: Chain = [Conv(width), Conv(width, WIDE), Conv(192, TALL)]
+    double: Chain = [Conv(width), Conv(width, TALL), Conv(width, WIDE), Conv(width, TALL), Conv(192, WIDE)]
+    return [Conv(192)], simple, double, [AVERAGE, Conv(192)]
 
 
 def _block_8(pool: nn.Module) -> Branches:
-    return Branches(((Conv(320),), (Conv(384), FORK), (Conv(448), Conv(384, SQUARE), FORK), (pool, Conv(192))))
+    return [Conv(320)], [Conv(384), FORK], [Conv(448), Conv(384, SQUARE), FORK], [pool, Conv(192)]
 
 
-INCEPTION_2015: Chain = (
+INCEPTION_2015: Chain = [
     Conv(32, SQUARE, 2),
     Conv(32, SQUARE, valid=True),
     Conv(64, SQUARE),
@@ -76,27 +59,17 @@ INCEPTION_2015: Chain = (
     Conv(192, SQUARE, valid=True),
     HALVE,
     *(_block_35(pooled) for pooled in (32, 64, 64)),
-    Branches(((Conv(384, SQUARE, 2),), (Conv(64), Conv(96, SQUARE), Conv(96, SQUARE, 2)), (HALVE,))),
+    ([Conv(384, SQUARE, 2)], [Conv(64), Conv(96, SQUARE), Conv(96, SQUARE, 2)], [HALVE]),
     *(_block_17(width) for width in (128, 160, 160, 192)),
-    Branches(
-        (
-            (Conv(192), Conv(320, SQUARE, 2)),
-            (Conv(192), Conv(192, WIDE), Conv(192, TALL), Conv(192, SQUARE, 2)),
-            (HALVE,),
-        )
-    ),
+    ([Conv(192), Conv(320, SQUARE, 2)], [Conv(192), Conv(192, WIDE), Conv(192, TALL), Conv(192, SQUARE, 2)], [HALVE]),
     _block_8(AVERAGE),
     _block_8(MAXIMUM),
-)
+]
 
 
-class _Parallel(nn.Module):
-    def __init__(self, chains: list[nn.Module]) -> None:
-        super().__init__()
-        self.chains = nn.ModuleList(chains)
-
+class _Parallel(nn.ModuleList):
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        return torch.cat([chain(x_NCHW) for chain in self.chains], dim=1)
+        return torch.cat([chain(x_NCHW) for chain in self], dim=1)
 
 
 def _build_chain(in_channels: int, chain: Chain) -> tuple[nn.Sequential, int]:
@@ -109,10 +82,10 @@ def _build_chain(in_channels: int, chain: Chain) -> tuple[nn.Sequential, int]:
             conv = nn.Conv2d(in_channels, step.out, step.kernel, step.stride, padding)
             modules += [conv, nn.ReLU(inplace=True)]
             in_channels = step.out
-        elif isinstance(step, Branches):
-            built = [_build_chain(in_channels, inner) for inner in step.chains]
-            modules.append(_Parallel([module for module, _ in built]))
-            in_channels = sum(out for _, out in built)
+        elif isinstance(step, tuple):
+            chains, widths = zip(*(_build_chain(in_channels, inner) for inner in step), strict=True)
+            modules.append(_Parallel(chains))
+            in_channels = sum(widths)
         else:
             modules.append(step)
     return nn.Sequential(*modules), in_channels
@@ -125,10 +98,10 @@ class Inception(nn.Module):
         super().__init__()
         self.body, width = _build_chain(3, INCEPTION_2015)
         assert width == NUM_FEATURES
-        self.eval().requires_grad_(False)
+        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        features: Tensor = self.body(x_NCHW).mean((2, 3))
+        features: Tensor = self.body(x_NCHW.contiguous(memory_format=torch.channels_last)).mean((2, 3))
         return features
 
     def convolutions(self) -> Iterator[nn.Conv2d]:

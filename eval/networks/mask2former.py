@@ -15,12 +15,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from eval.networks.mask2former_keys import convert_mask2former
-from eval.networks.protocols import Comparable, DetectorSource, FoundObject
-from eval.networks.weight_files import must_fit
+from eval.networks.protocols import DetectorSource, FoundObject
 from eval.pictures.geneval_names import CLASSES, Box
 from eval.weights import file_sha256
 from trainer.config import ConfigError, require
-from trainer.encoders.pretrained import encoder_device, files_digest, load_local, require_package, weight_files
+from trainer.encoders.pretrained import (
+    encoder_device,
+    files_digest,
+    load_local,
+    must_fit,
+    require_package,
+    weight_files,
+)
 
 _LONG, _SHORT, _MULTIPLE, _BEST = 1333, 800, 32, 100
 _UNUSED = ("model.pixel_level_module.encoder.swin.layernorm.", "criterion.")
@@ -135,13 +141,10 @@ def instances(class_QK: Tensor, mask_QHW: Tensor) -> list[FoundObject]:
 class Mask2Former:
     """The detector on this process's device, fp32."""
 
-    def __init__(
-        self, model: Any, name: str, weights_sha256: str, comparable: Comparable, long: int = _LONG, short: int = _SHORT
-    ) -> None:
-        self.comparable, self.long, self.short = comparable, long, short
+    def __init__(self, model: Any, long: int = _LONG, short: int = _SHORT) -> None:
+        self.long, self.short = long, short
         self.device = encoder_device()
         self.model = model.eval().requires_grad_(False).to(self.device)
-        self.card = _card(name, weights_sha256, long, short)
 
     @torch.inference_mode()
     def detect(self, picture_HW3: Tensor) -> list[FoundObject]:
@@ -154,16 +157,15 @@ class Mask2Former:
         return instances(out.class_queries_logits[0].float(), masks)
 
 
-def _card(name: str, weights_sha256: str, long: int = _LONG, short: int = _SHORT) -> dict[str, str]:
-    return {"detector": name, "weights_sha256": weights_sha256, "input": f"{long}x{short}, pad {_MULTIPLE}"}
+def _card(name: str, weights_sha256: str) -> dict[str, str]:
+    return {"detector": name, "weights_sha256": weights_sha256, "input": f"{_LONG}x{_SHORT}, pad {_MULTIPLE}"}
 
 
-_OFFICIAL = "mask2former-swin-s-coco (GenEval's)"
 MASK2FORMER = DetectorSource(
     comparable="official",
     weights="mask2former-swin-s-coco",
-    card=lambda path: _card(_OFFICIAL, file_sha256(path)),
-    load=lambda path: Mask2Former(_load_mmdet(path), _OFFICIAL, file_sha256(path), "official"),
+    card=lambda path: _card("mask2former-swin-s-coco (GenEval's)", file_sha256(path)),
+    load=lambda path: Mask2Former(_load_mmdet(path)),
 )
 
 
@@ -176,15 +178,14 @@ def _find_folder(name: str) -> Path:
     return Path(name)
 
 
-def _folder_digest(folder: Path) -> str:
-    return files_digest(weight_files(f"--detector mask2former-hf:{folder}", folder))
+def _folder_card(folder: Path) -> dict[str, str]:
+    name = f"mask2former-hf:{folder.name}"
+    return _card(name, files_digest(weight_files(f"--detector mask2former-hf:{folder}", folder)))
 
 
 MASK2FORMER_FOLDER = DetectorSource(
     comparable="approximate",
     find_folder=_find_folder,
-    card=lambda folder: _card(f"mask2former-hf:{folder.name}", _folder_digest(folder)),
-    load=lambda folder: Mask2Former(
-        _load_folder(folder), f"mask2former-hf:{folder.name}", _folder_digest(folder), "approximate"
-    ),
+    card=_folder_card,
+    load=lambda folder: Mask2Former(_load_folder(folder)),
 )

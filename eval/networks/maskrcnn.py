@@ -6,26 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.networks.protocols import Comparable, DetectorSource, FoundObject
-from eval.networks.weight_files import must_fit
+from eval.networks.protocols import DetectorSource, FoundObject
 from eval.pictures.geneval_names import CATEGORY_NUMBERS
 from eval.weights import file_sha256
-from trainer.encoders.pretrained import encoder_device
-
-
-def _card(weights_sha256: str) -> dict[str, str]:
-    return {"detector": "maskrcnn-resnet50-fpn-v2", "weights_sha256": weights_sha256}
+from trainer.encoders.pretrained import encoder_device, must_fit
 
 
 class MaskRcnn:
     """The detector on this process's device; masks are cut at probability 0.5."""
 
-    comparable: Comparable = "approximate"
-
-    def __init__(self, model: Any, weights_sha256: str = "random") -> None:
+    def __init__(self, model: Any) -> None:
         self.device = encoder_device()
         self.model = model.eval().requires_grad_(False).to(self.device)
-        self.card = _card(weights_sha256)
 
     @torch.inference_mode()
     def detect(self, picture_HW3: Tensor) -> list[FoundObject]:
@@ -53,12 +45,12 @@ def _load(path: Path) -> MaskRcnn:
     state = torch.load(path, map_location="cpu", weights_only=True)
     with must_fit(f"{path} does not hold the weights of this detector"):
         model.load_state_dict(state)
-    return MaskRcnn(model, file_sha256(path))
+    return MaskRcnn(model)
 
 
 MASKRCNN = DetectorSource(
-    comparable=MaskRcnn.comparable,
+    comparable="approximate",
     weights="maskrcnn-resnet50-fpn-v2-coco",
-    card=lambda path: _card(file_sha256(path)),
+    card=lambda path: {"detector": "maskrcnn-resnet50-fpn-v2", "weights_sha256": file_sha256(path)},
     load=_load,
 )

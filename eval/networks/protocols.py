@@ -3,35 +3,43 @@
 Shapes: N pictures, H x W pixels, h x w pixels of a network's input, D features.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from eval.pictures.geneval_names import CLASSES, Box
+from trainer.encoders.pretrained import encoder_device
 
 Comparable = Literal["official", "approximate"]
 """Whether scores of a detector may stand beside published ones."""
 
 
-class ImageEncoder(Protocol):
-    """A frozen network from pictures to `dim` features.
+class ImageEncoder(ABC):
+    """A frozen network from pictures to `dim` features, on this process's device; derive from it.
 
     `key` holds everything that shapes the features: network, hash of its weights, preprocessing, precision.
     """
 
-    key: dict[str, str]
-    dim: int
+    def __init__(self, model: Any, dim: int, *, network: str, weights_sha256: str, preprocess: str) -> None:
+        self.dim = dim
+        self.key = {"network": network, "weights_sha256": weights_sha256, "preprocess": preprocess, "precision": "fp32"}
+        self.device = encoder_device()
+        self.model = model.eval().requires_grad_(False).to(self.device)
 
+    @abstractmethod
     def prepare(self, picture_HW3: Tensor) -> Tensor:
         """A uint8 picture [H, W, 3] as the network's input, float32 [3, h, w]; runs in worker threads on the CPU."""
-        ...
 
+    @torch.inference_mode()
     def encode(self, x_N3hw: Tensor) -> Tensor:
-        """A batch of inputs to features, on the device; fp32 [N, D] on the CPU."""
-        ...
+        """A batch of inputs to features, not normalised, fp32 [N, D] on the CPU."""
+        features: Tensor = self.model(x_N3hw.to(self.device)).float().cpu()
+        return features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +58,7 @@ class FoundObject:
 
 
 class ObjectDetector(Protocol):
-    """A frozen network from pictures to objects of COCO's 80 classes.
-
-    `card` is what a protocol card needs to know of it: name, hash of its weights, settings.
-    """
-
-    comparable: Comparable
-    card: dict[str, str]
+    """A frozen network from pictures to objects of COCO's 80 classes."""
 
     def detect(self, picture_HW3: Tensor) -> list[FoundObject]:
         """Objects of a uint8 picture [H, W, 3], best first."""
@@ -69,7 +71,7 @@ class DetectorSource:
 
     comparable: Comparable
     card: Callable[[Path], dict[str, str]]
-    """The card that a detector with these weights has; loads nothing."""
+    """What a protocol card says of a detector with these weights: name, their hash, settings; loads nothing."""
     load: Callable[[Path], ObjectDetector]
     """The detector with these weights; ConfigError if they are those of another network."""
     weights: str = ""

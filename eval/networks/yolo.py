@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import batched_nms
 
-from eval.networks.protocols import Comparable, DetectorSource, FoundObject
+from eval.networks.protocols import DetectorSource, FoundObject
 from eval.weights import file_sha256
 from trainer.config import require
 from trainer.encoders.pretrained import encoder_device
@@ -22,23 +22,9 @@ _HEADER = 20  # bytes: three int32 of the version, one int64 of pictures seen
 _SIZE, _OVERLAP, _FLOOR = 416, 0.45, 0.05
 
 
-class _Conv(nn.Module):
-    def __init__(self, channels: int, out: int, kernel: int, *, plain: bool = False) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, out, kernel, 1, kernel // 2, bias=plain)
-        self.norm = None if plain else nn.BatchNorm2d(out)
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        x_NCHW = self.conv(x_NCHW)
-        return x_NCHW if self.norm is None else functional.leaky_relu(self.norm(x_NCHW), 0.1)
-
-    def parameters_in_file_order(self) -> list[Tensor]:
-        """Darknet's order: bias, gain, mean, variance of the norm, or the bias; then the kernel."""
-        if self.norm is None:
-            assert self.conv.bias is not None
-            return [self.conv.bias, self.conv.weight]
-        assert self.norm.running_mean is not None and self.norm.running_var is not None
-        return [self.norm.bias, self.norm.weight, self.norm.running_mean, self.norm.running_var, self.conv.weight]
+def _layer(channels: int, out: int, kernel: int) -> nn.Sequential:
+    conv = nn.Conv2d(channels, out, kernel, 1, kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out), nn.LeakyReLU(0.1))
 
 
 class YoloV3Tiny(nn.Module):
@@ -47,11 +33,11 @@ class YoloV3Tiny(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         widths = (3, 16, 32, 64, 128, 256, 512)
-        self.body = nn.ModuleList([_Conv(widths[i], widths[i + 1], 3) for i in range(6)])
-        self.deep, self.neck = _Conv(512, 1024, 3), _Conv(1024, 256, 1)
-        self.coarse, self.coarse_head = _Conv(256, 512, 3), _Conv(512, 255, 1, plain=True)
-        self.up, self.fine = _Conv(256, 128, 1), _Conv(384, 256, 3)
-        self.fine_head = _Conv(256, 255, 1, plain=True)
+        self.body = nn.ModuleList([_layer(widths[i], widths[i + 1], 3) for i in range(6)])
+        self.deep, self.neck = _layer(512, 1024, 3), _layer(1024, 256, 1)
+        self.coarse, self.coarse_head = _layer(256, 512, 3), nn.Conv2d(512, 255, 1)
+        self.up, self.fine = _layer(256, 128, 1), _layer(384, 256, 3)
+        self.fine_head = nn.Conv2d(256, 255, 1)
         self.eval().requires_grad_(False)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
@@ -73,8 +59,14 @@ class YoloV3Tiny(nn.Module):
     def load_darknet(self, path: Path) -> "YoloV3Tiny":
         """Read the weights from a darknet file; ConfigError if it does not have as many numbers as the network."""
         values = torch.from_numpy(np.fromfile(path, np.float32, offset=_HEADER))
-        convolutions = [module for module in self.modules() if isinstance(module, _Conv)]
-        targets = [tensor for module in convolutions for tensor in module.parameters_in_file_order()]
+        targets: list[Tensor] = []
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                targets += [part for part in (module.bias, module.weight) if part is not None]
+            elif isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None and module.running_var is not None
+                # In the file they stand before the kernel of their convolution.
+                targets[-1:-1] = [module.bias, module.weight, module.running_mean, module.running_var]
         count = sum(target.numel() for target in targets)
         require(len(values) == count, f"{path} holds {len(values)} numbers, YOLOv3-tiny has {count}: fetch it again")
         for target, part in zip(targets, values.split([t.numel() for t in targets]), strict=True):
@@ -92,19 +84,12 @@ def _decode(out_NCHW: Tensor, stride: int, anchors: tuple[tuple[int, int], ...])
     return torch.cat([centre - half, centre + half, x[..., 4:].sigmoid()], -1).reshape(count, -1, 85)
 
 
-def _card(weights_sha256: str) -> dict[str, str]:
-    return {"detector": "yolov3-tiny", "weights_sha256": weights_sha256, "input": f"letterbox {_SIZE}"}
-
-
 class YoloDetector:
     """The detector on this process's device: letterboxed to 416, overlaps above 0.45 suppressed per class."""
-
-    comparable: Comparable = "approximate"
 
     def __init__(self, path: Path) -> None:
         self.device = encoder_device()
         self.net = YoloV3Tiny().load_darknet(path).to(self.device)
-        self.card = _card(file_sha256(path))
 
     @torch.inference_mode()
     def detect(self, picture_HW3: Tensor) -> list[FoundObject]:
@@ -131,8 +116,8 @@ class YoloDetector:
 
 
 YOLOV3_TINY = DetectorSource(
-    comparable=YoloDetector.comparable,
+    comparable="approximate",
     weights="yolov3-tiny",
-    card=lambda path: _card(file_sha256(path)),
+    card=lambda path: {"detector": "yolov3-tiny", "weights_sha256": file_sha256(path), "input": f"letterbox {_SIZE}"},
     load=YoloDetector,
 )

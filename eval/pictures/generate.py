@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.pictures.image_files import picture_path, write_picture
+from eval.pictures.image_files import is_whole, picture_path, write_picture
 from eval.pictures.prompts import Prompt, metadata_lines, picture_seed
 from eval.pictures.protocol import fingerprint, sampling_card
 from trainer.distributed import World
@@ -22,10 +22,6 @@ from trainer.files import write_text
 from trainer.pipeline import Pipeline
 
 Generator = Callable[[list[str], list[int]], Tensor]  # captions, seeds -> uint8 [N, H, W, 3]
-
-
-def _is_whole(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
 
 
 def generate_pictures(
@@ -46,8 +42,7 @@ def generate_pictures(
     for number in range(rank, len(prompts), world_size):
         line = json.dumps(prompts[number].metadata) + "\n"
         write_text(folder / f"{number:05d}" / "metadata.jsonl", line)
-        samples = range(num_samples)
-        jobs += [(number, s) for s in samples if not _is_whole(picture_path(folder, number, s))]
+        jobs += [(number, s) for s in range(num_samples) if not is_whole(picture_path(folder, number, s))]
     hidden = rank != 0 or not sys.stderr.isatty()
     with tqdm(total=len(jobs), desc="pictures", unit="image", disable=hidden) as bar:
         for start in range(0, len(jobs), batch_size):

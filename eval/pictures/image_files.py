@@ -42,6 +42,11 @@ def read_picture(path: Path) -> Tensor:
         raise ConfigError(f"picture {path} cannot be read ({error}): delete it and draw or copy it again") from error
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a picture is there and not empty."""
+    return path.is_file() and path.stat().st_size > 0
+
+
 def geneval_files(folder: Path, num_prompts: int, num_samples: int) -> list[Path]:
     """The files of prompts 0, 1, ... with `num_samples` each; ConfigError unless exactly these are there."""
     require(folder.is_dir(), f"pictures {folder} do not exist: give a folder in GenEval's layout")
@@ -49,29 +54,23 @@ def geneval_files(folder: Path, num_prompts: int, num_samples: int) -> list[Path
     require(
         bool(groups), f"{folder} has no folder 00000: pictures must lie in DIR/00000/samples/0000.png, as in GenEval"
     )
-    expected = {f"{number:05d}" for number in range(num_prompts)}
-    surplus = sorted(groups - expected)
-    require(
-        not surplus,
-        f"{folder} has {len(groups)} prompts, first surplus {surplus[0] if surplus else ''}, but the prompt set has "
-        f"{num_prompts}: use the set that the pictures were drawn for",
-    )
-    files: list[Path] = []
-    missing: list[Path] = []
-    for number in range(num_prompts):
-        paths = [picture_path(folder, number, sample) for sample in range(num_samples)]
-        files += paths
-        missing += [path for path in paths if not path.is_file() or path.stat().st_size == 0]
-        found = {p.name for p in paths[0].parent.glob("*.png") if _NUMBERED.fullmatch(p.name)}
-        extra = sorted(found - {path.name for path in paths})
-        require(
-            not extra,
-            f"{paths[0].parent} has {len(found)} pictures, {num_samples} are asked for: set --samples to {len(found)}",
+    surplus = sorted(groups - {f"{number:05d}" for number in range(num_prompts)})
+    if surplus:
+        raise ConfigError(
+            f"{folder} has {len(groups)} prompts, first surplus {surplus[0]}, but the prompt set has {num_prompts}: "
+            "use the set that the pictures were drawn for"
         )
-    require(
-        not missing,
-        f"{len(missing)} of {len(files)} pictures are missing, first {missing[0] if missing else ''}: draw the rest",
-    )
+    files = [picture_path(folder, number, sample) for number in range(num_prompts) for sample in range(num_samples)]
+    expected = set(files)
+    for samples in dict.fromkeys(file.parent for file in files):
+        found = {path for path in samples.glob("*.png") if _NUMBERED.fullmatch(path.name)}
+        require(
+            found <= expected,
+            f"{samples} has {len(found)} pictures, {num_samples} are asked for: set --samples to {len(found)}",
+        )
+    missing = [file for file in files if not is_whole(file)]
+    if missing:
+        raise ConfigError(f"{len(missing)} of {len(files)} pictures are missing, first {missing[0]}: draw the rest")
     return files
 
 

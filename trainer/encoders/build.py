@@ -46,11 +46,8 @@ TEXT_ENCODERS = [
 
 def build_codec(spec: str) -> ImageCodec:
     """The codec that `data.codec` names; ConfigError if there is none, or its files are not there."""
-    found = _build(spec, CODECS)
-    if found is None:
-        *others, last = (codec.usage for codec in CODECS)
-        raise ConfigError(f"data.codec={spec} is not known: use {', '.join(others)} or {last} of a local model")
-    codec: ImageCodec = found
+    *others, last = (codec.usage for codec in CODECS)
+    codec: ImageCodec = _build("data.codec", spec, CODECS, f"use {', '.join(others)} or {last} of a local model")
     return codec
 
 
@@ -60,12 +57,9 @@ def build_text_encoder(spec: str) -> TextEncoder:
     parts = re.split(rf"\+(?=(?:{names})(?:[@:+]|$))", spec)  # any other + belongs to a path
     if len(parts) > 1:
         return TextChain([build_text_encoder(part) for part in parts])
-    found = _build(spec, TEXT_ENCODERS)
-    if found is None:
-        known = ", ".join(encoder.usage for encoder in TEXT_ENCODERS)
-        raise ConfigError(f"data.text_encoder={spec} is not known: use {known}, or several of them joined by +")
-    encoder: TextEncoder = found
-    return encoder
+    remedy = f"use {', '.join(encoder.usage for encoder in TEXT_ENCODERS)}, or several of them joined by +"
+    found: TextEncoder = _build("data.text_encoder", spec, TEXT_ENCODERS, remedy)
+    return found
 
 
 class TextChain:
@@ -87,8 +81,8 @@ class TextChain:
         return [torch.cat(texts) for texts in zip(*wide, strict=True)]
 
 
-def _build(spec: str, registered: list[Registered]) -> Any:
+def _build(setting: str, spec: str, registered: list[Registered], remedy: str) -> Any:
     for entry in registered:
         if matched := re.fullmatch(entry.pattern, spec):
             return resolve_name(entry.path)(*matched.groups())
-    return None
+    raise ConfigError(f"{setting}={spec} is not known: {remedy}")

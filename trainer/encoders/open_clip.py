@@ -7,24 +7,22 @@ use them. Only the text tower is built and only its weights are read.
 Shapes: B captions of the same length, L tokens, D text width.
 """
 
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trainer.config import ConfigError, require
+from trainer.config import require
 from trainer.encoders.pretrained import (
     config_digest,
     encode_by_length,
     encoder_device,
     files_digest,
+    must_fit,
     read_json,
+    read_weights,
     require_file,
     text_dtype,
     weight_files,
@@ -67,12 +65,6 @@ class OpenClipText:
         digest = config_digest({"text": self.text_config, "quick_gelu": self.config.get("quick_gelu", False)})
         return f"open_clip-{digest}-{files_digest([self.weights])}{_LAYER}-{self.max_tokens}"
 
-    def token_ids(self, captions: list[str]) -> list[list[int]]:
-        """Start token, at most max_tokens - 2 of the caption's, end token."""
-        end = self._tokenizer.eot_token_id
-        rows = self._tokenizer(captions).tolist() if captions else []
-        return [row[: row.index(end) + 1] for row in rows]
-
     @cached_property
     def _tokenizer(self) -> Any:
         from open_clip import SimpleTokenizer
@@ -81,8 +73,10 @@ class OpenClipText:
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> list[Tensor]:
-        """One fp32 [n, dim] per caption."""
-        return encode_by_length(self.token_ids(captions), self._forward, encoder_device())
+        """One fp32 [n, dim] per caption: start token, at most max_tokens - 2 of its own, end token."""
+        rows = self._tokenizer(captions).tolist() if captions else []
+        ids = [row[: row.index(self._tokenizer.eot_token_id) + 1] for row in rows]
+        return encode_by_length(ids, self._forward, encoder_device())
 
     def _forward(self, ids_BL: Tensor) -> Tensor:
         tower, L = self._tower, ids_BL.shape[1]
@@ -99,32 +93,18 @@ class OpenClipText:
         from open_clip.model import _build_text_tower  # the only way to have a text tower without its image tower
 
         dtype = text_dtype()
-        try:
-            state = dict(_text_weights(self.weights))
+        with must_fit(f"{self.setting}: {self.weights} holds other weights than needed"):
+            state = read_weights(self.weights, _text_name)
             with torch.device("meta"):
                 tower = _build_text_tower(
                     self.config["embed_dim"], self.text_config, self.config.get("quick_gelu", False), dtype
                 )
             tower.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True)
-        except (RuntimeError, SafetensorError, OSError, KeyError, TypeError, UnpicklingError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"{self.setting}: {self.weights} holds other weights than needed: {reason}") from error
         tower.attn_mask = tower.build_causal_mask().to(dtype)
         return tower.eval().requires_grad_(False).to(encoder_device())
 
 
-def _text_weights(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Weights of the text tower of a checkpoint, whatever wrapper's prefix they have."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            yield from ((_text_name(key), file.get_tensor(key)) for key in file.keys() if _text_name(key))
-        return
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    state = content.get("state_dict", content)
-    yield from ((_text_name(key), value) for key, value in state.items() if _text_name(key))
-
-
 def _text_name(key: str) -> str:
-    """Name within the text tower, "" if the weight belongs elsewhere."""
+    """Name within the text tower, whatever wrapper's prefix it has; "" if the weight belongs elsewhere."""
     name = key.removeprefix("module.").removeprefix("text.")
     return name if name.startswith(_TEXT_KEYS) else ""

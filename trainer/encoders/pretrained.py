@@ -1,15 +1,21 @@
-"""What the encoders of other libraries share: local files only, one sentence when one is missing, digests, device."""
+"""What the encoders of other libraries share: local files only, one sentence when they are wrong, digests, device."""
 
 import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from trainer.config import ConfigError, require
@@ -44,7 +50,7 @@ def read_json(setting: str, path: Path, what: str) -> dict[str, Any]:
 
 
 def load_local(setting: str, cls: Any, folder: Path, **options: Any) -> Any:
-    """A library's model from a folder, frozen; ConfigError if that fails or leaves weights random."""
+    """A library's model from a folder, frozen, on the device; ConfigError if that fails or leaves weights random."""
     try:
         model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
     except Exception as error:  # libraries raise anything, from OSError to RuntimeError
@@ -53,7 +59,37 @@ def load_local(setting: str, cls: Any, folder: Path, **options: Any) -> Any:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigError(f"{setting} lacks {len(missing)} weights, first {missing[0]}: copy it again")
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).to(encoder_device())
+
+
+def read_weights(path: Path, rename: Callable[[str], str]) -> dict[str, Tensor]:
+    """Weights of a safetensors or torch file; `rename` gives their names here, "" for those that are not wanted."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(key) for key in file.keys() if (name := rename(key))}
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    state = content.get("state_dict", content)
+    return {name: value for key, value in state.items() if (name := rename(key))}
+
+
+def read_torchscript(path: Path) -> dict[str, Tensor]:
+    """State dict of a TorchScript archive; nothing in it is called."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the loader of this archived format is deprecated
+        state: dict[str, Tensor] = torch.jit.load(str(path), map_location="cpu").state_dict()
+    return state
+
+
+@contextmanager
+def must_fit(complaint: str) -> Iterator[None]:
+    """Around a strict load: weights of another network raise ConfigError with `complaint` and the reason.
+
+    A wrong pair of weights and network must not give wrong pictures or scores silently.
+    """
+    try:
+        yield
+    except (RuntimeError, SafetensorError, OSError, KeyError, TypeError, AttributeError, UnpicklingError) as error:
+        raise ConfigError(f"{complaint}: {' '.join(str(error).split())[:300]}") from error
 
 
 def weight_files(setting: str, folder: Path) -> list[Path]:
@@ -95,6 +131,17 @@ def _file_digest(path: Path, size: int, mtime_ns: int) -> str:
                 file.seek((size - _BLOCK) * number // (_NUM_BLOCKS - 1))
                 digest.update(file.read(_BLOCK))
     return digest.hexdigest()
+
+
+def read_tokenizer(setting: str, path: Path, max_tokens: int) -> Tokenizer:
+    """The tokenizer of a file, which cuts captions at `max_tokens` and pads none; ConfigError if it is damaged."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ConfigError(f"{setting}: {path} is no tokenizer, copy it again") from error
+    tokenizer.enable_truncation(max_tokens)
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def encoder_device() -> torch.device:

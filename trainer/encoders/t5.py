@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from trainer.config import ConfigError, require
+from trainer.config import require
 from trainer.encoders.pretrained import (
     config_digest,
     encode_by_length,
@@ -22,6 +21,7 @@ from trainer.encoders.pretrained import (
     files_digest,
     load_local,
     read_json,
+    read_tokenizer,
     require_file,
     require_package,
     text_dtype,
@@ -49,9 +49,7 @@ class T5Text:
         self.weights = weight_files(self.setting, folder)
         self.dim = int(self.config["d_model"])
         self.tokenizer_path = self._find_tokenizer()
-        self.tokenizer = _read_tokenizer(self.setting, self.tokenizer_path)
-        self.tokenizer.enable_truncation(max_tokens)
-        self.tokenizer.no_padding()
+        self.tokenizer = read_tokenizer(self.setting, self.tokenizer_path, max_tokens)
 
     def _find_tokenizer(self) -> Path:
         neighbour = self.folder.parent / self.folder.name.replace("text_encoder", "tokenizer") / "tokenizer.json"
@@ -71,17 +69,10 @@ class T5Text:
         import transformers
 
         cls = getattr(transformers, f"{self.config['model_type'].upper()}EncoderModel")
-        return load_local(self.setting, cls, self.folder, dtype=text_dtype()).to(encoder_device())
+        return load_local(self.setting, cls, self.folder, dtype=text_dtype())
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> list[Tensor]:
         """One fp32 [n, dim] per caption."""
         ids = [encoding.ids for encoding in self.tokenizer.encode_batch(captions)]
         return encode_by_length(ids, lambda ids_BL: self.model(input_ids=ids_BL).last_hidden_state, encoder_device())
-
-
-def _read_tokenizer(setting: str, path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ConfigError(f"{setting}: {path} is no tokenizer, copy it again") from error

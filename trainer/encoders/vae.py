@@ -9,12 +9,12 @@ import hashlib
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.config import ConfigError, require
+from trainer.config import require
+from trainer.encoders.pretrained import must_fit
 from trainer.encoders.protocols import ImageCodec
 
 VAE_PREFIX = "vae:"  # of the setting, before the name of the file
@@ -79,11 +79,8 @@ class VaeCodec(ImageCodec):
         )
         self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         self.model = SmallVae().eval().requires_grad_(False)
-        try:
+        with must_fit(f"data.codec=vae:{path} names a file that trainer.data.train_vae did not write"):
             self.model.load_state_dict(load_file(path))
-        except (SafetensorError, RuntimeError) as error:
-            sentence = f"data.codec=vae:{path} names a file that trainer.data.train_vae did not write"
-            raise ConfigError(sentence) from error
 
     def fingerprint(self) -> str:
         """Hash of the weights."""
