@@ -62,7 +62,7 @@ def start(world: World, run_dir: Path, ep_size: str, stage: str, overrides: list
 
 def finish(trainer: Trainer) -> None:
     trainer.run()
-    trainer.close()
+    trainer.reporter.close()
     trainer.engine.destroy()
     barrier()
 

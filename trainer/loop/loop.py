@@ -98,10 +98,6 @@ class Trainer:
         self._say("ended after step %d of %d (%s)", self.state.step, loop.max_steps, why)
         return self.state.step >= last
 
-    def close(self) -> None:
-        """Close the log files."""
-        self.reporter.close()
-
     def _run_until(self, last: int) -> bool:
         """Step until `last` or a stop; returns whether it was a stop."""
         loop = self.config.train
@@ -215,7 +211,6 @@ class Trainer:
         loaded = load_checkpoint(checkpoint, self.engine, self.ema, self.checked.world)
         self.state = replace(loaded, data=self.state.data)
         self.saved_step = loaded.step
-        self.skips.check_rollbacks(loaded.step)
         with self.held.held():
             self.skips.record_rollback(self.state, checkpoint)
             self.reporter.rewind(loaded.step)
