@@ -19,7 +19,6 @@ from trainer.checkpoint.reader import KINDS, Piece
 from trainer.checkpoint.state import FORMAT, Topology, TrainState
 from trainer.config import TrainConfig, config_to_dict
 from trainer.data.latents.samples import LatentInfo
-from trainer.distributed import all_reduce_sum
 from trainer.engine.ema import Ema
 from trainer.engine.optim import decays
 from trainer.engine.zero_state import MOMENTS, full_shape, master_pieces, moment_kinds, moment_pieces, optimizer_step
@@ -44,7 +43,7 @@ def take_snapshot(
     """The state of the engine as live views; valid until the next step. Collective over all ranks."""
     pieces = engine_pieces(engine, ema)  # views, not copies: a save for which training waits needs no memory
     packages = ("torch", "deepspeed", "safetensors", "numpy")
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "step": state.step,
@@ -97,8 +96,9 @@ def _check_complete(pieces: list[Piece], parameters: list[dict[str, Any]], devic
     """Assert that the pieces of all ranks make up each tensor: ZeRO left nothing out. Collective."""
     held = {(piece.kind, piece.name): piece.values.numel() for piece in pieces}
     counts = [[held.get((kind, entry["name"]), 0) for entry in parameters] for kind in KINDS]
-    totals = all_reduce_sum(torch.tensor(counts, device=device)).tolist()
-    for kind, row in zip(KINDS, totals, strict=True):
+    totals = torch.tensor(counts, device=device)
+    torch.distributed.all_reduce(totals)
+    for kind, row in zip(KINDS, totals.tolist(), strict=True):
         if kind in MOMENTS and not any(row):  # not every optimizer has both
             continue
         for entry, total in zip(parameters, row, strict=True):

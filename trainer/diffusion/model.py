@@ -11,6 +11,7 @@ L text tokens, D width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -112,10 +113,7 @@ class EcDit(nn.Module):
         self.text_projection = Mlp(shape.text_dim, D, D)
         self.pooled_projection = nn.Linear(D, D) if config.pooled_text else None
         self.condition = nn.Linear(D, 6 * D)
-
-        def make_moe() -> nn.Module:
-            return build_moe(moe, dim=D, hidden_dim=config.mlp_ratio * D)
-
+        make_moe = partial(build_moe, moe, dim=D, hidden_dim=config.mlp_ratio * D)
         self.blocks = nn.ModuleList(
             DitBlock(config, make_moe if moe.has_moe(i) else None) for i in range(config.num_layers)
         )
@@ -147,8 +145,7 @@ class EcDit(nn.Module):
         Only for a model whose parameters are whole on this process (not partitioned by ZeRO-3).
         """
         text = self.embed_text(text_BLD)
-        attentions = [module for name, module in self.named_modules() if name.endswith("cross_attention")]
-        return [a.keys_values(text) for a in attentions if isinstance(a, Attention)]
+        return [block.cross_attention.keys_values(text) for block in self.blocks if isinstance(block, DitBlock)]
 
     def forward(
         self,

@@ -124,11 +124,6 @@ class SkipPolicy:
         self.start = position_after_rollback(events, state.step, state.data)
         self.bad = BadSteps(self.path if self.is_main else None, events, self.start, checked.global_batch_size)
 
-    @property
-    def must_roll_back(self) -> bool:
-        """Whether too many steps in a row were skipped."""
-        return self.bad.streak >= self.config.max_bad_steps
-
     def record_skip(self, state: TrainState, data: DataState, *, loss: float, suspected: list[int]) -> None:
         """Write down the step that was tried from `state`; `data` is the position after it.
 

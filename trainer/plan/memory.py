@@ -110,19 +110,15 @@ def activation_terms(job: Job, layout: Layout) -> list[Term]:
     ]
 
 
-def optimizer_step_term(job: Job, layout: Layout) -> Term:
-    """fp32 copies while the optimizer steps, when activations are gone."""
-    _, q = held(job, layout)
-    at_once = min(q, float(job.zero.get("sub_group_size", 1e9))) if layout.stage == 3 else q
-    if is_offloaded(job):
-        return Term("optimizer step", 0.0, "byte", "in host memory")
-    return Term("optimizer step", 12 * at_once, "byte", "12 min(q, sub_group_size)", f"12 x {at_once:.4g}")
-
-
 def memory_terms(job: Job, layout: Layout, efficiency: Efficiency) -> list[Term]:
     """All terms; the last one is their peak: state + the larger of both phases + what is reserved."""
     state, activations = state_terms(job, layout), activation_terms(job, layout)
-    step = optimizer_step_term(job, layout)
+    # fp32 copies while the optimizer steps, when activations are gone.
+    _, q = held(job, layout)
+    at_once = min(q, float(job.zero.get("sub_group_size", 1e9))) if layout.stage == 3 else q
+    step = Term("optimizer step", 12 * at_once, "byte", "12 min(q, sub_group_size)", f"12 x {at_once:.4g}")
+    if is_offloaded(job):
+        step = Term("optimizer step", 0.0, "byte", "in host memory")
     reserved = Term("reserved", efficiency.reserved, "byte", "device context, communication, fragments")
     phase = max(sum(term.value for term in activations), step.value)
     peak = sum(term.value for term in state) + phase + reserved.value

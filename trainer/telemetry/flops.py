@@ -81,9 +81,7 @@ def training_flops(model: ModelConfig, moe: MoeConfig, shape: ModelShape, num_to
 
 def peak_tflops(device: torch.device) -> float | None:
     """Dense bf16 TFLOP/s of a device, None where they are not known (a CPU, another GPU)."""
-    if device.type != "cuda":
-        return None
-    return peak_of(torch.cuda.get_device_name(device))
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_of(name: str) -> float | None:
