@@ -104,11 +104,11 @@ class Case:
 def one_hot_forward(layer: MoeLayer, x_BSD: Tensor) -> Tensor:
     """What `layer` computes, with dispatch and combine as products with one-hot matrices."""
     affinity_BSE = layer.router(x_BSD).softmax(-1)
-    routing = gated(affinity_BSE, choose_tokens(affinity_BSE, layer.config.capacity(x_BSD.shape[1])))
-    pick_BECS = functional.one_hot(routing.index_BEC, x_BSD.shape[1]).to(x_BSD.dtype)
+    index_BEC = choose_tokens(affinity_BSE, layer.config.capacity(x_BSD.shape[1]))
+    pick_BECS = functional.one_hot(index_BEC, x_BSD.shape[1]).to(x_BSD.dtype)
     x_EBCD = torch.einsum("becs,bsd->ebcd", pick_BECS, x_BSD)
     y_EBCD = layer.experts(x_EBCD.flatten(1, 2)).view(x_EBCD.shape)
-    weight_BECS = pick_BECS * routing.gate_BEC.to(x_BSD.dtype).unsqueeze(-1)
+    weight_BECS = pick_BECS * gated(affinity_BSE, index_BEC).to(x_BSD.dtype).unsqueeze(-1)
     return torch.einsum("becs,ebcd->bsd", weight_BECS, y_EBCD)
 
 

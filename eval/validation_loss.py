@@ -14,7 +14,7 @@ from trainer.data.loader import finish_batch, read_batch
 from trainer.data.position import MicroBatch
 from trainer.diffusion.flow import interpolate
 from trainer.pipeline import Pipeline
-from trainer.randomness import sample_generator
+from trainer.randomness import keyed_generator
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 SEED = 0
@@ -39,7 +39,7 @@ def fixed_samples(dataset: LatentDataset, count: int, batch_size: int) -> list[B
 def fixed_noise(batch: Batch) -> Tensor:
     """The noise of each sample, [B, C, H, W]."""
     rows = zip(batch.index_B.tolist(), batch.latent_BCHW, strict=True)
-    parts = [torch.randn(x.shape, generator=sample_generator(SEED, int(i), "validation")) for i, x in rows]
+    parts = [torch.randn(x.shape, generator=keyed_generator(SEED, int(i), "validation")) for i, x in rows]
     return torch.stack(parts)
 
 

@@ -16,7 +16,7 @@ checkpoints read besides is left out: its checkpoints are not used, and saving o
 groups are consecutive ranks; ranks that hold the same experts are `ep_size` apart.
 """
 
-from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -30,24 +30,18 @@ from moe.config import MoeConfig
 from moe.layer import MoeLayer
 
 _PREFIX = "ep_size_"  # of DeepSpeed's names of expert groups
-_REQUIRED: tuple[tuple[object, Sequence[str]], ...] = (
-    (groups, ("_create_expert_and_data_parallel", "_get_expert_parallel_group", "_get_expert_data_parallel_group")),
-    (AutoEPMoELayer, ("set_deepspeed_parallelism",)),
+_REQUIRED: tuple[tuple[Any, str], ...] = (
+    (groups, "_create_expert_and_data_parallel"),
+    (groups, "_get_expert_parallel_group"),
+    (groups, "_get_expert_data_parallel_group"),
+    (AutoEPMoELayer, "set_deepspeed_parallelism"),
 )
-
-
-def check_protocol() -> None:
-    """Raise ImportError naming what this DeepSpeed lacks of the expert protocol of 0.19.8."""
-    missing = [f"{getattr(owner, '__name__', owner)}.{name}" for owner, names in _REQUIRED for name in names
-               if not hasattr(owner, name)]  # fmt: skip
-    if missing:
-        raise ImportError(
-            f"deepspeed {deepspeed.__version__} lacks {', '.join(missing)}, which expert parallelism relies on: "
-            "install deepspeed==0.19.8, or set parallel.ep_size=1, which uses public interfaces only"
-        )
-
-
-check_protocol()
+_missing = [f"{owner.__name__}.{name}" for owner, name in _REQUIRED if not hasattr(owner, name)]
+if _missing:
+    raise ImportError(
+        f"deepspeed {deepspeed.__version__} lacks {', '.join(_missing)}, which expert parallelism relies on: "
+        "install deepspeed==0.19.8, or set parallel.ep_size=1, which uses public interfaces only"
+    )
 
 
 def build_expert_group(ep_size: int) -> ExpertGroup | None:
@@ -77,12 +71,12 @@ class ExpertParallelMoe(MoeLayer, _ExpertParallelMark):
     """`MoeLayer` that DeepSpeed treats as an expert-parallel layer under ZeRO 1, 2 and 3."""
 
     def __init__(self, config: MoeConfig, *, dim: int, hidden_dim: int, group: ExpertGroup) -> None:
-        super().__init__(config, dim=dim, hidden_dim=hidden_dim, group=group, tag=_expert_tagger(group.size))
+        tag = partial(_tag, name=f"{_PREFIX}{group.size}")
+        super().__init__(config, dim=dim, hidden_dim=hidden_dim, group=group, tag=tag)
 
 
-def _expert_tagger(ep_size: int) -> Callable[[nn.Parameter], None]:
-    """A function that attaches what DeepSpeed reads from an expert parameter (see the table above)."""
-    name = f"{_PREFIX}{ep_size}"
+def _tag(parameter: nn.Parameter, *, name: str) -> None:
+    """Attach what DeepSpeed reads from an expert parameter (see the table above); `name` is that of its group."""
     attributes = {
         "allreduce": False,
         "group_name": name,
@@ -90,12 +84,8 @@ def _expert_tagger(ep_size: int) -> Callable[[nn.Parameter], None]:
         "ds_zero_partition_group_name": name,
         "ds_zero_partition_process_group": groups._get_expert_data_parallel_group(name),
     }
-
-    def tag(parameter: nn.Parameter) -> None:
-        for attribute, value in attributes.items():
-            setattr(parameter, attribute, value)
-
-    return tag
+    for attribute, value in attributes.items():
+        setattr(parameter, attribute, value)
 
 
 def is_expert_parameter(parameter: nn.Parameter) -> bool:

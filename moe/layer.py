@@ -38,12 +38,11 @@ class MoeLayer(nn.Module):
         self.config = config
         self.group = group
         self.num_experts = config.num_experts
-        num_local_experts = config.num_experts // (group.size if group else 1)
         self.capacity_factor = config.factor_at(0)  # in training; the trainer moves it along the schedule
         self.collects_statistics = True  # the trainer asks for them in steps that it reports
         self.strategy = build_router(config)
         self.router = RouterLinear(dim, config.num_experts, reads_time=config.router_input == "unmodulated")
-        self.experts = Experts(num_local_experts, dim, hidden_dim, tag)
+        self.experts = Experts(config.num_experts // (group.size if group else 1), dim, hidden_dim, tag)
         self.shared = Mlp(dim, config.num_shared_experts * hidden_dim, dim) if config.num_shared_experts else None
         learned = self.strategy.learned_modules(dim)
         for name, module in learned.items():
@@ -74,7 +73,7 @@ class MoeLayer(nn.Module):
 
         # The choice has no gradient; the router learns through the gates, which are affinities of the chosen pairs.
         choice = self._choose(logits_BSE, pool_BSD, memory or ChoiceMemory())
-        routing = gated(
+        gate_BEC = gated(
             choice.affinity_BSE, choice.index_BEC, choice.valid_BEC,
             normalize=self.config.normalize_gates, scale=self.config.gate_scale,
         )  # fmt: skip
@@ -82,10 +81,10 @@ class MoeLayer(nn.Module):
         # Between `rows` and `combine` lies one function of (x, rows, gate, experts): the seam for a fused autograd
         # node. Rows are expert-major, so what goes to one rank is one block; gates stay here, on the way back they
         # weigh outputs that have returned, and the exchange carries nothing but rows.
-        rows = expert_rows(routing.index_BEC, pool_BSD.shape[1])
+        rows = expert_rows(choice.index_BEC, pool_BSD.shape[1])
         x_eMD = to_local_experts(dispatch(pool_BSD, rows, self.num_experts), self.group)
         y_END = from_local_experts(self.experts(x_eMD), self.group)
-        y_BSD = combine(y_END, routing.gate_BEC, rows, x_BSD)
+        y_BSD = combine(y_END, gate_BEC, rows, x_BSD)
         if self.shared is not None:
             y_BSD = y_BSD + self.shared(x_BSD)
 
@@ -94,7 +93,8 @@ class MoeLayer(nn.Module):
         if not self.collects_statistics:
             return y_BSD, no_stats(y_BSD.device, loss)
         stats = routing_stats(
-            logits_BSE.detach().softmax(-1), routing, num_images=B, dropped=choice.dropped, auxiliary_loss=loss
+            logits_BSE.detach().softmax(-1), choice.index_BEC, choice.valid_BEC,
+            num_images=B, dropped=choice.dropped, auxiliary_loss=loss,
         )  # fmt: skip
         return y_BSD, stats
 

@@ -10,19 +10,6 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class Routing:
-    """Which tokens each expert takes, and how much its output counts.
-
-    `index_BEC` int64 positions in the pool's S tokens; `gate_BEC` fp32 weights with gradient. Where `valid_BEC` is
-    False a row only fills up an expert's share: its gate is 0. None: all rows count.
-    """
-
-    index_BEC: Tensor
-    gate_BEC: Tensor
-    valid_BEC: Tensor | None = None
-
-
 @dataclass
 class ChoiceMemory:
     """Keeps the chosen tokens of one forward pass for its recomputation (activation checkpointing).
@@ -83,8 +70,8 @@ def gated(
     *,
     normalize: bool = False,
     scale: float = 1.0,
-) -> Routing:
-    """Routing with the affinities of the chosen pairs as gates.
+) -> Tensor:
+    """The gates of chosen rows: affinities of the pairs, fp32 with gradient, 0 for rows that count for nothing.
 
     `normalize` divides a token's gates by their sum over the experts that took it, `scale` multiplies all
     (Nucleus-Image: raw softmax affinities shrink as experts are added).
@@ -97,9 +84,7 @@ def gated(
         flat = index_BEC.flatten(1)
         sum_BS = gate_BEC.new_zeros(B, S).scatter_add(1, flat, gate_BEC.flatten(1))
         gate_BEC = gate_BEC / (sum_BS.gather(1, flat).view_as(gate_BEC) + 1e-12)
-    if scale != 1:
-        gate_BEC = gate_BEC * scale
-    return Routing(index_BEC=index_BEC, gate_BEC=gate_BEC, valid_BEC=valid_BEC)
+    return gate_BEC if scale == 1 else gate_BEC * scale
 
 
 def chosen_mask(index_BEC: Tensor, valid_BEC: Tensor | None, num_tokens: int) -> Tensor:
@@ -122,18 +107,19 @@ def no_stats(device: torch.device, auxiliary_loss: Tensor | None = None) -> Rout
 @torch.no_grad()
 def routing_stats(
     affinity_BSE: Tensor,
-    routing: Routing,
+    index_BEC: Tensor,
+    valid_BEC: Tensor | None = None,
     *,
     num_images: int | None = None,
     dropped: Tensor | None = None,
     auxiliary_loss: Tensor | None = None,
 ) -> RoutingStats:
-    """Coverage, entropy, kept affinity and sharing of one routing; no host synchronisation.
+    """Coverage, entropy, kept affinity and sharing of one choice; no host synchronisation.
 
     `affinity_BSE` is the softmax over the experts; `num_images` the images of all pools together (default: one each).
     """
     B, S, _ = affinity_BSE.shape
-    mask_BSE = chosen_mask(routing.index_BEC, routing.valid_BEC, S)
+    mask_BSE = chosen_mask(index_BEC, valid_BEC, S)
     flat_NE = mask_BSE.flatten(0, 1)
     entropy_BS = -(affinity_BSE * affinity_BSE.clamp_min(1e-30).log()).sum(-1)
     kept_BSE = affinity_BSE * mask_BSE

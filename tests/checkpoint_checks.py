@@ -20,8 +20,8 @@ from checkpoint_layout import layout_places, tensor_hashes
 
 from trainer.checkpoint.resume import choose_checkpoint
 from trainer.checkpoint.save import write_checkpoint
-from trainer.checkpoint.snapshot import take_snapshot
-from trainer.checkpoint.state import Topology, group_settings, read_state
+from trainer.checkpoint.snapshot import group_settings, take_snapshot
+from trainer.checkpoint.state import Topology, read_state
 from trainer.checkpoint.tensorfile import TensorFile
 from trainer.config import load_config
 from trainer.distributed import World, barrier, detect_world, init_distributed
@@ -62,7 +62,7 @@ def start(world: World, run_dir: Path, ep_size: str, stage: str, overrides: list
 
 def finish(trainer: Trainer) -> None:
     trainer.run()
-    trainer.close()
+    trainer.reporter.close()
     trainer.engine.destroy()
     barrier()
 

@@ -138,7 +138,7 @@ def losses(run_dir: Path) -> list[tuple[float, ...]]:
 def ended(trainer: Trainer) -> dict[str, torch.Tensor]:
     trainer.run()
     state = everything(trainer)
-    trainer.close()
+    trainer.reporter.close()
     trainer.engine.destroy()
     return state
 
@@ -158,7 +158,7 @@ def raises(kind: type[Exception], trainer: Trainer) -> Exception:
     try:
         trainer.run()
     except kind as error:
-        trainer.close()
+        trainer.reporter.close()
         trainer.engine.destroy()
         return error
     raise AssertionError(f"the run did not end with {kind.__name__}")

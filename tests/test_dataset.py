@@ -22,7 +22,7 @@ from trainer.data.loader import build_loader
 from trainer.data.order import EpochOrder, SampleLayout
 from trainer.data.position import DataState
 from trainer.encoders.build import build_text_encoder
-from trainer.randomness import sample_generator
+from trainer.randomness import keyed_generator
 
 SHARDS = [5, 1, 9, 4, 7, 3]
 START = DataState(seed=3, epoch=0, consumed=0, samples_seen=0)
@@ -218,7 +218,7 @@ def test_caption_dropout_is_keyed_by_the_sample_index(latents: Path) -> None:
     batch = join(global_batches(dataset, config, START, steps=30))
     (empty,) = build_text_encoder("minilm").encode([""])
     dropped = batch.text_mask_BL.sum(1) == len(empty)  # no caption is as short
-    expected = [float(torch.rand((), generator=sample_generator(5, i, "caption"))) < 0.3 for i in range(240)]
+    expected = [float(torch.rand((), generator=keyed_generator(5, i, "caption"))) < 0.3 for i in range(240)]
     assert dropped.tolist() == expected and 0.2 < sum(expected) / 240 < 0.4
     rows = batch.text_BLD[dropped][:, : len(empty)].float()
     torch.testing.assert_close(rows, empty.expand_as(rows), atol=2e-3, rtol=1e-3)

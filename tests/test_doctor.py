@@ -10,7 +10,7 @@ import pytest
 from trainer.cluster.facts import Facts, check_disk
 from trainer.cluster.health import judge_network, judge_nodes, table
 from trainer.cluster.network import MAX_ROUNDS, Network, rounds
-from trainer.plan.need import MemoryNeed
+from trainer.plan.memory import MemoryNeed
 
 
 def healthy(num_nodes: int = 3) -> list[Facts]:

@@ -30,7 +30,7 @@ from trainer.data.position import DataState
 from trainer.encoders.build import build_codec, build_text_encoder
 from trainer.encoders.pixel import PixelCodec
 from trainer.encoders.vae import SmallVae
-from trainer.randomness import sample_generator
+from trainer.randomness import keyed_generator
 
 NUM_IMAGES, SHARD_SIZE, IMAGE_SIZE = 20, 8, 16
 
@@ -191,7 +191,7 @@ def test_latents_are_drawn_from_a_stored_posterior(images: Path, tmp_path: Path)
     order = dataset.layout.order(3, 0, config.data.shuffle_group)
     rows = [order[i] for i in range(NUM_IMAGES)]
     noise = torch.stack(
-        [torch.randn(mean[0].shape, generator=sample_generator(3, 100 + i, "posterior")) for i in range(NUM_IMAGES)]
+        [torch.randn(mean[0].shape, generator=keyed_generator(3, 100 + i, "posterior")) for i in range(NUM_IMAGES)]
     )
     drawn = batch_at(100).latent_BCHW * dataset.info.std_C.view(1, -1, 1, 1) + dataset.info.mean_C.view(1, -1, 1, 1)
     torch.testing.assert_close(drawn, mean[rows] + std[rows] * noise, atol=5e-3, rtol=5e-3)

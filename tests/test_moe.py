@@ -15,7 +15,7 @@ from moe.experts import grouped_linear
 from moe.layer import MoeLayer, collect_statistics
 from moe.oracle.layer import ReferenceMoe
 from moe.routers.expert_choice import choose_tokens, choose_tokens_in_turn
-from moe.routing import ChoiceMemory, gated, routing_stats
+from moe.routing import ChoiceMemory, routing_stats
 
 
 def filled(layer: torch.nn.Module) -> torch.nn.Module:
@@ -120,8 +120,7 @@ def test_rotated_ties_go_to_the_experts_in_turn(num_experts: int, factor: float,
 
 def test_statistics_of_a_known_routing() -> None:
     affinity = torch.full((1, 4, 2), 0.5)
-    routing = gated(affinity, torch.tensor([[[0, 1], [0, 2]]]))
-    stats = routing_stats(affinity, routing)
+    stats = routing_stats(affinity, torch.tensor([[[0, 1], [0, 2]]]))
     assert stats.experts_per_token_BS.tolist() == [[2, 1, 1, 0]]
     assert stats.coverage(2).tolist() == [0.25, 0.5, 0.25]
     assert stats.coverage(1).tolist() == [0.25, 0.75]

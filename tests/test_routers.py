@@ -148,7 +148,7 @@ def test_race_takes_the_best_pairs_wherever_they_are() -> None:
     index, valid = pack(mask, 2)
     assert index[0].tolist() == [[0, 1], [0, 1]] and valid[0].tolist() == [[True, True], [True, False]]
     assert torch.equal(chosen_mask(index, valid, 3)[0], mask[0].float())
-    assert not gated(score, index, valid).gate_BEC[0, 1, 1]
+    assert not gated(score, index, valid)[0, 1, 1]
 
 
 @pytest.mark.parametrize("variant", ["diffmoe", "race"])
@@ -226,6 +226,6 @@ def test_largest_value_of_a_group() -> None:
 
 def test_gates_of_a_token_are_normalised_over_the_experts_that_took_it() -> None:
     index = torch.tensor([[[0, 1, 2], [0, 3, 4], [0, 1, 5], [5, 6, 7]]])
-    routing = gated(torch.rand(1, S, E), index, normalize=True, scale=3.0)
-    total = torch.zeros(S).scatter_add(0, index.flatten(), routing.gate_BEC.flatten())
+    gate = gated(torch.rand(1, S, E), index, normalize=True, scale=3.0)
+    total = torch.zeros(S).scatter_add(0, index.flatten(), gate.flatten())
     torch.testing.assert_close(total, torch.full((S,), 3.0))

@@ -7,7 +7,7 @@ import torch
 
 from moe.config import MoeConfig
 from moe.layer import MoeLayer
-from moe.routing import RoutingStats, gated, routing_stats
+from moe.routing import RoutingStats, routing_stats
 from trainer.telemetry.routing_metrics import router_histograms, router_metrics, router_vector, vector_size
 
 
@@ -50,9 +50,7 @@ def test_dead_alike_and_overlapping_experts_are_seen() -> None:
     affinity = torch.tensor([[[0.4, 0.4, 0.199, 0.001]]]).repeat(1, 8, 1)
     index = torch.arange(4).expand(1, 4, 4).clone()
     index[0, 2] += 4
-    metrics = router_metrics(
-        router_vector([routing_stats(affinity, gated(affinity, index))], torch.rand(1)).tolist(), [0]
-    )
+    metrics = router_metrics(router_vector([routing_stats(affinity, index)], torch.rand(1)).tolist(), [0])
     assert metrics["moe/0/dead_experts"] == 1
     assert metrics["moe/0/overlap"] == pytest.approx(3 / 6), "experts 0, 1 and 3 take the same tokens, 2 others"
     assert metrics["moe/0/similarity"] == pytest.approx(1.0), "affinities are in proportion"

@@ -15,7 +15,7 @@ from trainer.checkpoint.folder import fault, find_checkpoint, list_checkpoints, 
 from trainer.config import ConfigError
 from trainer.distributed import World, check_devices
 from trainer.engine.zero_state import prepare_moments
-from trainer.telemetry.metrics import truncate_metrics
+from trainer.telemetry.reporter import truncate_metrics
 
 MODULE = ("-m", "trainer.train", "debug")
 

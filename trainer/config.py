@@ -152,6 +152,15 @@ def config_from_dict(content: dict[str, Any]) -> TrainConfig:
     return _build(content)
 
 
+def leaves(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested dicts by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        found |= leaves(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
+
+
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write the resolved configuration as YAML; `load_config` of that file gives an equal tree."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config))))

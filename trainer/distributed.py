@@ -104,15 +104,10 @@ def _free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum over all processes, in place."""
-    torch.distributed.all_reduce(values)
-    return values
-
-
 def all_reduce_mean(values: Tensor) -> Tensor:
     """Mean over all processes, in place; the sum is taken in the tensor's dtype."""
-    return all_reduce_sum(values).div_(torch.distributed.get_world_size())
+    torch.distributed.all_reduce(values)
+    return values.div_(torch.distributed.get_world_size())
 
 
 def barrier() -> None:

@@ -78,11 +78,8 @@ def start(recipe: str, overrides: list[str], stop: StopSignal) -> None:
             deepspeed.utils.logger.setLevel("ERROR")
             recorder.record(train(config, world, stop))
 
-    if world.is_main:
-        run_cli(body)
-        return
     with open(os.devnull, "w") as silent:
-        run_cli(body, silent)
+        run_cli(body, None if world.is_main else silent)
 
 
 if __name__ == "__main__":

@@ -55,8 +55,9 @@ class RouterInput:
 class Choice:
     """What a router decided.
 
-    `index_BEC` and `valid_BEC` are rows as in `moe.routing.Routing`, `affinity_BSE` becomes the gates, `loss` is the
-    router's own, unweighted, and `dropped` the share of a token's choices that found their expert full.
+    `index_BEC` are int64 positions in the pool's S tokens; where `valid_BEC` is False a row only fills up an expert's
+    share: its gate is 0 (None: all rows count). `affinity_BSE` becomes the gates, `loss` is the router's own,
+    unweighted, and `dropped` the share of a token's choices that found their expert full.
     """
 
     index_BEC: Tensor

@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -97,17 +96,26 @@ def _write(source: Path, folder: Path, options: ExportOptions) -> int:
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        chunks = {name: reader.chunks(kind, name, chunk_bytes=_PART_BYTES) for name in names}
-        sources = {
-            name: Source(dtype=dtype, shape=shapes[name], chunks=(chunk.to(dtype) for chunk in parts))
-            for name, parts in chunks.items()
-        }
+        sources = {}
+        for name in names:
+            chunks = (chunk.to(dtype) for chunk in reader.chunks(kind, name, chunk_bytes=_PART_BYTES))
+            sources[name] = Source(dtype=dtype, shape=shapes[name], chunks=chunks)
         files[file] = write_tensors(folder / file, sources, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     reader.close()
     total = sum(sizes.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    for file, content in {INDEX: index, CONFIG: _describe(read_state(source), options)}.items():
+    state = read_state(source)
+    config = {key: state[key] for key in ("step", "data_info", "config")} | {
+        "architectures": ["EcDit"],
+        "model_type": "ec_dit",
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "format": FORMAT,
+        "weights": options.weights,
+        "dtype": options.dtype,
+        "git_commit": state.get("git_commit", ""),
+    }
+    for file, content in {INDEX: index, CONFIG: config}.items():
         files[file] = write_durable(folder / file, json.dumps(content, indent=2, sort_keys=True) + "\n")
     write_manifest(folder, files)
     return total
@@ -124,18 +132,3 @@ def split_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
         groups[-1].append(name)
         used += size
     return groups
-
-
-def _describe(state: dict[str, Any], options: ExportOptions) -> dict[str, Any]:
-    return {
-        "architectures": ["EcDit"],
-        "model_type": "ec_dit",
-        "torch_dtype": str(DTYPES[options.dtype]).removeprefix("torch."),
-        "format": FORMAT,
-        "weights": options.weights,
-        "dtype": options.dtype,
-        "step": state["step"],
-        "data_info": state["data_info"],
-        "config": state["config"],
-        "git_commit": state.get("git_commit", ""),
-    }

@@ -41,7 +41,10 @@ def check_init(folder: Path, config: TrainConfig, info: LatentInfo) -> None:
     for key, value in asdict(config.model).items():
         was = getattr(old.model, key)
         _check_same(f"model.{key}", value, was, folder, f"set model.{key}={was}")
-    _check_data(folder, LatentInfo(**saved["data_info"]), info)
+    data = LatentInfo(**saved["data_info"])
+    for name in ("codec", "text_encoder", "channels", "text_dim"):
+        key, remedy = _DATA_KEYS.get(name, f"the data's {name}"), "encode the data as it was, or drop init_from"
+        _check_same(key, getattr(info, name), getattr(data, name), folder, remedy)
     _check_moe(folder, old, config, info)
     _check_shapes(folder, config, info)
 
@@ -49,12 +52,6 @@ def check_init(folder: Path, config: TrainConfig, info: LatentInfo) -> None:
 def _check_same(key: str, value: object, was: object, folder: Path, remedy: str, same: bool | None = None) -> None:
     same = value == was if same is None else same
     require(same, f"{key} is {value} but init_from={folder} was trained with {was}: {remedy}")
-
-
-def _check_data(folder: Path, old: LatentInfo, info: LatentInfo) -> None:
-    for name in ("codec", "text_encoder", "channels", "text_dim"):
-        key, remedy = _DATA_KEYS.get(name, f"the data's {name}"), "encode the data as it was, or drop init_from"
-        _check_same(key, getattr(info, name), getattr(old, name), folder, remedy)
 
 
 def _moe_blocks(config: TrainConfig) -> list[int]:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from trainer.checkpoint.agree import agree, refused
 from trainer.checkpoint.reader import CheckpointReader, Piece, rank_file
-from trainer.checkpoint.snapshot import engine_pieces, restore_rng
-from trainer.checkpoint.state import TrainState, describe_parameters, read_state, restore_counters
+from trainer.checkpoint.snapshot import describe_parameters, engine_pieces, restore_counters, restore_rng
+from trainer.checkpoint.state import TrainState, read_state
 from trainer.checkpoint.tensorfile import CHUNK_BYTES, TensorFile
 from trainer.config import require
 from trainer.data.position import DataState

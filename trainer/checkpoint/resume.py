@@ -9,7 +9,7 @@ from typing import Any
 from trainer.checkpoint.agree import agree, refused, shared_fault
 from trainer.checkpoint.folder import clean, fault, list_checkpoints
 from trainer.checkpoint.state import STATE, Topology, read_state
-from trainer.config import TrainConfig, config_to_dict, require
+from trainer.config import TrainConfig, config_to_dict, leaves, require
 from trainer.distributed import World
 
 # Setting or section -> (may it change between save and resume, why). The longest name that fits a setting counts.
@@ -108,7 +108,7 @@ def check_resumable(checkpoint: Path, config: TrainConfig, topology: Topology, f
 
 def compare_configs(old: dict[str, Any], new: dict[str, Any], checkpoint: str) -> list[str]:
     """Lines like `train.log_every: 1 -> 5` for settings that may change; ConfigError for one that may not."""
-    before, after, defaults = _leaves(old), _leaves(new), _leaves(config_to_dict(TrainConfig()))
+    before, after, defaults = leaves(old), leaves(new), leaves(config_to_dict(TrainConfig()))
     notes = []
     for key, value in after.items():
         was = before.get(key, defaults[key])  # a setting that did not exist then had its default's effect
@@ -127,11 +127,3 @@ def compare_configs(old: dict[str, Any], new: dict[str, Any], checkpoint: str) -
 def rule_of(key: str) -> tuple[bool, str]:
     """The entry of `RULES` for a setting."""
     return next(RULES[name] for name in (key, key.partition(".")[0]) if name in RULES)
-
-
-def _leaves(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in content.items():
-        name = f"{prefix}{key}"
-        leaves |= _leaves(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return leaves

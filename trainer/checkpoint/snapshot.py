@@ -1,8 +1,11 @@
-"""What one rank puts into a checkpoint: its pieces of the state, and its random generators."""
+"""What one rank puts into a checkpoint and takes back: pieces, random generators, the content of `state.json`."""
 
 import json
+import platform
 import random
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
 from math import prod
 from typing import Any
 
@@ -10,13 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe.deepspeed_expert import expert_range
+from moe.experts import Experts
 from trainer.checkpoint.reader import KINDS, Piece
-from trainer.checkpoint.state import Topology, TrainState, describe
-from trainer.config import TrainConfig
+from trainer.checkpoint.state import FORMAT, Topology, TrainState
+from trainer.config import TrainConfig, config_to_dict
 from trainer.data.latents.samples import LatentInfo
-from trainer.distributed import all_reduce_sum
 from trainer.engine.ema import Ema
-from trainer.engine.zero_state import MOMENTS, master_pieces, moment_pieces
+from trainer.engine.optim import decays
+from trainer.engine.zero_state import MOMENTS, full_shape, master_pieces, moment_kinds, moment_pieces, optimizer_step
+from trainer.files import git_commit
+
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+_HYPER_PARAMETERS = ("role", "lr", "weight_decay", "betas", "eps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +42,46 @@ def take_snapshot(
 ) -> Snapshot:
     """The state of the engine as live views; valid until the next step. Collective over all ranks."""
     pieces = engine_pieces(engine, ema)  # views, not copies: a save for which training waits needs no memory
-    content = describe(engine, state, config, topology, info)
+    packages = ("torch", "deepspeed", "safetensors", "numpy")
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "step": state.step,
+        "interval_loss": state.interval_loss,
+        "data": asdict(state.data),
+        "data_info": asdict(info),  # so that pictures can be drawn where the latents are not
+        "topology": asdict(topology),
+        "global_batch_size": config.global_batch_size(topology.world_size),
+        "engine": {name: getattr(engine, name) for name in _COUNTERS},
+        "optimizer": {
+            "step": optimizer_step(engine),
+            "moments": moment_kinds(engine),
+            "groups": group_settings(engine),
+        },
+        "parameters": describe_parameters(engine),
+        "config": config_to_dict(config),
+        "git_commit": git_commit(),
+        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+    }
     _check_complete(pieces, content["parameters"], engine.device)
     return Snapshot(pieces=pieces, rng=rng_tensors(), content=content)
+
+
+def group_settings(engine: Any) -> list[dict[str, Any]]:
+    """The hyper-parameters of each parameter group."""
+    return [{key: group[key] for key in _HYPER_PARAMETERS if key in group} for group in engine.optimizer.param_groups]
+
+
+def describe_parameters(engine: Any) -> list[dict[str, Any]]:
+    """Name, full shape, weight decay and kind of each parameter, in the model's order; ZeRO divides them by these."""
+    content = []
+    for name, parameter in engine.module.named_parameters():
+        _, num_experts = expert_range(parameter)
+        shape = full_shape(parameter)
+        logical = [num_experts, *shape[1:]] if num_experts else list(shape)
+        expert = isinstance(engine.module.get_submodule(name.rpartition(".")[0]), Experts)
+        content.append({"name": name, "shape": logical, "decays": decays(name, parameter), "expert": expert})
+    return content
 
 
 def engine_pieces(engine: Any, ema: Ema) -> list[Piece]:
@@ -50,13 +96,28 @@ def _check_complete(pieces: list[Piece], parameters: list[dict[str, Any]], devic
     """Assert that the pieces of all ranks make up each tensor: ZeRO left nothing out. Collective."""
     held = {(piece.kind, piece.name): piece.values.numel() for piece in pieces}
     counts = [[held.get((kind, entry["name"]), 0) for entry in parameters] for kind in KINDS]
-    totals = all_reduce_sum(torch.tensor(counts, device=device)).tolist()
-    for kind, row in zip(KINDS, totals, strict=True):
+    totals = torch.tensor(counts, device=device)
+    torch.distributed.all_reduce(totals)
+    for kind, row in zip(KINDS, totals.tolist(), strict=True):
         if kind in MOMENTS and not any(row):  # not every optimizer has both
             continue
         for entry, total in zip(parameters, row, strict=True):
             expected = prod(entry["shape"])
             assert total == expected, f"{kind} {entry['name']}: the ranks hold {total} of {expected} elements"
+
+
+def restore_counters(engine: Any, saved: dict[str, Any]) -> None:
+    """Put back the engine's counters and the learning rates of the parameter groups.
+
+    All other hyper-parameters are the configuration's, which may have been changed. The counter of
+    micro-batches is set to a step boundary of this run's gradient accumulation.
+    """
+    for name in _COUNTERS:
+        setattr(engine, name, saved["engine"][name])
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+    rates = {group["role"]: group["lr"] for group in saved["optimizer"]["groups"]}
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rates[group["role"]]
 
 
 def rng_tensors() -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ ordinary safetensors files.
 import json
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -61,22 +61,18 @@ def write_tensors(path: Path, sources: Mapping[str, Source], metadata: Mapping[s
         header[name] = {"dtype": _DTYPES[source.dtype], "shape": source.shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    chunks = chain.from_iterable(source.chunks for source in sources.values())
+    blocks = (chunk.cpu().view(torch.uint8).numpy().data for chunk in chunks)
     hasher = xxhash.xxh3_128()
     size = 0
     with path.open("wb", buffering=0) as file:
-        for view in chain([memoryview(struct.pack("<Q", len(text)) + text)], _blocks(sources.values())):
+        for view in chain([memoryview(struct.pack("<Q", len(text)) + text)], blocks):
             hasher.update(view)
             size += len(view)
             while view:
                 view = view[file.write(view) :]
         os.fsync(file.fileno())
     return Written(size=size, checksum=hasher.hexdigest())
-
-
-def _blocks(sources: Iterable[Source]) -> Iterator[memoryview]:
-    for source in sources:
-        for chunk in source.chunks:
-            yield chunk.cpu().view(torch.uint8).numpy().data
 
 
 class TensorFile:

@@ -18,8 +18,7 @@ from trainer.config import ConfigError, TrainConfig, require
 from trainer.distributed import World
 from trainer.files import git_commit
 from trainer.plan.job import Job, Layout
-from trainer.plan.memory import checkpoint_bytes
-from trainer.plan.need import memory_need
+from trainer.plan.memory import checkpoint_bytes, memory_need
 
 WRITE_BYTES = 1 << 26
 GIB = 1 << 30

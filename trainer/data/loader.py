@@ -16,7 +16,7 @@ from trainer.config import TrainConfig, require
 from trainer.data.latents.samples import Batch, LatentDataset, pad_text
 from trainer.data.position import DataState, MicroBatch, micro_batches
 from trainer.encoders.protocols import TextEncoder
-from trainer.randomness import sample_generator
+from trainer.randomness import keyed_generator
 
 T = TypeVar("T")
 
@@ -122,9 +122,9 @@ def read_batch(dataset: LatentDataset, micro: MicroBatch, *, caption_dropout: fl
         sample = dataset.read(number)
         latent = sample.latent
         if sample.latent_std is not None:  # draw from the distribution
-            noise = torch.randn(latent.shape, generator=sample_generator(seed, index, "posterior"))
+            noise = torch.randn(latent.shape, generator=keyed_generator(seed, index, "posterior"))
             latent = latent + sample.latent_std * noise
-        dropped = float(torch.rand((), generator=sample_generator(seed, index, "caption"))) < caption_dropout
+        dropped = float(torch.rand((), generator=keyed_generator(seed, index, "caption"))) < caption_dropout
         latents.append(latent)
         texts.append(dataset.empty_text if dropped else sample.text)
     latent_BCHW = (torch.stack(latents) - info.mean_C.view(1, -1, 1, 1)) / info.std_C.view(1, -1, 1, 1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer.config import DiffusionConfig
 from trainer.data.latents.samples import Batch
 from trainer.diffusion.layers import patchify
-from trainer.randomness import sample_generator
+from trainer.randomness import keyed_generator
 from trainer.settings.tokens import num_image_tokens, num_kept_tokens
 
 Time = TypeVar("Time", float, Tensor)
@@ -89,7 +89,7 @@ def draw_noise(batch: Batch, config: DiffusionConfig, *, seed: int, patch_size: 
     num_tokens = num_image_tokens(H, W, patch_size)
     noise, times, keeps = [], [], []
     for index, latent in zip(batch.index_B.tolist(), batch.latent_BCHW, strict=True):
-        generator = sample_generator(seed, index, "diffusion")
+        generator = keyed_generator(seed, index, "diffusion")
         noise.append(torch.randn(latent.shape, generator=generator))
         normal = torch.randn((), generator=generator)
         times.append(shift_time(torch.sigmoid(config.logit_mean + config.logit_std * normal), config.time_shift))
@@ -109,8 +109,7 @@ def draw_noise(batch: Batch, config: DiffusionConfig, *, seed: int, patch_size: 
 
 def training_loss(prediction: Tensor, noised: NoisedBatch, patch_size: int) -> Tensor:
     """Mean squared error of the velocity, over the kept tokens if masked; fp32 scalar."""
-    target = noised.target_BCHW
-    if noised.keep_BS is not None:
-        patches = patchify(target, patch_size)
-        target = patches.gather(1, noised.keep_BS.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+    target, keep_BS = noised.target_BCHW, noised.keep_BS
+    if keep_BS is not None:
+        target = patchify(target, patch_size, keep_BS)
     return (prediction.float() - target).square().mean()

@@ -148,9 +148,10 @@ class TimestepEmbedder(nn.Module):
         return out
 
 
-def patchify(x_BCHW: Tensor, patch_size: int) -> Tensor:
-    """[B, C, H, W] -> tokens [B, S, C * P * P], row by row."""
-    return functional.pixel_unshuffle(x_BCHW, patch_size).flatten(2).transpose(1, 2)
+def patchify(x_BCHW: Tensor, patch_size: int, keep_BS: Tensor | None = None) -> Tensor:
+    """[B, C, H, W] -> tokens [B, S, C * P * P], row by row; with `keep_BS` those at these positions."""
+    x_BSD = functional.pixel_unshuffle(x_BCHW, patch_size).flatten(2).transpose(1, 2)
+    return x_BSD if keep_BS is None else x_BSD.gather(1, keep_BS.unsqueeze(-1).expand(-1, -1, x_BSD.shape[-1]))
 
 
 def unpatchify(x_BSD: Tensor, patch_size: int, height: int, width: int) -> Tensor:

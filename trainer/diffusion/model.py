@@ -11,6 +11,7 @@ L text tokens, D width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -112,10 +113,7 @@ class EcDit(nn.Module):
         self.text_projection = Mlp(shape.text_dim, D, D)
         self.pooled_projection = nn.Linear(D, D) if config.pooled_text else None
         self.condition = nn.Linear(D, 6 * D)
-
-        def make_moe() -> nn.Module:
-            return build_moe(moe, dim=D, hidden_dim=config.mlp_ratio * D)
-
+        make_moe = partial(build_moe, moe, dim=D, hidden_dim=config.mlp_ratio * D)
         self.blocks = nn.ModuleList(
             DitBlock(config, make_moe if moe.has_moe(i) else None) for i in range(config.num_layers)
         )
@@ -147,8 +145,7 @@ class EcDit(nn.Module):
         Only for a model whose parameters are whole on this process (not partitioned by ZeRO-3).
         """
         text = self.embed_text(text_BLD)
-        attentions = [module for name, module in self.named_modules() if name.endswith("cross_attention")]
-        return [a.keys_values(text) for a in attentions if isinstance(a, Attention)]
+        return [block.cross_attention.keys_values(text) for block in self.blocks if isinstance(block, DitBlock)]
 
     def forward(
         self,
@@ -164,9 +161,7 @@ class EcDit(nn.Module):
         `t_B` is 1 at pure noise. `keep_BS` are the positions of the tokens that masked training keeps.
         """
         dtype = self.patch_embedder.weight.dtype
-        patches = patchify(x_BCHW, self.config.patch_size).float()
-        if keep_BS is not None:
-            patches = patches.gather(1, keep_BS.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+        patches = patchify(x_BCHW, self.config.patch_size, keep_BS).float()
         H, W = x_BCHW.shape[-2:]
         position_BSD, turn_BSa = self.positions(keep_BS, patches.device, (H, W))
         x_BSD = self.patch_embedder(patches.to(dtype)) + position_BSD.to(dtype)
@@ -221,7 +216,9 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int, first_expert: in
     if name.endswith(("query_norm", "key_norm")):
         return torch.ones(shape)
     of_router = {"router.weight": INITIAL_STD, **router_class(moe.router).traits.initial_std}
-    std = of_router.get(name.rpartition(".mlp.")[2], float(shape[-1]) ** -0.5 if _is_drawn(name) else 0.0)
+    zero = "bias", "w3", "modulation", "condition.weight", "final.weight", "cross_attention.out.weight"
+    is_zero = name.endswith(zero) or name.startswith("final_modulation")
+    std = of_router.get(name.rpartition(".mlp.")[2], 0.0 if is_zero else float(shape[-1]) ** -0.5)
     if std == 0:
         return torch.zeros(shape)
     if ".experts." in name:
@@ -231,12 +228,6 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int, first_expert: in
         return experts.mul_(std)
     value: Tensor = std * torch.randn(shape, generator=keyed_generator(seed, "init", name))
     return value
-
-
-def _is_drawn(name: str) -> bool:
-    """Whether a parameter starts at random numbers rather than at 0."""
-    zero = "bias", "w3", "modulation", "condition.weight", "final.weight", "cross_attention.out.weight"
-    return not (name.endswith(zero) or name.startswith("final_modulation"))
 
 
 def init_weights(model: EcDit, seed: int) -> None:

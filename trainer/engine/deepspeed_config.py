@@ -8,17 +8,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from trainer.config import ConfigError, TrainConfig, require
+from trainer.config import ConfigError, TrainConfig, leaves, require
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
 
 def _read_json(path: str | Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON file, relative to the working folder or to the repository."""
-    candidates = [Path(path), REPOSITORY / path]
-    found = next((p for p in candidates if p.is_file()), None)
-    require(found is not None, f"parallel.deepspeed_config={path}: no such file")
-    assert found is not None
+    found = next((p for p in (Path(path), REPOSITORY / path) if p.is_file()), None)
+    if found is None:
+        raise ConfigError(f"parallel.deepspeed_config={path}: no such file")
     try:
         content = json.loads(found.read_text())
     except json.JSONDecodeError as error:
@@ -51,7 +50,7 @@ def load_deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any
     for name in ("optimizer", "scheduler"):
         require(name not in content, f"{path}: {name} belongs in the YAML (optim.*): remove it")
     _check_guard(path, content)
-    leftovers = list(_auto_keys(content, ""))
+    leftovers = [key for key, value in leaves(content).items() if value == "auto"]
     require(not leftovers, f'{path}: {", ".join(leftovers)} is "auto", but nothing here fills it: write a value')
     stage = content.get("zero_optimization", {}).get("stage", 0)
     require(
@@ -86,14 +85,6 @@ def _check_guard(path: str, content: dict[str, Any]) -> None:
         not content.get("fp16", {}).get("enabled", False),
         f"{path}: fp16 is on, whose loss scaling skips steps of its own: use train.precision=bf16",
     )
-
-
-def _auto_keys(content: Any, path: str) -> Any:
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield from _auto_keys(value, f"{path}.{key}" if path else key)
-    elif content == "auto":
-        yield path
 
 
 def zero_stage(deepspeed_config: dict[str, Any]) -> int:

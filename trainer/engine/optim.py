@@ -17,8 +17,8 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return num_axes >= 2 and not name.endswith(("bias", "modulation", ".w3"))
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Groups by (decay, expert); those of experts carry what DeepSpeed's ZeRO 1 and 2 look for."""
+def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW or plain SGD over groups by (decay, expert); those of experts carry what ZeRO 1 and 2 look for."""
     members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
         members.setdefault((decays(name, parameter), is_expert_parameter(parameter)), []).append(parameter)
@@ -26,16 +26,10 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
     for (decay, _), parameters in sorted(members.items(), key=lambda item: item[0]):
         group: dict[str, Any] = {
             "params": parameters,
-            "weight_decay": weight_decay if decay else 0.0,
+            "weight_decay": config.weight_decay if decay else 0.0,
             "role": "decay" if decay else "no_decay",  # the same on any topology
         }
         groups.append(group | optimizer_group_keys(parameters[0]))
-    return groups
-
-
-def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW or plain SGD over `parameter_groups`."""
-    groups = parameter_groups(named, config.weight_decay)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate)
     betas = (config.beta1, config.beta2)

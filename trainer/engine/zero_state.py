@@ -76,16 +76,6 @@ def write_initial(parameter: nn.Parameter, value: Tensor) -> None:
         kept.view(-1)[: part.numel()].copy_(part)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Slot:
-    """Elements `position` to `position + length` of `flat` are those from `start` on of a flattened local parameter."""
-
-    flat: Tensor
-    position: int
-    start: int
-    length: int
-
-
 def flat_masters(engine: Any) -> list[Tensor]:
     """The flat fp32 tensors that the optimizer steps on: one per parameter group, or sub-group of stage 3."""
     optimizer = engine.optimizer
@@ -93,57 +83,60 @@ def flat_masters(engine: Any) -> list[Tensor]:
     return list(optimizer.fp32_partitioned_groups_flat if stage3 else optimizer.single_partition_of_fp32_groups)
 
 
-def _slot(flats: list[Tensor], optimizer: Any, parameter: nn.Parameter) -> _Slot | None:
-    """Where this rank's elements of a parameter are, without ZeRO's padding; None if it has none."""
+def _place(optimizer: Any, parameter: nn.Parameter) -> tuple[int, int, int, int]:
+    """(number, position, start, length) of this rank's elements of a parameter, without ZeRO's padding.
+
+    From `position` on in flat tensor `number` are the elements from `start` on of the flattened local parameter; their
+    number, `length`, is 0 or less if this rank has none.
+    """
     if hasattr(parameter, "ds_tensor"):
         # Stage 3. Not by safe_get_local_fp32_param, which copies an offloaded piece to the GPU.
         number, position, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = deepspeed.comm.get_rank(group=parameter.ds_process_group) * size  # type: ignore[attr-defined]
-        length = min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]
-        return _Slot(flat=flats[number], position=position, start=start, length=length) if length > 0 else None
+        return number, position, start, min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]
     # Stages 1 and 2: "lp" is the working parameter, "hp" its fp32 master; a fragment lies at its own place in each.
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]
     if mapping is None:
-        return None
-    return _Slot(
-        flat=flats[mapping.param_group_index],
-        position=mapping.hp_fragment_address.start,
-        start=mapping.lp_fragment_address.start,
-        length=mapping.lp_fragment_address.numel,
-    )
+        return 0, 0, 0, 0
+    master, working = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return mapping.param_group_index, master.start, working.start, working.numel
 
 
-def _slots(engine: Any) -> Iterator[tuple[str, _Slot, TensorPiece]]:
-    """(name, slot, piece of the master weights) of every parameter of which this rank holds a piece."""
+def _places(engine: Any) -> Iterator[tuple[str, Tensor, int, TensorPiece]]:
+    """(name, flat tensor, position in it, piece of the masters) of each parameter of which this rank has a piece."""
     flats = flat_masters(engine)
     for name, parameter in engine.module.named_parameters():
-        slot = _slot(flats, engine.optimizer, parameter)
-        if slot is None:
+        number, position, start, length = _place(engine.optimizer, parameter)
+        if length <= 0:
             continue
-        first_expert, num_experts = expert_range(parameter)
-        piece = TensorPiece(
-            values=slot.flat.detach()[slot.position : slot.position + slot.length],
-            start=slot.start,
-            shape=full_shape(parameter),
-            first_expert=first_expert,
-            num_experts=num_experts,
+        flat, (first_expert, num_experts) = flats[number], expert_range(parameter)
+        yield (
+            name,
+            flat,
+            position,
+            TensorPiece(
+                values=flat.detach()[position : position + length],
+                start=start,
+                shape=full_shape(parameter),
+                first_expert=first_expert,
+                num_experts=num_experts,
+            ),
         )
-        yield name, slot, piece
 
 
 def master_pieces(engine: Any) -> Iterator[tuple[str, TensorPiece]]:
     """(name, piece) of every parameter of which this rank holds a piece of the fp32 master weights."""
-    for name, _, piece in _slots(engine):
+    for name, _, _, piece in _places(engine):
         yield name, piece
 
 
 def moment_pieces(engine: Any) -> Iterator[tuple[str, str, TensorPiece]]:
     """(kind, name, piece) of the optimizer's moments; nothing for SGD and before the first step."""
     states = engine.optimizer.optimizer.state  # of torch's optimizer, which steps on the flat tensors
-    for name, slot, piece in _slots(engine):
+    for name, flat, position, piece in _places(engine):
         for kind in MOMENTS:
-            if kind in states.get(slot.flat, {}):
-                moment = states[slot.flat][kind][slot.position : slot.position + slot.length]
+            if kind in states.get(flat, {}):
+                moment = states[flat][kind][position : position + len(piece.values)]
                 yield kind, name, replace(piece, values=moment)
 
 

@@ -20,8 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer.checkpoint.folder import step_of
 from trainer.checkpoint.state import TrainState
-from trainer.data.position import DataState, MicroBatch, micro_batches
+from trainer.data.position import DataState, micro_batches
 from trainer.distributed import from_main
 from trainer.files import keep_records, read_records
 from trainer.loop.start_checks import CheckedRun
@@ -123,17 +124,17 @@ class SkipPolicy:
         self.start = position_after_rollback(events, state.step, state.data)
         self.bad = BadSteps(self.path if self.is_main else None, events, self.start, checked.global_batch_size)
 
-    @property
-    def must_roll_back(self) -> bool:
-        """Whether too many steps in a row were skipped."""
-        return self.bad.streak >= self.config.max_bad_steps
-
     def record_skip(self, state: TrainState, data: DataState, *, loss: float, suspected: list[int]) -> None:
         """Write down the step that was tried from `state`; `data` is the position after it.
 
         `suspected` are global indices of samples, of all ranks.
         """
-        batch = self._global_batch(state.data)
+        # All samples of the step: as one micro-batch of a world of one process.
+        order = micro_batches(
+            self.checked.dataset.layout, state.data, micro_batch_size=self.checked.global_batch_size,
+            num_micro_batches=1, rank=0, world_size=1, group_size=self.checked.config.data.shuffle_group,
+        )  # fmt: skip
+        batch = next(order)
         cause = "gradient norm" if math.isfinite(loss) else "loss"
         sample_of = dict(zip(batch.indices, batch.samples, strict=True))
         if self.is_main:
@@ -151,32 +152,21 @@ class SkipPolicy:
             suspected_samples=[sample_of[index] for index in suspected],
         )
 
-    def _global_batch(self, data: DataState) -> MicroBatch:
-        """All samples of the step that starts at `data`: as one micro-batch of a world of one process."""
-        order = micro_batches(
-            self.checked.dataset.layout, data, micro_batch_size=self.checked.global_batch_size, num_micro_batches=1,
-            rank=0, world_size=1, group_size=self.checked.config.data.shuffle_group,
-        )  # fmt: skip
-        return next(order)
-
     def check_can_roll_back(self, checkpoint: Path | None) -> Path:
-        """The checkpoint; DivergedError when there is none to go back to, or going back is switched off."""
-        if self.config.max_rollbacks == 0:
-            raise self._diverged("train.max_rollbacks is 0")
-        if checkpoint is None:
-            raise self._diverged("there is no checkpoint yet to go back to")
-        return checkpoint
-
-    def check_rollbacks(self, step: int) -> None:
-        """Raise DivergedError when the run has gone back to the checkpoint of `step` often enough."""
-        if count_rollbacks(self.bad.events, step) >= self.config.max_rollbacks:
-            raise self._diverged(
-                f"the run has gone back to its checkpoint of step {step} as often as "
-                f"train.max_rollbacks={self.config.max_rollbacks} allows"
+        """The checkpoint; DivergedError when there is none, or the run may not go back to it (any more)."""
+        most = self.config.max_rollbacks
+        if most == 0:
+            reason = "train.max_rollbacks is 0"
+        elif checkpoint is None:
+            reason = "there is no checkpoint yet to go back to"
+        elif count_rollbacks(self.bad.events, step_of(checkpoint)) < most:
+            return checkpoint
+        else:
+            step = step_of(checkpoint)
+            reason = (
+                f"the run has gone back to its checkpoint of step {step} as often as train.max_rollbacks={most} allows"
             )
-
-    def _diverged(self, reason: str) -> DivergedError:
-        return DivergedError(
+        raise DivergedError(
             f"no finite loss and gradient norm in {self.bad.streak} tries in a row, and {reason}: see {self.path} for "
             "the samples; remove them, or lower optim.learning_rate"
         )

@@ -3,9 +3,6 @@
 Within a step nothing may be saved. Between steps the state is sound; what fails there ends the run with a checkpoint
 if every rank can take part (trainer/loop/leaving.py). At the end of each step the ranks exchange one small vector
 (`StepReport`): loss, router statistics, and whether a rank was asked to stop, failed, or lost the run folder.
-
-To follow one step, read `_step` here, trainer/loop/step.py, then trainer/diffusion/flow.py (noise and loss),
-trainer/diffusion/model.py and moe/layer.py (the forward pass). The rest is DeepSpeed's, and trainer/engine/ema.py.
 """
 
 import logging
@@ -98,10 +95,6 @@ class Trainer:
         self._say("ended after step %d of %d (%s)", self.state.step, loop.max_steps, why)
         return self.state.step >= last
 
-    def close(self) -> None:
-        """Close the log files."""
-        self.reporter.close()
-
     def _run_until(self, last: int) -> bool:
         """Step until `last` or a stop; returns whether it was a stop."""
         loop = self.config.train
@@ -158,13 +151,14 @@ class Trainer:
                 self.upcoming = next_step(self.batches, self.config, number)
         if self.lock.lost and self.held.error is None:
             self.held.error = LockLostError(f"run_dir={self.config.run_dir} was taken over by another job")
-        collected = result is not None and len(result.router)
         mine = StepReport(
             loss=torch.zeros(()) if result is None else result.losses.mean(),
             stop=self.stop.received or self.budget.is_spent(),
             failed=self.held.error is not None,
             lock_lost=isinstance(self.held.error, LockLostError),
-            router=result.router if result is not None and collected else torch.zeros(self.reporter.router_size),
+            router=result.router
+            if result is not None and len(result.router)
+            else torch.zeros(self.reporter.router_size),
         )
         return mine.exchange(self.device)
 
@@ -203,7 +197,7 @@ class Trainer:
         with self.held.held():
             self.skips.record_skip(self.state, data, loss=float(found.loss), suspected=suspected)
         self.state = replace(self.state, data=data)
-        if self.skips.must_roll_back:
+        if self.skips.bad.streak >= self.config.train.max_bad_steps:
             self._roll_back()
 
     def _roll_back(self) -> None:
@@ -215,7 +209,6 @@ class Trainer:
         loaded = load_checkpoint(checkpoint, self.engine, self.ema, self.checked.world)
         self.state = replace(loaded, data=self.state.data)
         self.saved_step = loaded.step
-        self.skips.check_rollbacks(loaded.step)
         with self.held.held():
             self.skips.record_rollback(self.state, checkpoint)
             self.reporter.rewind(loaded.step)

@@ -1,6 +1,8 @@
-"""A run from its checks to its end: checks, lock, folder, loop, close."""
+"""A run from its checks to its end: checks, lock, folder, log, loop, close."""
 
 import json
+import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,8 @@ from trainer.loop.loop import Trainer
 from trainer.loop.run_lock import RunLock
 from trainer.loop.signals import StopSignal
 from trainer.loop.start_checks import CheckedRun, check_start, rounded_capacities
-from trainer.telemetry.metrics import logger, setup_logging
+
+logger = logging.getLogger("ec_dit")
 
 
 def train(config: TrainConfig, world: World, stop: StopSignal) -> Outcome:
@@ -60,21 +63,26 @@ def _train_locked(checked: CheckedRun, device: torch.device, stop: StopSignal) -
         try:
             finished = trainer.run()
         except Exception as error:
-            _close_after(trainer, error)
+            try:
+                trainer.reporter.close()
+            except OSError as second:  # a full disk may be the very reason: it must not hide why the run failed
+                error.add_note(f"The log files could not be closed either: {second!r}")
             raise
-        trainer.close()
+        trainer.reporter.close()
         barrier()  # no rank gives the lock back, and exits, while another one still writes
         return Outcome(kind="finished" if finished else "stopped", step=trainer.state.step)
     finally:
         lock.release()
 
 
-def _close_after(trainer: Trainer, error: Exception) -> None:
-    """Close the log files without hiding why the run failed (a full disk may be the reason)."""
-    try:
-        trainer.close()
-    except OSError as second:
-        error.add_note(f"The log files could not be closed either: {second!r}")
+def setup_logging(path: Path) -> None:
+    """Log to the run's `train.log`, and to the terminal beside the progress bar."""
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers.clear()
+    for handler in (logging.FileHandler(path), logging.StreamHandler(sys.stdout)):
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
 
 
 def prepare_run_folder(checked: CheckedRun, notes: Sequence[str] = ()) -> None:

@@ -21,15 +21,6 @@ from trainer.plan.search import PlanResult, best_per_ep_size, evaluate, search, 
 _UNITS = {"byte": (1e9, "GB"), "FLOP": (1e12, "TFLOP"), "s": (1.0, "s"), "": (1.0, "")}
 
 
-def codec_shape(spec: str) -> tuple[int, int]:
-    """Channels and factor of the codec; the most common ones where its files are not on this machine."""
-    try:
-        codec = build_codec(spec)
-    except ConfigError:
-        return 16, 8
-    return codec.channels, codec.factor
-
-
 def data_shape(config: TrainConfig, given: Namespace) -> tuple[ModelShape, int]:
     """Shape of the latents and tokens of the longest caption: from the encoded data if there, else from flags."""
     described = Path(config.data.latents) / "dataset.json"
@@ -38,7 +29,11 @@ def data_shape(config: TrainConfig, given: Namespace) -> tuple[ModelShape, int]:
 
         info: LatentInfo = open_dataset(config).info
         return ModelShape.of(info), info.max_tokens
-    channels, factor = codec_shape(config.data.codec)
+    try:
+        codec = build_codec(config.data.codec)
+        channels, factor = codec.channels, codec.factor
+    except ConfigError:  # its files are not on this machine: the most common ones
+        channels, factor = 16, 8
     channels, factor = given.channels or channels, given.factor or factor
     small = config.data.source == "synthetic" or config.data.text_encoder.startswith("minilm")
     text_dim, text_tokens = (32, 8) if config.data.source == "synthetic" else (384, 32) if small else (4096, 120)

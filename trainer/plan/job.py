@@ -14,7 +14,7 @@ from trainer.settings.tokens import num_image_tokens, num_kept_tokens
 from trainer.telemetry.flops import training_flops
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Term:
     """One number with the formula that gave it, in symbols and in figures."""
 
@@ -22,7 +22,7 @@ class Term:
     value: float
     unit: str
     formula: str
-    figures: str
+    figures: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,12 +141,9 @@ def configured_layout(config: TrainConfig, world_size: int, stage: int) -> tuple
     An ep_size that does not divide the processes is no error here: the question is what would.
     """
     ep_size = config.parallel.ep_size
-    refusal = ""
-    if world_size % ep_size:
-        refusal = f"parallel.ep_size={ep_size} does not divide {world_size} processes"
     layout = Layout(
         world_size=world_size, ep_size=gcd(ep_size, world_size), stage=stage,
         micro_batch_size=config.train.micro_batch_size, accumulation=config.train.gradient_accumulation_steps,
         recompute=config.train.activation_checkpointing,
     )  # fmt: skip
-    return layout, refusal
+    return layout, f"parallel.ep_size={ep_size} does not divide {world_size} processes" if world_size % ep_size else ""

@@ -1,4 +1,4 @@
-"""Memory of one rank, as terms with formulas, and the size of a checkpoint.
+"""Memory of one rank, as terms with formulas, whether it has that much, and the size of a checkpoint.
 
 | symbol | meaning                                                        |
 |--------|----------------------------------------------------------------|
@@ -14,8 +14,10 @@ What a block keeps for its backward pass is counted from `trainer.diffusion.mode
 attention keeps its normed and rotated queries in fp32 too. The tests compare with counted allocations.
 """
 
+from dataclasses import dataclass
+
 from moe.routers.registry import build_router
-from trainer.plan.devices import Efficiency
+from trainer.plan.devices import GB, Efficiency
 from trainer.plan.job import Job, Layout, Term
 
 MASTER, MOMENTS, EMA = 4, 8, 4  # bytes per parameter of fp32 weights, AdamW's two moments, the average
@@ -36,11 +38,17 @@ def state_terms(job: Job, layout: Layout) -> list[Term]:
     kept = q + job.counts.persistent * (layout.world_size > 1) if stage == 3 else p
     grads = p if stage == 1 else q
     bucket = float(job.zero.get("reduce_bucket_size", 5e8)) * (2 if job.zero.get("overlap_comm") and stage < 3 else 1)
+    optimizer = [
+        Term("optimizer", (MASTER + moments) * q, "byte", "(4 + moments) q", f"({MASTER} + {moments}) x {q:.4g}"),
+        Term("average", EMA * q, "byte", "4 q", f"{EMA} x {q:.4g}"),
+    ]
+    if is_offloaded(job):
+        optimizer = [Term(term.name, 0.0, "byte", "in host memory") for term in optimizer]
     terms = [
-        _bytes("weights", s * kept, "s (q + small ones)" if stage == 3 else "s p", f"{s} x {kept:.4g}"),
-        _bytes("gradients", s * grads, "s p" if stage == 1 else "s q", f"{s} x {grads:.4g}"),
-        *_optimizer_terms(q, moments, offloaded=is_offloaded(job)),
-        _bytes("reduce bucket", s * bucket, "s reduce_bucket_size", f"{s} x {bucket:.4g}"),
+        Term("weights", s * kept, "byte", "s (q + small ones)" if stage == 3 else "s p", f"{s} x {kept:.4g}"),
+        Term("gradients", s * grads, "byte", "s p" if stage == 1 else "s q", f"{s} x {grads:.4g}"),
+        *optimizer,
+        Term("reduce bucket", s * bucket, "byte", "s reduce_bucket_size", f"{s} x {bucket:.4g}"),
     ]
     if stage == 3:
         local = job.counts.one_expert * job.config.moe.num_experts / layout.ep_size if job.counts.num_moe else 0.0
@@ -48,22 +56,13 @@ def state_terms(job: Job, layout: Layout) -> list[Term]:
         limit = max(float(job.zero.get("stage3_max_live_parameters", 1e9)), block)
         live = min(p, limit + float(job.zero.get("stage3_prefetch_bucket_size", 5e7)))
         formula = "s min(p, max(max_live_parameters, one block) + prefetch_bucket_size)"
-        terms.append(_bytes("gathered weights", s * live, formula, f"{s} x {live:.4g}"))
+        terms.append(Term("gathered weights", s * live, "byte", formula, f"{s} x {live:.4g}"))
     return terms
 
 
 def is_offloaded(job: Job) -> bool:
     """Whether DeepSpeed keeps optimizer state, and with it the average, in host memory."""
     return str(job.zero.get("offload_optimizer", {}).get("device", "none")) != "none"
-
-
-def _optimizer_terms(q: float, moments: int, *, offloaded: bool) -> list[Term]:
-    if offloaded:
-        return [_bytes(name, 0.0, "in host memory", "") for name in ("optimizer", "average")]
-    return [
-        _bytes("optimizer", (MASTER + moments) * q, "(4 + moments) q", f"({MASTER} + {moments}) x {q:.4g}"),
-        _bytes("average", EMA * q, "4 q", f"{EMA} x {q:.4g}"),
-    ]
 
 
 def block_bytes(job: Job, micro_batch_size: int, *, moe: bool) -> float:
@@ -105,29 +104,25 @@ def activation_terms(job: Job, layout: Layout) -> list[Term]:
     rows = T * (config.moe.capacity_factor if num_moe else 1)
     exchange = 4 * s * rows * D if layout.ep_size > 1 else 0.0
     return [
-        _bytes("activations", kept, formula, figures),
-        _bytes("all-to-all buffers", exchange, "4 s T f_c D", f"4 x {s} x {rows:.4g} x {D}"),
-        _bytes("working buffers", 2 * s * m * rows * D, "2 s m T f_c D", f"2 x {s} x {m} x {rows:.4g} x {D}"),
+        Term("activations", kept, "byte", formula, figures),
+        Term("all-to-all buffers", exchange, "byte", "4 s T f_c D", f"4 x {s} x {rows:.4g} x {D}"),
+        Term("working buffers", 2 * s * m * rows * D, "byte", "2 s m T f_c D", f"2 x {s} x {m} x {rows:.4g} x {D}"),
     ]
-
-
-def optimizer_step_term(job: Job, layout: Layout) -> Term:
-    """fp32 copies while the optimizer steps, when activations are gone."""
-    _, q = held(job, layout)
-    at_once = min(q, float(job.zero.get("sub_group_size", 1e9))) if layout.stage == 3 else q
-    if is_offloaded(job):
-        return _bytes("optimizer step", 0.0, "in host memory", "")
-    return _bytes("optimizer step", 12 * at_once, "12 min(q, sub_group_size)", f"12 x {at_once:.4g}")
 
 
 def memory_terms(job: Job, layout: Layout, efficiency: Efficiency) -> list[Term]:
     """All terms; the last one is their peak: state + the larger of both phases + what is reserved."""
     state, activations = state_terms(job, layout), activation_terms(job, layout)
-    step = optimizer_step_term(job, layout)
-    reserved = _bytes("reserved", efficiency.reserved, "device context, communication, fragments", "")
+    # fp32 copies while the optimizer steps, when activations are gone.
+    _, q = held(job, layout)
+    at_once = min(q, float(job.zero.get("sub_group_size", 1e9))) if layout.stage == 3 else q
+    step = Term("optimizer step", 12 * at_once, "byte", "12 min(q, sub_group_size)", f"12 x {at_once:.4g}")
+    if is_offloaded(job):
+        step = Term("optimizer step", 0.0, "byte", "in host memory")
+    reserved = Term("reserved", efficiency.reserved, "byte", "device context, communication, fragments")
     phase = max(sum(term.value for term in activations), step.value)
     peak = sum(term.value for term in state) + phase + reserved.value
-    total = _bytes("peak", peak, "state + max(activations and buffers, optimizer step) + reserved", "")
+    total = Term("peak", peak, "byte", "state + max(activations and buffers, optimizer step) + reserved")
     return [*state, *activations, step, reserved, total]
 
 
@@ -137,5 +132,36 @@ def checkpoint_bytes(job: Job) -> float:
     return float((MASTER + EMA + moments) * job.counts.total)
 
 
-def _bytes(name: str, value: float, formula: str, figures: str) -> Term:
-    return Term(name=name, value=value, unit="byte", formula=formula, figures=figures)
+@dataclass(frozen=True, kw_only=True)
+class MemoryNeed:
+    """Bytes that a process needs: its `state` lasts and is counted exactly, its `peak` is an estimate."""
+
+    layout: str
+    state: float
+    peak: float
+
+    def problem(self, free: float) -> str:
+        """The sentence if not even the state fits into `free` bytes; empty otherwise."""
+        if self.state <= free:
+            return ""
+        return self._sentence(f"{self.state / GB:.1f} GB of weights, gradients and optimizer state")
+
+    def warning(self, free: float) -> str:
+        """The sentence if the state fits but the expected peak does not; empty otherwise."""
+        if self.problem(free) or self.peak <= free:
+            return ""
+        return self._sentence(f"about {self.peak / GB:.1f} GB at its peak")
+
+    def _sentence(self, what: str) -> str:
+        """The same words on every node: a problem that all nodes report alike is no node's fault."""
+        return (
+            f"a process needs {what} ({self.layout}), more than is free: use more nodes or another layout, "
+            "`python -m trainer.plan` says which"
+        )
+
+
+def memory_need(job: Job, layout: Layout, *, on_device: bool) -> MemoryNeed:
+    """What a process needs; a device's own share (context, communication) only where there is one."""
+    terms = {term.name: term.value for term in memory_terms(job, layout, Efficiency())}
+    state = sum(terms[name] for name in ("weights", "gradients", "optimizer", "average"))
+    return MemoryNeed(layout=str(layout), state=state, peak=terms["peak"] - (0.0 if on_device else terms["reserved"]))

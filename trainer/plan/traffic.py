@@ -9,11 +9,6 @@ from trainer.plan.job import Job, Layout, Term
 from trainer.plan.memory import held
 
 
-def step_flops(job: Job, layout: Layout) -> float:
-    """Model FLOPs of one rank in one step."""
-    return float(job.flops_per_image * layout.micro_batch_size * layout.accumulation)
-
-
 def all_to_all_bytes(job: Job, layout: Layout) -> float:
     """Sent by one rank in one step, its own share included: dispatch and combine, forward and backward."""
     if layout.ep_size == 1:
@@ -29,7 +24,7 @@ def _exchanges(layout: Layout) -> int:
 
 def time_terms(job: Job, layout: Layout, device: Device, eff: Efficiency) -> list[Term]:
     """Traffic and seconds; the last two are the step and its MFU."""
-    useful = step_flops(job, layout)
+    useful = float(job.flops_per_image * layout.micro_batch_size * layout.accumulation)
     compute = _compute(job, layout, device, eff, useful)
     traffic, exchange = _exchange(job, layout, device, eff)
     sync, synced = _synchronise(job, layout, device, eff)
@@ -38,18 +33,17 @@ def time_terms(job: Job, layout: Layout, device: Device, eff: Efficiency) -> lis
     hidden = min(eff.hidden * synced, 0.8 * compute.value) if layout.stage == 3 else 0.0
     step = compute.value + exchange.value + synced - hidden + update
     return [
-        Term(name="model FLOPs per rank", value=useful, unit="FLOP", formula="3 x images x forward FLOPs", figures=""),
+        Term("model FLOPs per rank", useful, "FLOP", "3 x images x forward FLOPs"),
         *traffic,
         *sync,
         compute,
         exchange,
-        Term(name="ZeRO exposed", value=synced - hidden, unit="s", formula="gathers and reductions - hidden part",
-             figures=f"{synced:.4g} - {hidden:.4g}"),
-        Term(name="update", value=update, unit="s", formula="40 q / (HBM x share)",
-             figures=f"40 x {q:.4g} / ({device.hbm:.4g} x {eff.hbm})"),
-        Term(name="step", value=step, unit="s", formula="compute + all-to-all + ZeRO exposed + update", figures=""),
-        Term(name="MFU bound", value=useful / step / device.flops, unit="", formula="model FLOPs / step / peak",
-             figures=f"{useful:.4g} / {step:.4g} / {device.flops:.4g}"),
+        Term("ZeRO exposed", synced - hidden, "s", "gathers and reductions - hidden part",
+             f"{synced:.4g} - {hidden:.4g}"),
+        Term("update", update, "s", "40 q / (HBM x share)", f"40 x {q:.4g} / ({device.hbm:.4g} x {eff.hbm})"),
+        Term("step", step, "s", "compute + all-to-all + ZeRO exposed + update"),
+        Term("MFU bound", useful / step / device.flops, "", "model FLOPs / step / peak",
+             f"{useful:.4g} / {step:.4g} / {device.flops:.4g}"),
     ]  # fmt: skip
 
 
@@ -66,10 +60,10 @@ def _compute(job: Job, layout: Layout, device: Device, eff: Efficiency, useful: 
     host = eff.host * layout.accumulation * config.model.num_layers * again
     seconds = max(done / (device.flops * share) + moved / (device.hbm * eff.hbm), host)
     return Term(
-        name="compute", value=seconds, unit="s",
-        formula="max(FLOPs / (peak x share) + passes T D N / (HBM x share), host N); x 4/3 if recomputed",
-        figures=f"max({done:.4g} / ({device.flops:.4g} x {share:.3f}) + {moved:.4g} / ({device.hbm:.4g} x {eff.hbm}), "
-                f"{host:.3g})",
+        "compute", seconds, "s",
+        "max(FLOPs / (peak x share) + passes T D N / (HBM x share), host N); x 4/3 if recomputed",
+        f"max({done:.4g} / ({device.flops:.4g} x {share:.3f}) + {moved:.4g} / ({device.hbm:.4g} x {eff.hbm}), "
+        f"{host:.3g})",
     )  # fmt: skip
 
 
@@ -81,16 +75,15 @@ def _exchange(job: Job, layout: Layout, device: Device, eff: Efficiency) -> tupl
     count = job.counts.num_moe * _exchanges(layout) * layout.accumulation if layout.ep_size > 1 else 0
     seconds = max(inside / (device.node * eff.node), across / (device.nic * eff.nic)) + count * eff.latency
     traffic = [
-        Term(name="all-to-all in the node", value=inside, unit="byte",
-             formula="Nm exchanges T f_c D s (near - 1) / ep", figures=f"{total:.4g} x {near - 1} / {layout.ep_size}"),
-        Term(name="all-to-all across nodes", value=across, unit="byte",
-             formula="Nm exchanges T f_c D s (ep - near) / ep",
-             figures=f"{total:.4g} x {layout.ep_size - near} / {layout.ep_size}"),
+        Term("all-to-all in the node", inside, "byte", "Nm exchanges T f_c D s (near - 1) / ep",
+             f"{total:.4g} x {near - 1} / {layout.ep_size}"),
+        Term("all-to-all across nodes", across, "byte", "Nm exchanges T f_c D s (ep - near) / ep",
+             f"{total:.4g} x {layout.ep_size - near} / {layout.ep_size}"),
     ]  # fmt: skip
     term = Term(
-        name="all-to-all", value=seconds, unit="s", formula="max(in node / NVLink, across / NIC) + latencies",
-        figures=f"max({inside:.4g} / {device.node * eff.node:.4g}, {across:.4g} / {device.nic * eff.nic:.4g})"
-                f" + {count} x {eff.latency:g}",
+        "all-to-all", seconds, "s", "max(in node / NVLink, across / NIC) + latencies",
+        f"max({inside:.4g} / {device.node * eff.node:.4g}, {across:.4g} / {device.nic * eff.nic:.4g})"
+        f" + {count} x {eff.latency:g}",
     )  # fmt: skip
     return traffic, term
 
@@ -111,10 +104,9 @@ def _synchronise(job: Job, layout: Layout, device: Device, eff: Efficiency) -> t
     local = counts.experts / layout.ep_size
     expert = s * local * (gathers + reductions) * (1 - 1 / layout.edp_size)
     terms = [
-        Term(name="ZeRO of the rest", value=rest, unit="byte", formula="s Pr (gathers + reductions) (1 - 1 / world)",
-             figures=f"{s} x {counts.rest:.4g} x ({gathers} + {reductions}) x (1 - 1 / {layout.world_size})"),
-        Term(name="ZeRO of the experts", value=expert, unit="byte",
-             formula="s Pe / ep (gathers + reductions) (1 - 1 / edp)",
-             figures=f"{s} x {local:.4g} x ({gathers} + {reductions}) x (1 - 1 / {layout.edp_size})"),
+        Term("ZeRO of the rest", rest, "byte", "s Pr (gathers + reductions) (1 - 1 / world)",
+             f"{s} x {counts.rest:.4g} x ({gathers} + {reductions}) x (1 - 1 / {layout.world_size})"),
+        Term("ZeRO of the experts", expert, "byte", "s Pe / ep (gathers + reductions) (1 - 1 / edp)",
+             f"{s} x {local:.4g} x ({gathers} + {reductions}) x (1 - 1 / {layout.edp_size})"),
     ]  # fmt: skip
     return terms, rest / ring + expert / card

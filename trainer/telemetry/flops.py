@@ -33,9 +33,6 @@ from trainer.config import ModelConfig
 from trainer.diffusion.layers import TimestepEmbedder
 from trainer.diffusion.model import ModelShape
 
-FORWARD_AND_BACKWARD = 3
-FLOPS_PER_MULTIPLY_ADD = 2
-
 # Dense bf16 TFLOP/s by a part of the device's name, the more special name first (NVIDIA's data sheets).
 PEAK_TFLOPS = {
     "A100": 312.0,
@@ -61,11 +58,7 @@ def forward_multiply_adds(
     total = 2 * S * D * patch + L * D * (shape.text_dim + D)
     total += 2 * TimestepEmbedder.num_frequencies * D + (9 + model.pooled_text) * square
     for layer in range(model.num_layers):
-        total += attention
-        if moe.has_moe(layer):
-            total += moe_multiply_adds(model, moe, S)
-        else:
-            total += dense
+        total += attention + (moe_multiply_adds(model, moe, S) if moe.has_moe(layer) else dense)
     return total
 
 
@@ -82,16 +75,13 @@ def moe_multiply_adds(model: ModelConfig, moe: MoeConfig, num_tokens: int) -> in
 
 
 def training_flops(model: ModelConfig, moe: MoeConfig, shape: ModelShape, num_tokens: int, text_length: int) -> int:
-    """FLOPs of one image's forward and backward pass."""
-    forward = forward_multiply_adds(model, moe, shape, num_tokens, text_length)
-    return FORWARD_AND_BACKWARD * FLOPS_PER_MULTIPLY_ADD * forward
+    """FLOPs of one image's forward and backward pass: three times 2 for each multiply-add."""
+    return 3 * 2 * forward_multiply_adds(model, moe, shape, num_tokens, text_length)
 
 
 def peak_tflops(device: torch.device) -> float | None:
     """Dense bf16 TFLOP/s of a device, None where they are not known (a CPU, another GPU)."""
-    if device.type != "cuda":
-        return None
-    return peak_of(torch.cuda.get_device_name(device))
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_of(name: str) -> float | None:

@@ -4,6 +4,7 @@ To `metrics.jsonl`, TensorBoard, the log and a progress bar.
 """
 
 import json
+import logging
 import math
 import resource
 import sys
@@ -20,10 +21,17 @@ from trainer.config import TrainConfig
 from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.model import ModelShape
 from trainer.distributed import World
+from trainer.files import keep_records
 from trainer.settings.tokens import num_image_tokens, num_kept_tokens
 from trainer.telemetry.flops import peak_tflops, training_flops
-from trainer.telemetry.metrics import logger, truncate_metrics
 from trainer.telemetry.routing_metrics import router_histograms, router_metrics, vector_size
+
+logger = logging.getLogger("ec_dit")
+
+
+def truncate_metrics(path: Path, last_step: int) -> None:
+    """Drop lines after `last_step`: steps that a killed run logged but did not save."""
+    keep_records(path, lambda record: record["step"] <= last_step)
 
 
 class Reporter:

@@ -69,10 +69,8 @@ class StepTimer:
             for owner, name, value in [*self._watch_layers(engine.module), *self._watch_gathers(engine)]:
                 hooks.enter_context(_replaced(owner, name, value))
             self.seconds, self.active = {}, True
-            try:
-                yield
-            finally:
-                self.active = False
+            hooks.callback(setattr, self, "active", False)
+            yield
 
     def take(self) -> dict[str, float]:
         """`time/SECTION` in seconds, once; empty if nothing was measured since."""
