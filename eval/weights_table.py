@@ -5,18 +5,18 @@ hash of the file in use is part of every protocol card.
 """
 
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
     """One file of weights.
 
-    `sha256` is the hash or its published beginning (empty: none is published), `file` its name in the cache folder.
-    The source is `url`, or `package` (a pip requirement) whose `member` it is; `module` is the package's import name.
+    `sha256` is the hash or its published beginning (empty: none is published). The source is `url`, or `package` (a pip
+    requirement) whose `member` it is; `module` is the package's import name.
     """
 
     name: str
-    file: str
     sha256: str
     licence: str
     note: str
@@ -24,6 +24,11 @@ class Weights:
     package: str = ""
     module: str = ""
     member: str = ""
+
+    @property
+    def file(self) -> str:
+        """Its name in the cache folder, as its publisher calls it."""
+        return PurePosixPath(self.url or self.member).name
 
     def command(self) -> str:
         """What fetches it on a machine with internet."""
@@ -37,13 +42,12 @@ _MMDET = "https://download.openmmlab.com/mmdetection/v2.0/mask2former/mask2forme
 def _openai(name: str, file: str, sha256: str, note: str) -> Weights:
     """An entry of OpenAI's CLIP models, whose addresses hold their hashes."""
     url = f"https://openaipublic.azureedge.net/clip/models/{sha256}/{file}"
-    return Weights(name=name, file=file, sha256=sha256, licence="MIT", note=note, url=url)
+    return Weights(name=name, sha256=sha256, licence="MIT", note=note, url=url)
 
 
 _ENTRIES = (
     Weights(
         name="inception-2015-12-05",
-        file="default_1.pt",
         sha256="7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
         licence="Apache-2.0",
         note="features of FID; without the classifier",
@@ -53,7 +57,6 @@ _ENTRIES = (
     ),
     Weights(
         name="inception-2015-12-05-full",
-        file="weights-inception-2015-12-05-6726825d.pth",
         sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
         licence="Apache-2.0",
         note="the same network with its classifier, for the Inception score",
@@ -73,7 +76,6 @@ _ENTRIES = (
     ),
     Weights(
         name="dinov2-vit-l-14",
-        file="dinov2_vitl14_pretrain.pth",
         sha256="",
         licence="Apache-2.0",
         note="features of FD-DINOv2",
@@ -81,7 +83,6 @@ _ENTRIES = (
     ),
     Weights(
         name="mask2former-swin-s-coco",
-        file="mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth",
         sha256="743b7d99",
         licence="Apache-2.0",
         note="the detector of GenEval's authors",
@@ -89,7 +90,6 @@ _ENTRIES = (
     ),
     Weights(
         name="maskrcnn-resnet50-fpn-v2-coco",
-        file="maskrcnn_resnet50_fpn_v2_coco-73cbd019.pth",
         sha256="73cbd019",
         licence="BSD-3-Clause",
         note="torchvision's Mask R-CNN",
@@ -97,7 +97,6 @@ _ENTRIES = (
     ),
     Weights(
         name="yolov3-tiny",
-        file="yolov3-tiny.weights",
         sha256="dccea06f59b781ec1234ddf8d1e94b9519a97f4245748a7d4db75d5b7080a42c",
         licence="free for any use",
         note="small COCO detector without masks",
