@@ -64,18 +64,15 @@ class NetworkObjects:
 
     def prepare(self, job: ScoringJob) -> None:
         """Detections, then the colours that are asked for, of this rank's pictures."""
-        share = {"rank": job.rank, "world_size": job.world_size}
         sets = [job.files, *job.control_files.values()]
         detector = build_detector(self.config.detector)
         for files in sets:
-            detect_files(self.detections, detector, files, progress=job.progress, **share)
+            detect_files(self.detections, detector, files, job.world)
         if self.colors is not None:
-            judge = _color_judge(self.config)
+            by_clip = self.config.colors == "clip"
+            judge: ColorJudge = ClipColors(load_clip(self.config.clip)) if by_clip else NearestColors()
             for files in sets:
-                judge_colors(
-                    self.colors, judge, self.detections, job.prompts, files,
-                    every=self.every, progress=job.progress, **share,
-                )  # fmt: skip
+                judge_colors(self.colors, judge, self.detections, job.prompts, files, job.world, every=self.every)
 
     def detect(self, job: ScoringJob, files: Sequence[Path]) -> list[list[Detection]]:
         """What is kept of these pictures."""
@@ -85,10 +82,6 @@ class NetworkObjects:
         """Nothing."""
         del job
         return {}
-
-
-def _color_judge(config: ScoreConfig) -> ColorJudge:
-    return ClipColors(load_clip(config.clip)) if config.colors == "clip" else NearestColors()
 
 
 ObjectSource = NetworkObjects | EmbeddedObjects

@@ -95,7 +95,7 @@ def read_statistics(path: Path, convention: str = "") -> Statistics:
     return Statistics(moments=found, convention=named or convention, **texts)
 
 
-def build_statistics(pictures: Path, store_folder: Path, convention: str, *, progress: bool = False) -> Statistics:
+def build_statistics(pictures: Path, store_folder: Path, convention: str) -> Statistics:
     """Statistics of a folder or ADM batch file of pictures; features are kept in `store_folder`."""
     from eval.metrics.frechet import moments_of
     from eval.networks.inception import InceptionEncoder
@@ -105,7 +105,7 @@ def build_statistics(pictures: Path, store_folder: Path, convention: str, *, pro
     files = unpack_npz(pictures, store_folder / "unpacked") if pictures.suffix == ".npz" else folder_files(pictures)
     encoder = InceptionEncoder(convention)
     store = FeatureStore(store_folder, encoder.key, encoder.dim)
-    add_picture_features(store, encoder, files, progress=progress)
+    add_picture_features(store, encoder, files)
     found = moments_of(store.read(hash_files(files)))
     return Statistics(
         moments=found,
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     if given.out.suffix != ".npz":
         raise ConfigError(f"--out {given.out} must end in .npz")
     store = given.features or given.out.parent / "features"
-    write_statistics(given.out, build_statistics(given.pictures, store, given.convention, progress=True))
+    write_statistics(given.out, build_statistics(given.pictures, store, given.convention))
     print(given.out)
 
 
