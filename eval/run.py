@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from eval.scoring.draw_and_score import EvalConfig
 
 DEMO_SUITES = ("geneval", "fid")
-_DEMO_DEFAULTS = {
-    "reference": Path(EMBEDDED), "true_pictures": Path(EMBEDDED), "detector": EMBEDDED,
-}  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,8 +61,9 @@ def parse(argv: Sequence[str] | None) -> "EvalConfig":
     if demo:
         for suite in suites:
             require(suite in DEMO_SUITES, f"--suite {suite} is unknown: choose from {', '.join(DEMO_SUITES)}")
-        for name, value in _DEMO_DEFAULTS.items():
-            setattr(given, name, value if getattr(given, name) is None else getattr(given, name))
+        given.reference = given.reference or Path(EMBEDDED)
+        given.true_pictures = given.true_pictures or Path(EMBEDDED)
+        given.detector = EMBEDDED if given.detector is None else given.detector
     elif given.out is None:
         out = out / Path(given.prompts.replace(":", "_")).stem
     samples = given.samples if given.samples is not None else 4 if given.prompts.startswith("geneval") else 1

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.scoring.options import SUITES, add_score_options, split_names
-from trainer.config import ConfigError, command_parser, require, run_cli
+from trainer.config import ConfigError, command, command_parser, require
 from trainer.files import read_records, write_text
 
 if TYPE_CHECKING:
@@ -78,17 +78,19 @@ def evaluate_checkpoint(config: WatchConfig, checkpoint: Path) -> dict[str, floa
     batches = fixed_samples(dataset, config.num_samples, config.batch_size)
     results: dict[str, Any] = {"validation_loss": validation_loss(pipeline, batches)}
     step = pipeline.step
+    log_numbers(config.run, {"results": results, "step": step})
     del pipeline
     if config.score is not None:
-        score = replace(config.score, out=log_file(config.run).parent / checkpoint.name)
-        draw_and_score(
-            EvalConfig(
-                checkpoint=checkpoint, run_dir=config.run, prompts=config.prompts, prompt_set=config.prompt_set,
-                score=score, batch_size=config.batch_size, log=False,
-            )
-        )  # fmt: skip
-        results |= json.loads((score.out / "report.json").read_text())["results"]
-    log_numbers(config.run, {"results": results, "step": step})
+        evaluation = EvalConfig(
+            checkpoint=checkpoint,
+            run_dir=config.run,
+            prompts=config.prompts,
+            prompt_set=config.prompt_set,
+            score=replace(config.score, out=log_file(config.run).parent / checkpoint.name),
+            batch_size=config.batch_size,
+        )
+        draw_and_score(evaluation)
+        results |= json.loads((evaluation.score.out / "report.json").read_text())["results"]
     numbers = flat_numbers(results)
     records = [*read_records(log_file(config.run)), {"step": step, **numbers}]
     write_text(log_file(config.run), "".join(json.dumps(record) + "\n" for record in records))
@@ -164,22 +166,19 @@ def parse(argv: list[str] | None) -> WatchConfig:
     )
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Command line of the watcher."""
     given = sys.argv[1:] if argv is None else argv
     at = given.index("--") if "--" in given else len(given)
+    config = parse(given[:at])
+    if at == len(given):
+        watch(config)
+        return
+    require(config.score is None, "--suite stands before the --: with it, give all options of eval.run after it")
+    from eval.newest import score_newest
 
-    def run() -> None:
-        config = parse(given[:at])
-        if at == len(given):
-            watch(config)
-            return
-        require(config.score is None, "--suite stands before the --: with it, give all options of eval.run after it")
-        from eval.newest import score_newest
-
-        score_newest(config.run, given[at + 1 :], seconds=config.seconds, once=config.once)
-
-    run_cli(run)
+    score_newest(config.run, given[at + 1 :], seconds=config.seconds, once=config.once)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from trainer.formats.page import file_uri
 INK, MUTED, RULE = "#1d2433", "#687083", "#dfe3ea"
 BLUE, RED, GREEN, AMBER = "#2f5fd0", "#c2413b", "#23825a", "#b7791f"
 COVERAGE_COLORS = ("#e4e7ee", "#b9cdf3", "#7fa3ea", "#3f6fd6", "#1f3f94")
+SHOWN_MAPS = 6
 THIRDS = (("early (noise)", 2 / 3, 1.01), ("middle", 1 / 3, 2 / 3), ("late (picture)", -0.01, 1 / 3))
 TIME = "time (1 = noise, 0 = picture)"
 STYLE: dict[Any, Any] = {
@@ -145,8 +146,8 @@ def _label_bands(axis: Any, shares: list[Any], names: list[str]) -> None:
 
 
 def compute_chart(maps: ComputeMaps) -> str:
-    """Pictures beside their heat maps: mean over time for each layer, mean over layers early, middle, late."""
-    experts = maps.experts_NTLhw.numpy()
+    """The first pictures and their heat maps: mean over time for each layer, mean over layers early, middle, late."""
+    captions, experts = maps.captions[:SHOWN_MAPS], maps.experts_NTLhw[:SHOWN_MAPS].numpy()
     panels = [(f"block {layer}", experts[:, :, i].mean(1)) for i, layer in enumerate(maps.layers)]
     for name, low, high in THIRDS:
         steps = [i for i, time in enumerate(maps.times) if low < time <= high]
@@ -154,13 +155,13 @@ def compute_chart(maps: ComputeMaps) -> str:
     uniform = maps.capacity_factor
     top = max(float(max(panel.max() for _, panel in panels)), uniform + 0.5)
     norm = TwoSlopeNorm(vmin=0, vcenter=uniform, vmax=top)
-    count, width = len(maps.captions), 1 + len(panels)
+    count, width = len(captions), 1 + len(panels)
     bare = {"axes.grid": False, "axes.titleweight": "normal", "axes.spines.left": False, "axes.spines.bottom": False}
     with matplotlib.rc_context(STYLE | bare):
         figure = Figure(figsize=(9.2, 9.2 / (width + 0.6) * count + 0.3), layout="constrained")
         axes = figure.subplots(count, width, squeeze=False)
         mappable = ScalarMappable(norm, "RdBu_r")
-        for n, caption in enumerate(maps.captions):
+        for n, caption in enumerate(captions):
             axes[n, 0].imshow(maps.pictures_NHWC[n].numpy(), interpolation="nearest")
             axes[n, 0].set_title(
                 textwrap.fill(caption, 20, break_long_words=False, break_on_hyphens=False), fontsize=6.5, color=MUTED

@@ -4,7 +4,6 @@ Shapes: N pictures, h x w patches.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -15,7 +14,6 @@ from eval.pages.compute_map import ComputeMaps, compute_by_region
 from trainer.files import read_records
 from trainer.formats.page import escape, file_uri, image
 
-SHOWN_MAPS = 6
 SHOWN_GRIDS = 6
 
 
@@ -52,17 +50,11 @@ def training_section(run_dir: Path, prompts: Sequence[str]) -> list[str]:
 
 def compute_section(maps: ComputeMaps, object_mask_Nhw: Tensor | None = None) -> list[str]:
     """Experts per patch of the first pictures, on objects and elsewhere where a mask is given, and what moves them."""
-    shown = replace(
-        maps,
-        captions=maps.captions[:SHOWN_MAPS],
-        pictures_NHWC=maps.pictures_NHWC[:SHOWN_MAPS],
-        experts_NTLhw=maps.experts_NTLhw[:SHOWN_MAPS],
-    )
     parts = [
         "<h2>Where the compute goes</h2>",
         f"<p>Experts that took each patch, averaged over sampling (by block) and over blocks (by time). White is "
         f"the uniform level of {maps.capacity_factor:g} experts per patch, red more, blue less.</p>",
-        image(compute_chart(shown), "experts per patch"),
+        image(compute_chart(maps), "experts per patch"),
     ]
     regions = compute_by_region(maps, object_mask_Nhw) if object_mask_Nhw is not None else None
     if regions:

@@ -41,8 +41,6 @@ class EvalConfig:
     """Suites, their settings, pictures per prompt and the folder of results."""
     batch_size: int
     """Pictures drawn at once; 1 or more."""
-    log: bool = True
-    """Add the numbers to the run's TensorBoard."""
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -76,7 +74,7 @@ def draw_and_score(config: EvalConfig) -> None:
         config=asdict(pipeline.config),
         notes=(ATTRIBUTION,) if Path(EMBEDDED) in (score.reference, score.true_pictures) else (),
         run_sections=tuple(run_sections(pipeline, prompts, score, config.run_dir)) if world.is_main else (),
-        run_dir=config.run_dir if config.log else None,
+        run_dir=config.run_dir,
     )
     del pipeline  # the scoring networks need the memory
     job = ScoringJob(

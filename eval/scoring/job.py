@@ -174,7 +174,7 @@ class Suite:
 
     The page has a table of the numbers in `names` (path in the result, as {"kid/mean": "KID"}; all numbers if empty)
     with their `spreads`, unless `section` returns other HTML; `stat` is a box for its head. The terminal gets the
-    `headlines` (paths), unless `summary` returns other lines.
+    `headlines` (paths), or with controls what `summary` returns.
     """
 
     check: Callable[[ScoreConfig, list[Prompt]], None]

@@ -10,7 +10,6 @@ from eval.metrics.frechet import FrechetReference, fid_infinity, inception_score
 from eval.metrics.kernel import kid
 from eval.metrics.neighbours import memorisation, neighbours
 from eval.networks.inception import SLIM, InceptionEncoder, classifier_weight
-from eval.pages.numbers import headline_lines
 from eval.pages.sections import number_section
 from eval.pictures.prompts import Prompt
 from eval.scoring.feature_store import FeatureStore, hash_files
@@ -136,8 +135,6 @@ def _stat(result: Result) -> str:
 
 
 def _summary(result: Result) -> list[str]:
-    if "controls" not in result:
-        return headline_lines("fid", SUITE.headlines, result)
     values = {"generated": result["fid"], **result["controls"]}
     return ["fid " + "  ".join(f"{name} {value:.2f}" for name, value in values.items())]
 
