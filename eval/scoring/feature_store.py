@@ -29,7 +29,7 @@ from trainer.config import ConfigError, require
 from trainer.distributed import World
 from trainer.files import replacing, write_text
 
-ALONE = World(rank=0, local_rank=0, size=1)
+ALONE = World(rank=0, local_rank=0, size=1)  # all the pictures are its share
 SHARD_ROWS = 512
 _AHEAD = 4  # batches of pictures that worker threads prepare while the network runs
 Item = TypeVar("Item")
