@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from trainer.config import ConfigError, command, command_parser, require
-from trainer.files import replacing
+from trainer.files import replacing, write_text
 
 
 def read_annotations(path: Path) -> dict[str, Any]:
@@ -109,9 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         require(given.count >= 1, f"--count is {given.count}: use 1 or more")
         rows = build_list(read_annotations(given.annotations), given.count, given.seed)
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(given.out) as temporary:
-            temporary.write_text(text)
+        write_text(given.out, text)
         print(f"{len(rows)} captions, sha256 {hashlib.sha256(text.encode()).hexdigest()}: {given.out}")
         return
     require(given.list.is_file(), f"{given.list} is not a file: make it by eval.coco list")

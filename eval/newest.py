@@ -52,7 +52,8 @@ def score_newest(run: Path, options: list[str], *, seconds: float, once: bool) -
     is read is passed over. Among several processes it ends all of them instead, with the error of the one that missed
     it, because the others are waiting for that one: the job has to start them again.
     """
-    from eval.run import evaluate, parse
+    from eval.run import parse
+    from eval.scoring.draw_and_score import draw_and_score
     from trainer.checkpoint.folder import step_of
     from trainer.distributed import detect_world, from_main, init_distributed
 
@@ -68,7 +69,7 @@ def score_newest(run: Path, options: list[str], *, seconds: float, once: bool) -
             report = _report(run, checkpoint)
             report.parent.mkdir(parents=True, exist_ok=True)  # tells slurm/eval.sbatch which one was taken
             try:
-                evaluate(parse([str(checkpoint), *options, "--out", str(report.parent)]))
+                draw_and_score(parse([str(checkpoint), *options, "--out", str(report.parent)]))
             except (ConfigError, OSError):
                 if world.size > 1 or checkpoint.is_dir():
                     raise

@@ -15,17 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eval.scoring.options import EMBEDDED, add_score_options, split_names
-from eval.scoring.registry import SUITES
-from trainer.config import command_parser, require, run_cli
+from eval.scoring.options import EMBEDDED, SUITES, add_score_options, split_names
+from trainer.config import command, command_parser, require
 
 if TYPE_CHECKING:
     from eval.scoring.draw_and_score import EvalConfig
 
 DEMO_SUITES = ("geneval", "fid")
-_DEMO_DEFAULTS = {
-    "reference": Path(EMBEDDED), "true_pictures": Path(EMBEDDED), "detector": EMBEDDED,
-}  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,6 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(argv: Sequence[str] | None) -> "EvalConfig":
     """Settings from the command line; raises ConfigError on values that cannot work."""
     given = build_parser().parse_args(argv)
+    from eval.demo.prompts import demo_prompts
+    from eval.pictures.prompt_files import read_prompts
     from eval.scoring.draw_and_score import EvalConfig, run_folder
     from eval.scoring.job import score_config
     from trainer.checkpoint.export_reader import is_export
@@ -58,40 +56,38 @@ def parse(argv: Sequence[str] | None) -> "EvalConfig":
     demo = given.prompts == "demo"
     require(demo or given.suite is not None, f"--suite is missing: choose from {', '.join(SUITES)}")
     suites = split_names(",".join(DEMO_SUITES) if given.suite is None else given.suite)
-    out = given.out or run_folder(given.checkpoint.resolve()) / "eval"
+    run_dir = run_folder(given.checkpoint.resolve())
+    out = given.out or run_dir / "eval"
     if demo:
         for suite in suites:
             require(suite in DEMO_SUITES, f"--suite {suite} is unknown: choose from {', '.join(DEMO_SUITES)}")
-        for name, value in _DEMO_DEFAULTS.items():
-            setattr(given, name, value if getattr(given, name) is None else getattr(given, name))
+        given.reference = given.reference or Path(EMBEDDED)
+        given.true_pictures = given.true_pictures or Path(EMBEDDED)
+        given.detector = EMBEDDED if given.detector is None else given.detector
     elif given.out is None:
         out = out / Path(given.prompts.replace(":", "_")).stem
     samples = given.samples if given.samples is not None else 4 if given.prompts.startswith("geneval") else 1
+    score = score_config(given, suites, out, samples)
+    for name, least in (("per_category", 1), ("batch_size", 1), ("seed", 0)):
+        value = getattr(given, name)
+        require(value >= least, f"--{name.replace('_', '-')} is {value}: use {least} or more")
     return EvalConfig(
         checkpoint=given.checkpoint,
-        score=score_config(given, suites, out, samples),
-        prompts=given.prompts,
-        per_category=given.per_category,
+        run_dir=run_dir,
+        prompts=demo_prompts(given.seed, given.per_category) if demo else read_prompts(given.prompts),
+        prompt_set=given.prompts,
+        score=score,
         batch_size=given.batch_size,
-        seed=given.seed,
     )
 
 
-def evaluate(config: "EvalConfig") -> None:
-    """Draw and score the prompt set that the settings name. Collective."""
-    from eval.demo.prompts import demo_prompts
-    from eval.pictures.prompt_files import read_prompts
-    from eval.scoring.draw_and_score import draw_and_score, run_folder
-
-    demo = config.prompts == "demo"
-    prompts = demo_prompts(config.seed, config.per_category) if demo else read_prompts(config.prompts)
-    run_dir = run_folder(config.checkpoint.resolve())
-    draw_and_score(config.checkpoint, config.prompts, prompts, config.score, config.batch_size, run_dir)
-
-
+@command
 def main(argv: list[str] | None = None) -> None:
     """Command line of the evaluation."""
-    run_cli(lambda: evaluate(parse(argv)))
+    config = parse(argv)
+    from eval.scoring.draw_and_score import draw_and_score
+
+    draw_and_score(config)
 
 
 if __name__ == "__main__":

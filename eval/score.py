@@ -8,11 +8,9 @@ With --prompts the folder must have GenEval's layout (DIR/00000/samples/0000.png
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from eval.scoring.options import add_score_options, split_names
-from eval.scoring.registry import SUITES
+from eval.scoring.options import SUITES, add_score_options, split_names
 from trainer.config import command, command_parser, require
 
 
@@ -51,12 +49,9 @@ def main(argv: list[str] | None = None) -> None:
     world = detect_world()
     if world.size > 1:
         init_distributed(world)
-    job = ScoringJob(
-        config=config, prompts=prompts, files=files, rank=world.rank, world_size=world.size,
-        progress=world.is_main and sys.stderr.isatty(),
-    )  # fmt: skip
+    job = ScoringJob(config=config, prompts=prompts, files=files, world=world)
     summary = f"{len(files)} pictures of {given.prompts or 'no prompts'}"
-    score_and_report(job, world, ScoredSubject(name=given.pictures.resolve().name, summary=summary))
+    score_and_report(job, ScoredSubject(name=given.pictures.resolve().name, summary=summary))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.scoring.options import add_score_options, split_names
-from eval.scoring.registry import SUITES
-from trainer.config import ConfigError, command_parser, require, run_cli
-from trainer.files import write_text
+from eval.scoring.options import SUITES, add_score_options, split_names
+from trainer.config import ConfigError, command, command_parser, require
+from trainer.files import read_records, write_text
 
 if TYPE_CHECKING:
     from eval.pictures.prompts import Prompt
@@ -63,19 +62,13 @@ def log_file(run: Path) -> Path:
 
 def finished_steps(run: Path) -> set[int]:
     """Steps in the list; a line that a kill cut off does not count."""
-    path, steps = log_file(run), set()
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            steps.add(int(json.loads(line)["step"]))
-        except (ValueError, KeyError):
-            continue
-    return steps
+    return {int(record["step"]) for record in read_records(log_file(run))}
 
 
 def evaluate_checkpoint(config: WatchConfig, checkpoint: Path) -> dict[str, float]:
     """Validation loss and small scores of one checkpoint; lists it as finished."""
     from eval.pages.numbers import flat_numbers, log_numbers
-    from eval.scoring.draw_and_score import draw_and_score
+    from eval.scoring.draw_and_score import EvalConfig, draw_and_score
     from eval.validation_loss import fixed_samples, validation_loss
     from trainer.data.dataset import open_dataset
     from trainer.pipeline import Pipeline
@@ -85,17 +78,22 @@ def evaluate_checkpoint(config: WatchConfig, checkpoint: Path) -> dict[str, floa
     batches = fixed_samples(dataset, config.num_samples, config.batch_size)
     results: dict[str, Any] = {"validation_loss": validation_loss(pipeline, batches)}
     step = pipeline.step
+    log_numbers(config.run, {"results": results, "step": step})
     del pipeline
     if config.score is not None:
-        score = replace(config.score, out=log_file(config.run).parent / checkpoint.name)
-        draw_and_score(checkpoint, config.prompt_set, config.prompts, score, config.batch_size, config.run, log=False)
-        results |= json.loads((score.out / "report.json").read_text())["results"]
-    log_numbers(config.run, {"results": results, "step": step})
+        evaluation = EvalConfig(
+            checkpoint=checkpoint,
+            run_dir=config.run,
+            prompts=config.prompts,
+            prompt_set=config.prompt_set,
+            score=replace(config.score, out=log_file(config.run).parent / checkpoint.name),
+            batch_size=config.batch_size,
+        )
+        draw_and_score(evaluation)
+        results |= json.loads((evaluation.score.out / "report.json").read_text())["results"]
     numbers = flat_numbers(results)
-    path = log_file(config.run)
-    before = path.read_text() if path.is_file() else ""
-    whole = before if before.endswith("\n") or not before else before[: before.rfind("\n") + 1]
-    write_text(path, whole + json.dumps({"step": step, **numbers}) + "\n")
+    records = [*read_records(log_file(config.run)), {"step": step, **numbers}]
+    write_text(log_file(config.run), "".join(json.dumps(record) + "\n" for record in records))
     return numbers
 
 
@@ -168,22 +166,19 @@ def parse(argv: list[str] | None) -> WatchConfig:
     )
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Command line of the watcher."""
     given = sys.argv[1:] if argv is None else argv
     at = given.index("--") if "--" in given else len(given)
+    config = parse(given[:at])
+    if at == len(given):
+        watch(config)
+        return
+    require(config.score is None, "--suite stands before the --: with it, give all options of eval.run after it")
+    from eval.newest import score_newest
 
-    def run() -> None:
-        config = parse(given[:at])
-        if at == len(given):
-            watch(config)
-            return
-        require(config.score is None, "--suite stands before the --: with it, give all options of eval.run after it")
-        from eval.newest import score_newest
-
-        score_newest(config.run, given[at + 1 :], seconds=config.seconds, once=config.once)
-
-    run_cli(run)
+    score_newest(config.run, given[at + 1 :], seconds=config.seconds, once=config.once)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -56,26 +55,16 @@ def _hash_file(path: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _candidates(found: Weights) -> Iterator[tuple[Path, str]]:
-    """Paths where an entry may be, in order, each with how an error names it."""
-    given = os.environ.get(variable(found.name))
-    if given:
-        yield Path(given), f"{variable(found.name)}={given}"
-    cached = cache_folder() / found.file
-    yield cached, str(cached)
-    spec = importlib.util.find_spec(found.module) if found.module else None
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        yield Path(folder) / found.member, f"{found.package} ({found.member})"
-
-
 def find_file(name: str) -> Path | None:
     """Path of an entry's file, not yet verified; None if it is nowhere. ConfigError if the variable names no file."""
-    found = entry(name)
-    for path, words in _candidates(found):
-        if path.is_file():
-            return path
-        require(not words.startswith("ECDIT"), f"{words} is not a file: correct the variable, or unset it")
-    return None
+    found, given = entry(name), os.environ.get(variable(name))
+    if given:
+        require(Path(given).is_file(), f"{variable(name)}={given} is not a file: correct the variable, or unset it")
+        return Path(given)
+    spec = importlib.util.find_spec(found.module) if found.module else None
+    folders = (spec.submodule_search_locations or []) if spec else []
+    places = [cache_folder() / found.file, *(Path(folder) / found.member for folder in folders)]
+    return next((path for path in places if path.is_file()), None)
 
 
 def find_weights_file(name: str) -> Path:

@@ -22,6 +22,7 @@ from eval.pictures.prompts import Prompt
 from eval.scoring.job import ScoreConfig, ScoringJob, check_all, prepare_all, score_all
 from eval.suites.clip import text_features
 from trainer.config import ConfigError
+from trainer.distributed import World
 
 ARCH = "ViT-tiny-test"
 CONFIG = {
@@ -128,7 +129,9 @@ def test_clip_and_cmmd_suites_end_to_end(weights: Path, clip: ClipModel, tmp_pat
     )
     check_all(config, prompts)
     for rank in (1, 0):  # the second rank may be first
-        prepare_all(ScoringJob(config=config, prompts=prompts, files=files, rank=rank, world_size=2))
+        prepare_all(
+            ScoringJob(config=config, prompts=prompts, files=files, world=World(rank=rank, local_rank=0, size=2))
+        )
     results = score_all(ScoringJob(config=config, prompts=prompts, files=files))
     images = clip.encode(torch.stack([clip.prepare(read_picture(file)) for file in files]))
     texts = clip.encode_texts([prompts[i // 2].text for i in range(12)])

@@ -8,9 +8,8 @@ import pytest
 from browser import DESK, PHONE, find_browser, width_in_browser
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from eval.pages.compare import card_differences, find_report, read_scores
 from eval.pages.numbers import log_numbers
-from eval.report import main
+from eval.report import card_differences, find_report, main, read_scores
 from trainer.config import ConfigError
 
 

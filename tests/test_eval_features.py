@@ -23,6 +23,7 @@ from eval.scoring.feature_store import FeatureStore, add_picture_features, hash_
 from eval.suites import reference_statistics as statistics
 from eval.weights import find_weights_file
 from trainer.config import ConfigError
+from trainer.distributed import World
 from trainer.encoders.pretrained import read_torchscript
 
 WIDTH = 6
@@ -113,13 +114,13 @@ def test_store_resumes_and_does_not_depend_on_ranks(tmp_path: Path) -> None:
     # Three ranks, the second of which never ran; then two ranks of another job finish it.
     for rank in (2, 0):
         store = FeatureStore(tmp_path / "many", encoder.key, WIDTH)
-        add_picture_features(store, encoder, files, rank=rank, world_size=3, batch_size=2)
+        add_picture_features(store, encoder, files, World(rank=rank, local_rank=0, size=3), batch_size=2)
     with pytest.raises(ConfigError, match="4 features are missing"):
         store.matrix(hashes)
     before = encoder.seen
     for rank in range(2):
         store = FeatureStore(tmp_path / "many", encoder.key, WIDTH)
-        add_picture_features(store, encoder, files, rank=rank, world_size=2, batch_size=3)
+        add_picture_features(store, encoder, files, World(rank=rank, local_rank=0, size=2), batch_size=3)
     assert encoder.seen == before + 4
     torch.testing.assert_close(store.matrix(hashes), expected, atol=1e-4, rtol=1e-6)
     assert [len(part) for part in store.read(hashes, rows_at_once=4)] == [4, 4, 3]

@@ -28,6 +28,7 @@ from eval.suites.geneval import Scored, best_of, result_lines, score_detections
 from eval.suites.geneval_steps import detect_files, judge_colors, open_colors, open_detections, read_detections
 from eval.weights import file_sha256, find_weights_file
 from trainer.config import ConfigError
+from trainer.distributed import World
 from trainer.files import write_text
 
 CAT, DOG, CUP = (CLASSES.index(name) for name in ("cat", "dog", "cup"))
@@ -228,7 +229,7 @@ def test_cached_detections_score_again_without_the_detector(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="6 of 6 pictures have no detections"):
         score_files(cache, None, prompts, files)
     for rank in range(4):
-        detect_files(cache, detector, files, rank=rank, world_size=4)
+        detect_files(cache, detector, files, World(rank=rank, local_rank=0, size=4))
     assert detector.seen == 6
     part = next(iter(sorted(cache.folder.glob("part_*"))))
     part.write_text(part.read_text()[:-30])  # as a kill leaves it
@@ -236,7 +237,8 @@ def test_cached_detections_score_again_without_the_detector(tmp_path: Path) -> N
     judged = open_colors(tmp_path, colors.card, cache)
     with pytest.raises(ConfigError, match="colours of cat are missing"):
         score_files(cache, judged, prompts, files)
-    assert sum(judge_colors(judged, colors, cache, prompts, files, rank=r, world_size=2) for r in range(2)) == 4
+    pair = [World(rank=r, local_rank=0, size=2) for r in range(2)]
+    assert sum(judge_colors(judged, colors, cache, prompts, files, world) for world in pair) == 4
     assert judge_colors(judged, colors, cache, prompts, files) == 0
     scored = score_files(cache, judged, prompts, files)
     assert [verdict.correct for verdict in scored.verdicts] == [True, False, True, False, False, False]

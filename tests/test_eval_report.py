@@ -20,7 +20,6 @@ from eval.metrics.geneval import Detection, judge
 from eval.pages.charts import coverage_layers, training_chart
 from eval.pages.compute_map import ComputeMaps, compute_by_region, object_patches, trace_compute
 from eval.pages.numbers import flat_numbers
-from eval.pages.run_sections import read_metrics
 from eval.pictures.image_files import geneval_files, picture_path, write_picture
 from eval.run import DEMO_SUITES, main, parse
 from eval.scoring.draw_and_score import describe_model, run_folder, run_sections
@@ -30,7 +29,7 @@ from eval.scoring.score_and_report import ScoredSubject, score_and_report
 from trainer.config import ConfigError, load_config
 from trainer.data.demo.scenes import CATEGORIES
 from trainer.data.latents.samples import LatentInfo
-from trainer.distributed import World
+from trainer.files import read_records
 from trainer.pipeline import Pipeline
 
 PER_TAG = 2
@@ -150,11 +149,11 @@ def _write_run(folder: Path) -> None:
 
 def test_metrics_of_a_killed_run_are_read(tmp_path: Path) -> None:
     _write_run(tmp_path)
-    rows = read_metrics(tmp_path)
+    rows = read_records(tmp_path / "metrics.jsonl")
     assert len(rows) == 10
     assert list(coverage_layers(rows)) == ["moe/1", "moe/3"]
     assert training_chart(rows) == training_chart(rows)
-    assert read_metrics(tmp_path / "none") == []
+    assert read_records(tmp_path / "none" / "metrics.jsonl") == []
 
 
 def _write_set(folder: Path, pictures: torch.Tensor) -> list[Path]:
@@ -187,7 +186,7 @@ def _score(run: Path, pipeline: Pipeline, out: Path) -> None:
         run_sections=tuple(run_sections(pipeline, prompts, config, run)),
         run_dir=run,
     )
-    score_and_report(job, World(rank=0, local_rank=0, size=1), subject)
+    score_and_report(job, subject)
 
 
 def test_report_is_whole_and_needs_no_other_file(

@@ -21,7 +21,6 @@ from trainer.config import ConfigError
 CONTENT = b"weights" * 100
 ENTRY = Weights(
     name="tiny",
-    file="tiny.bin",
     sha256=hashlib.sha256(CONTENT).hexdigest(),
     licence="MIT",
     note="",

@@ -7,16 +7,15 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from eval.pages.compare import read_scores
 from eval.pictures.image_files import picture_path, read_picture, write_picture
 from eval.pictures.prompts import Prompt
+from eval.report import read_scores
 from eval.run import parse
 from eval.score import main
 from eval.scoring.job import Result, ScoreConfig, ScoringJob, Suite
-from eval.scoring.registry import SUITES
+from eval.scoring.options import SUITES
 from eval.scoring.score_and_report import ScoredSubject, score_and_report
 from trainer.config import ConfigError, require
-from trainer.distributed import World
 from trainer.files import write_text
 
 
@@ -26,9 +25,9 @@ def _check(config: ScoreConfig, prompts: list[Prompt]) -> None:
 
 
 def _prepare(job: ScoringJob) -> None:
-    mine = range(job.rank, len(job.files), job.world_size)
+    mine = range(job.world.rank, len(job.files), job.world.size)
     means = {str(i): float(read_picture(job.files[i]).float().mean()) for i in mine}
-    write_text(job.config.out / "toy" / f"{job.rank}.json", json.dumps(means))
+    write_text(job.config.out / "toy" / f"{job.world.rank}.json", json.dumps(means))
 
 
 def _score(job: ScoringJob) -> Result:
@@ -87,7 +86,7 @@ def test_its_numbers_reach_tensorboard(tmp_path: Path) -> None:
         files=[picture_path(tmp_path / "drawn", i, 0) for i in range(2)],
     )
     subject = ScoredSubject(name="run", summary="two pictures", step=30, run_dir=tmp_path / "run")
-    score_and_report(job, World(rank=0, local_rank=0, size=1), subject)
+    score_and_report(job, subject)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "eval")).Reload()
     assert sorted(events.Tags()["scalars"]) == ["eval/toy/brightness/mean", "eval/toy/brightness/std"]
     (point,) = events.Scalars("eval/toy/brightness/mean")

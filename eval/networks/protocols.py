@@ -75,6 +75,6 @@ class DetectorSource:
     load: Callable[[Path], ObjectDetector]
     """The detector with these weights; ConfigError if they are those of another network."""
     weights: str = ""
-    """Entry of eval/weights_table.py."""
+    """Entry of eval/weights.yaml."""
     find_folder: Callable[[str], Path] | None = None
     """For a detector named NAME:DIR instead, DIR to the folder of weights; ConfigError if they are not in it."""

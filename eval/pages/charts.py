@@ -4,9 +4,9 @@ Drawn with matplotlib's object interface (no global figure state), glyphs as pat
 the same everywhere. Shapes: N pictures, T times, L MoE layers, h x w patches.
 """
 
-import base64
 import io
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,10 +18,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from eval.pages.compute_map import ComputeMaps
+from trainer.formats.page import file_uri
 
 INK, MUTED, RULE = "#1d2433", "#687083", "#dfe3ea"
 BLUE, RED, GREEN, AMBER = "#2f5fd0", "#c2413b", "#23825a", "#b7791f"
 COVERAGE_COLORS = ("#e4e7ee", "#b9cdf3", "#7fa3ea", "#3f6fd6", "#1f3f94")
+SHOWN_MAPS = 6
+THIRDS = (("early (noise)", 2 / 3, 1.01), ("middle", 1 / 3, 2 / 3), ("late (picture)", -0.01, 1 / 3))
+TIME = "time (1 = noise, 0 = picture)"
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
@@ -51,7 +55,17 @@ Rows = Sequence[Mapping[str, Any]]
 def _to_uri(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return file_uri(buffer.getvalue(), "image/svg+xml")
+
+
+def _panels(count: int, columns: int, height: float) -> tuple[Figure, list[Any]]:
+    """A page-wide figure of `count` panels in rows of `height` inches."""
+    lines = max(1, -(-count // columns))
+    figure = Figure(figsize=(9.2, height * lines), layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False).flatten())
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, axes[:count]
 
 
 def _series(rows: Rows, key: str) -> tuple[list[int], list[float]]:
@@ -75,9 +89,8 @@ def training_chart(rows: Rows) -> str:
     )
     shown = [panel for panel in panels if _series(rows, panel[0])[0]]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.2, 2.1 * max(1, -(-len(shown) // 2))), layout="constrained")
-        axes = figure.subplots(max(1, -(-len(shown) // 2)), 2, squeeze=False).flatten()
-        for axis, (key, title, color, noisy) in zip(axes, shown, strict=False):
+        figure, axes = _panels(len(shown), 2, 2.1)
+        for axis, (key, title, color, noisy) in zip(axes, shown, strict=True):
             steps, values = _series(rows, key)
             if noisy:
                 axis.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
@@ -86,9 +99,7 @@ def training_chart(rows: Rows) -> str:
             axis.margins(x=0.01)
             if key in ("loss", "images_per_second", "learning_rate"):
                 axis.set_ylim(bottom=0)
-        for axis in axes[len(shown) :]:
-            axis.set_visible(False)
-        for axis in axes[max(0, len(shown) - 2) : len(shown)]:
+        for axis in axes[-2:]:
             axis.set_xlabel("step")
         return _to_uri(figure)
 
@@ -108,12 +119,9 @@ def coverage_chart(rows: Rows) -> str | None:
     layers = coverage_layers(rows)
     if not layers:
         return None
-    columns = min(2, len(layers))
     with matplotlib.rc_context(STYLE):
-        lines = -(-len(layers) // columns)
-        figure = Figure(figsize=(9.2, 2.5 * lines), layout="constrained")
-        axes = figure.subplots(lines, columns, squeeze=False).flatten()
-        for axis, (layer, keys) in zip(axes, layers.items(), strict=False):
+        figure, axes = _panels(len(layers), min(2, len(layers)), 2.5)
+        for axis, (layer, keys) in zip(axes, layers.items(), strict=True):
             names = sorted(keys, key=int)
             steps, _ = _series(rows, keys[names[0]])
             shares = [np.array(_series(rows, keys[name])[1]) * 100 for name in names]
@@ -122,8 +130,6 @@ def coverage_chart(rows: Rows) -> str | None:
             axis.set(ylim=(0, 100), xlabel="step", ylabel="% of tokens")
             axis.margins(x=0)
             _label_bands(axis, shares, names)
-        for axis in axes[len(layers) :]:
-            axis.set_visible(False)
         return _to_uri(figure)
 
 
@@ -139,51 +145,38 @@ def _label_bands(axis: Any, shares: list[Any], names: list[str]) -> None:
         base += end
 
 
-def _time_bins(times: Sequence[float]) -> list[tuple[str, list[int]]]:
-    """Sampling steps in three thirds of the way from noise to picture, empty ones left out."""
-    limits = (("early (noise)", 2 / 3, 1.01), ("middle", 1 / 3, 2 / 3), ("late (picture)", -0.01, 1 / 3))
-    bins = [(name, [i for i, t in enumerate(times) if low < t <= high]) for name, low, high in limits]
-    return [(name, steps) for name, steps in bins if steps]
-
-
 def compute_chart(maps: ComputeMaps) -> str:
-    """Pictures beside their heat maps: mean over time for each layer, mean over layers early, middle, late."""
-    experts = maps.experts_NTLhw.numpy()
+    """The first pictures and their heat maps: mean over time for each layer, mean over layers early, middle, late."""
+    captions, experts = maps.captions[:SHOWN_MAPS], maps.experts_NTLhw[:SHOWN_MAPS].numpy()
     panels = [(f"block {layer}", experts[:, :, i].mean(1)) for i, layer in enumerate(maps.layers)]
-    panels += [(name, experts[:, steps].mean((1, 2))) for name, steps in _time_bins(maps.times)]
+    for name, low, high in THIRDS:
+        steps = [i for i, time in enumerate(maps.times) if low < time <= high]
+        panels += [(name, experts[:, steps].mean((1, 2)))] if steps else []
     uniform = maps.capacity_factor
     top = max(float(max(panel.max() for _, panel in panels)), uniform + 0.5)
     norm = TwoSlopeNorm(vmin=0, vcenter=uniform, vmax=top)
-    count, width = len(maps.captions), 1 + len(panels)
-    with matplotlib.rc_context({**STYLE, "axes.grid": False, "axes.titleweight": "normal"}):
+    count, width = len(captions), 1 + len(panels)
+    bare = {"axes.grid": False, "axes.titleweight": "normal", "axes.spines.left": False, "axes.spines.bottom": False}
+    with matplotlib.rc_context(STYLE | bare):
         figure = Figure(figsize=(9.2, 9.2 / (width + 0.6) * count + 0.3), layout="constrained")
         axes = figure.subplots(count, width, squeeze=False)
         mappable = ScalarMappable(norm, "RdBu_r")
-        for n, caption in enumerate(maps.captions):
+        for n, caption in enumerate(captions):
             axes[n, 0].imshow(maps.pictures_NHWC[n].numpy(), interpolation="nearest")
-            axes[n, 0].set_title(_wrap(caption), fontsize=6.5, color=MUTED)
+            axes[n, 0].set_title(
+                textwrap.fill(caption, 20, break_long_words=False, break_on_hyphens=False), fontsize=6.5, color=MUTED
+            )
             for axis, (name, panel) in zip(axes[n, 1:], panels, strict=True):
                 axis.imshow(panel[n], cmap="RdBu_r", norm=norm, interpolation="nearest")
                 if n == 0:
                     axis.set_title(name, fontsize=8)
         for axis in axes.flatten():
             axis.set(xticks=[], yticks=[])
-            for spine in axis.spines.values():
-                spine.set_visible(False)
         bar = figure.colorbar(mappable, ax=axes[:, 1:], shrink=min(1.0, 2 / count), aspect=16, pad=0.02)
         bar.set_ticks([0, uniform, top], labels=["0", f"{uniform:g} = uniform", f"{top:.1f}"])
         bar.outline.set_visible(False)
         bar.ax.axhline(uniform, color=INK, linewidth=1)
         return _to_uri(figure)
-
-
-def _wrap(caption: str, width: int = 20) -> str:
-    lines = [""]
-    for word in caption.split():
-        if lines[-1] and len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return "\n".join(lines)
 
 
 def region_chart(maps: ComputeMaps, inside_TL: Tensor, outside_TL: Tensor) -> str:
@@ -196,9 +189,7 @@ def region_chart(maps: ComputeMaps, inside_TL: Tensor, outside_TL: Tensor) -> st
             axis.plot(maps.times, outside_TL[:, i], color=BLUE, label="background")
             axis.axhline(maps.capacity_factor, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label="uniform")
             axis.invert_xaxis()
-            axis.set_title(f"Block {layer}")
-            axis.set_xlabel("time (1 = noise, 0 = picture)")
-            axis.set_ylim(bottom=0)
+            axis.set(title=f"Block {layer}", xlabel=TIME, ylim=(0, None))
         axes[0].set_ylabel("experts per patch")
         axes[0].legend(loc="best")
         return _to_uri(figure)
@@ -214,9 +205,7 @@ def moved_chart(maps: ComputeMaps) -> str:
         for i, layer in enumerate(maps.layers):
             axis.plot(maps.times, maps.moved_TL[:, i], color=colors[i % len(colors)], label=f"block {layer}")
         axis.invert_xaxis()
-        axis.set_xlabel("time (1 = noise, 0 = picture)")
-        axis.set_ylabel("share moved")
-        axis.set_ylim(bottom=0)
+        axis.set(xlabel=TIME, ylabel="share moved", ylim=(0, None))
         if len(maps.layers) <= len(colors):
             axis.legend(loc="best")
         return _to_uri(figure)

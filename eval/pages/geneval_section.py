@@ -14,9 +14,6 @@ CONTROLS = {
 }
 
 
-_SCENES = "Every prompt combines objects or colours that training never showed together. "
-
-
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
@@ -53,11 +50,12 @@ def geneval_section(result: Mapping[str, Any]) -> list[str]:
                 *(_percent(known[name]) if name in known else "" for name in controls),
             ]
         )
+    scenes = "Every prompt combines objects or colours that training never showed together. "
     comparable = result["card"]["comparable"]
     words = "comparable with published scores" if comparable == "official" else "not comparable with published scores"
     return [
         "<h2>Does the picture show what the caption asks for?</h2>",
-        f"<p>{_SCENES if 'background' in result else ''}A detector finds the objects; GenEval's rules compare them "
+        f"<p>{scenes if 'background' in result else ''}A detector finds the objects; GenEval's rules compare them "
         "with the caption. Overall is the unweighted mean of the categories. Protocol: "
         f"<b>{escape(comparable)}</b>, {words}.</p>",
         table(["category", "n", "% correct", "95 % interval", "", *controls], rows, last_is_total=True),

@@ -3,38 +3,23 @@
 Shapes: N pictures, h x w patches.
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from eval.pages.allocation import word_lines
 from eval.pages.charts import compute_chart, coverage_chart, moved_chart, region_chart, training_chart
 from eval.pages.compute_map import ComputeMaps, compute_by_region
+from trainer.files import read_records
 from trainer.formats.page import escape, file_uri, image
 
-SHOWN_MAPS = 6
 SHOWN_GRIDS = 6
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl, without the half line that a killed run may leave; empty if there is no file."""
-    path = run_dir / "metrics.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
 
 
 def training_section(run_dir: Path, prompts: Sequence[str]) -> list[str]:
     """Curves of the run, grids that it drew from these prompts, expert coverage; nothing for what is no run."""
-    rows = read_metrics(run_dir)
+    rows = read_records(run_dir / "metrics.jsonl")
     if not rows:
         return []
     parts = ["<h2>Training</h2>", image(training_chart(rows), "loss, learning rate, gradient norm, speed")]
@@ -65,17 +50,11 @@ def training_section(run_dir: Path, prompts: Sequence[str]) -> list[str]:
 
 def compute_section(maps: ComputeMaps, object_mask_Nhw: Tensor | None = None) -> list[str]:
     """Experts per patch of the first pictures, on objects and elsewhere where a mask is given, and what moves them."""
-    shown = replace(
-        maps,
-        captions=maps.captions[:SHOWN_MAPS],
-        pictures_NHWC=maps.pictures_NHWC[:SHOWN_MAPS],
-        experts_NTLhw=maps.experts_NTLhw[:SHOWN_MAPS],
-    )
     parts = [
         "<h2>Where the compute goes</h2>",
         f"<p>Experts that took each patch, averaged over sampling (by block) and over blocks (by time). White is "
         f"the uniform level of {maps.capacity_factor:g} experts per patch, red more, blue less.</p>",
-        image(compute_chart(shown), "experts per patch"),
+        image(compute_chart(maps), "experts per patch"),
     ]
     regions = compute_by_region(maps, object_mask_Nhw) if object_mask_Nhw is not None else None
     if regions:

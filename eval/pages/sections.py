@@ -90,23 +90,14 @@ def _pictures(report: Mapping[str, Any], prompts: Sequence[Prompt], files: Seque
     return parts
 
 
-def _head(report: Mapping[str, Any], title: str, stats: Sequence[str]) -> list[str]:
-    model = ", ".join(f"{escape(name)} {escape(value)}" for name, value in report.get("model", {}).items())
-    return [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="lead">{escape(report["summary"])}{"; " + model if model else ""}</p>',
-        *([f'<div class="headline">{"".join(stats)}</div>'] if stats else []),
-    ]
-
-
 def render_report(
     report: Mapping[str, Any],
     sections: Mapping[str, Sequence[str]],
     *,
-    stats: Sequence[str] = (),
-    prompts: Sequence[Prompt] = (),
-    files: Sequence[Path] = (),
-    run_sections: Sequence[str] = (),
+    stats: Sequence[str],
+    prompts: Sequence[Prompt],
+    files: Sequence[Path],
+    run_sections: Sequence[str],
 ) -> str:
     """The page as one HTML text.
 
@@ -114,13 +105,14 @@ def render_report(
     after them, then `run_sections`, ready parts about the run.
     """
     title = f"{report['run']} at step {report['step']:,}" if report["step"] else str(report["run"])
-    judging = [name for name in sections if "verdicts" in report["results"][name]]
-    body = _head(report, title, stats)
-    for name in judging:
-        body += sections[name]
+    about = [report["summary"], ", ".join(f"{name} {value}" for name, value in report["model"].items())]
+    body = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape("; ".join(filter(None, about)))}</p>']
+    body += [f'<div class="headline">{"".join(stats)}</div>'] if stats else []
+    for name, part in sections.items():
+        body += part if "verdicts" in report["results"][name] else []
     body += _pictures(report, prompts, files) if prompts else []
-    for name in sections:
-        body += sections[name] if name not in judging else []
+    for name, part in sections.items():
+        body += part if "verdicts" not in report["results"][name] else []
     body += run_sections
     if report["sampling"]:
         body += ["<h2>How the pictures were drawn</h2>", card("Sampling", report["sampling"])]

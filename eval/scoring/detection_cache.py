@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from eval.networks.protocols import FoundObject
 from eval.pictures.image_files import read_picture
-from eval.scoring.feature_store import hash_files, num_workers, prefetched
+from eval.scoring.feature_store import ALONE, bar_is_hidden, missing_pictures, num_workers, prefetched
 from eval.scoring.rle import decode_mask, encode_mask
-from trainer.files import write_text
+from trainer.distributed import World
+from trainer.files import read_records, write_text
 
 _AHEAD = 16  # pictures read before they are asked for
 FLOOR = 0.05  # objects below this score are not kept; the judge's thresholds lie above
@@ -40,15 +41,7 @@ class LineCache:
 
     def read(self) -> dict[str, Line]:
         """All whole lines by id."""
-        found: dict[str, Line] = {}
-        for path in sorted(self.folder.glob("part_*.jsonl")):
-            for text in path.read_text().splitlines():
-                try:
-                    line = json.loads(text)
-                except json.JSONDecodeError:  # cut off by a kill; its picture is done again
-                    continue
-                found[line["id"]] = line
-        return found
+        return {line["id"]: line for path in sorted(self.folder.glob("part_*.jsonl")) for line in read_records(path)}
 
     @contextmanager
     def appending(self) -> Iterator[Callable[[Line], None]]:
@@ -65,27 +58,18 @@ class LineCache:
             path.unlink()
 
     def add(
-        self,
-        files: Sequence[Path],
-        measure: Callable[[str, Tensor], Line],
-        *,
-        title: str,
-        rank: int = 0,
-        world_size: int = 1,
-        progress: bool = False,
+        self, files: Sequence[Path], measure: Callable[[str, Tensor], Line], title: str, world: World = ALONE
     ) -> int:
         """A line by `measure` of hash and picture for each of this rank's pictures that has none; returns how many.
 
         Raises ConfigError for a damaged picture.
         """
-        mine = list(files[rank::world_size])
-        known = self.read()
-        todo = {name: path for name, path in zip(hash_files(mine), mine, strict=True) if name not in known}
+        todo = missing_pictures(files, self.read(), world)
         ready = prefetched(todo.values(), read_picture, num_workers(), _AHEAD)
-        with self.appending() as write, tqdm(total=len(todo), desc=title, unit="image", disable=not progress) as bar:
-            for name, picture in zip(todo, ready, strict=True):
+        bar = tqdm(zip(todo, ready, strict=True), title, len(todo), unit="image", disable=bar_is_hidden(world))
+        with self.appending() as write:
+            for name, picture in bar:
                 write(measure(name, picture))
-                bar.update()
         return len(todo)
 
 

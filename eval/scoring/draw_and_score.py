@@ -4,7 +4,6 @@ The built-in scenes are one prompt set among others: a closed one, whose detecto
 embedded.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from eval.pictures.prompts import Prompt
 from eval.scoring.job import ScoreConfig, ScoringJob, check_all
 from eval.scoring.options import EMBEDDED
 from eval.scoring.score_and_report import ScoredSubject, score_and_report
-from trainer.config import ConfigError, require
+from trainer.config import require
 from trainer.data.demo.emoji import ATTRIBUTION
 from trainer.distributed import World, barrier, detect_world, init_distributed
 from trainer.pipeline import Pipeline
@@ -33,21 +32,15 @@ class EvalConfig:
 
     checkpoint: Path
     """A run folder, a step folder in RUN/checkpoints, or an export."""
+    run_dir: Path
+    """The run that it belongs to, for the report's name, curves and TensorBoard."""
+    prompts: list[Prompt]
+    prompt_set: str
+    """Their name for the report."""
     score: ScoreConfig
     """Suites, their settings, pictures per prompt and the folder of results."""
-    prompts: str = "demo"
-    """demo, geneval[:SEED], or a file or folder of prompts."""
-    per_category: int = 40
-    """Prompts of the built-in scenes in each category; 1 or more."""
-    batch_size: int = 40
+    batch_size: int
     """Pictures drawn at once; 1 or more."""
-    seed: int = 0
-    """Seed of the built-in prompts, 0 or more; pictures are seeded by prompt id and sample number."""
-
-    def __post_init__(self) -> None:
-        for name in ("per_category", "batch_size"):
-            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} is {getattr(self, name)}: use 1 or more")
-        require(self.seed >= 0, f"--seed is {self.seed}: use 0 or more")
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -55,63 +48,50 @@ def run_folder(checkpoint: Path) -> Path:
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
 
 
-def draw_and_score(
-    checkpoint: Path,
-    prompt_set: str,
-    prompts: list[Prompt],
-    config: ScoreConfig,
-    batch_size: int,
-    run_dir: Path,
-    *,
-    log: bool = True,
-) -> None:
-    """Everything: checks, pictures, features and detections, report. Collective; each part continues after a kill.
-
-    `log` adds the numbers to the run's TensorBoard.
-    """
-    check_all(config, prompts)
-    if not checkpoint.exists():
-        raise ConfigError(
-            f"checkpoint {checkpoint} does not exist: give a run folder, a step folder in it or an export"
-        )
+def draw_and_score(config: EvalConfig) -> None:
+    """Everything: checks, pictures, features and detections, report. Collective; each part continues after a kill."""
+    score, prompts = config.score, config.prompts
+    check_all(score, prompts)
+    require(
+        config.checkpoint.exists(),
+        f"checkpoint {config.checkpoint} does not exist: give a run folder, a step folder in it or an export",
+    )
     world = detect_world()
     if world.size > 1:
         init_distributed(world)
     untrained_files: list[Path] = []
-    if config.true_pictures is not None:
-        untrained_files = _draw(Pipeline.load(checkpoint, weights="untrained"), prompts, config, batch_size, world)[1]
-    pipeline = Pipeline.load(checkpoint)
-    folder, files, card = _draw(pipeline, prompts, config, batch_size, world)
+    if score.true_pictures is not None:
+        untrained_files = _draw(Pipeline.load(config.checkpoint, weights="untrained"), config, world)[1]
+    pipeline = Pipeline.load(config.checkpoint)
+    folder, files, card = _draw(pipeline, config, world)
     subject = ScoredSubject(
-        name=run_dir.name,
+        name=config.run_dir.name,
         summary=f"{len(files)} pictures of {pipeline.config.data.image_size} pixels for {len(prompts)} prompts "
-        f"of {prompt_set}",
+        f"of {config.prompt_set}",
         step=pipeline.step,
         sampling=card,
         model=describe_model(pipeline),
         config=asdict(pipeline.config),
-        notes=(ATTRIBUTION,) if Path(EMBEDDED) in (config.reference, config.true_pictures) else (),
-        run_sections=tuple(run_sections(pipeline, prompts, config, run_dir)) if world.is_main else (),
-        run_dir=run_dir if log else None,
+        notes=(ATTRIBUTION,) if Path(EMBEDDED) in (score.reference, score.true_pictures) else (),
+        run_sections=tuple(run_sections(pipeline, prompts, score, config.run_dir)) if world.is_main else (),
+        run_dir=config.run_dir,
     )
     del pipeline  # the scoring networks need the memory
     job = ScoringJob(
-        config=config, prompts=prompts, files=files, folder=folder, untrained_files=untrained_files,
-        rank=world.rank, world_size=world.size, progress=world.is_main and sys.stderr.isatty(),
-    )  # fmt: skip
-    score_and_report(job, world, subject)
+        config=score, prompts=prompts, files=files, folder=folder, untrained_files=untrained_files, world=world
+    )
+    score_and_report(job, subject)
 
 
-def _draw(
-    pipeline: Pipeline, prompts: list[Prompt], config: ScoreConfig, batch_size: int, world: World
-) -> tuple[Path, list[Path], dict[str, Any]]:
+def _draw(pipeline: Pipeline, config: EvalConfig, world: World) -> tuple[Path, list[Path], dict[str, Any]]:
     """Draw this rank's share; returns the folder, all ranks' pictures in it and the sampling card. Collective."""
+    parent, samples = config.score.out / "pictures", config.score.num_samples
     folder, card = draw_set(
-        pipeline, prompts, config.out / "pictures", num_samples=config.num_samples, batch_size=batch_size, world=world
+        pipeline, config.prompts, parent, num_samples=samples, batch_size=config.batch_size, world=world
     )
     if world.size > 1:
         barrier()
-    return folder, geneval_files(folder, len(prompts), config.num_samples), card
+    return folder, geneval_files(folder, len(config.prompts), samples), card
 
 
 def describe_model(pipeline: Pipeline) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -26,8 +26,10 @@ from eval.networks.protocols import ImageEncoder
 from eval.pictures.image_files import read_picture
 from eval.weights import file_sha256
 from trainer.config import ConfigError, require
+from trainer.distributed import World
 from trainer.files import replacing, write_text
 
+ALONE = World(rank=0, local_rank=0, size=1)  # all the pictures are its share
 SHARD_ROWS = 512
 _AHEAD = 4  # batches of pictures that worker threads prepare while the network runs
 Item = TypeVar("Item")
@@ -128,36 +130,35 @@ def hash_files(files: Sequence[Path], workers: int = 8) -> list[str]:
     return list(prefetched(files, check, workers, 4 * workers))
 
 
+def missing_pictures(files: Sequence[Path], known: Collection[str], world: World) -> dict[str, Path]:
+    """Hash and file of each of this rank's pictures that is not in `known`; ConfigError as of `hash_files`."""
+    mine = files[world.rank :: world.size]
+    return {name: path for name, path in zip(hash_files(mine), mine, strict=True) if name not in known}
+
+
+def bar_is_hidden(world: World) -> bool | None:
+    """tqdm's `disable`: the first process has a bar, if it has a terminal."""
+    return None if world.is_main else True
+
+
 def num_workers() -> int:
     """Threads that prepare pictures: the cores this process may use, one of them for the network."""
     return max(1, min(16, len(os.sched_getaffinity(0)) - 1))
 
 
 def add_picture_features(
-    store: FeatureStore,
-    encoder: ImageEncoder,
-    files: Sequence[Path],
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    batch_size: int = 32,
-    progress: bool = False,
+    store: FeatureStore, encoder: ImageEncoder, files: Sequence[Path], world: World = ALONE, *, batch_size: int = 32
 ) -> int:
     """Compute this rank's missing features of pictures; returns how many were computed.
 
     Raises ConfigError naming the first picture that cannot be read.
     """
-    mine = list(files[rank::world_size])
-    hashes = hash_files(mine)
-    known = store.refresh()
-    todo = {name: path for name, path in zip(hashes, mine, strict=True) if name not in known}
-    names = list(todo)
-
-    def prepare(name: str) -> Tensor:
-        return encoder.prepare(read_picture(todo[name]))
-
-    ready = prefetched(names, prepare, num_workers(), _AHEAD * batch_size)
-    with tqdm(total=len(names), desc=f"features {encoder.key['network']}", unit="image", disable=not progress) as bar:
+    todo = missing_pictures(files, store.refresh(), world)
+    names, title = list(todo), f"features {encoder.key['network']}"
+    ready = prefetched(
+        todo.values(), lambda path: encoder.prepare(read_picture(path)), num_workers(), _AHEAD * batch_size
+    )
+    with tqdm(total=len(names), desc=title, unit="image", disable=bar_is_hidden(world)) as bar:
         for start in range(0, len(names), SHARD_ROWS):
             shard = names[start : start + SHARD_ROWS]
             parts = []

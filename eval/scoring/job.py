@@ -3,7 +3,7 @@
 A suite's `check` runs before anything is drawn or written; `prepare` runs on every rank, on its own share of the
 pictures, and may be killed at any time; `score` on the first rank turns what `prepare` has stored into numbers. A
 number that these pictures cannot have is listed under `skipped` with the reason. The suites are named in
-eval/scoring/registry.py.
+eval/scoring/options.py.
 
 A closed set is one with a true picture for each prompt (`true_pictures`). Its scores come with controls, which a
 score is read against: the true pictures themselves, and those that the model drew before its first step.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from eval.demo.prompts import write_training_pictures, write_true_pictures
 from eval.metrics.geneval import Rules
@@ -27,10 +28,10 @@ from eval.networks.resize import CONVENTIONS, check_convention
 from eval.pictures.image_files import folder_files, geneval_files, open_npz, read_picture, unpack_npz
 from eval.pictures.prompts import Prompt
 from eval.scoring.detection_cache import FLOOR
-from eval.scoring.feature_store import FeatureStore, add_picture_features, hash_files
-from eval.scoring.options import EMBEDDED
-from eval.scoring.registry import SUITES
+from eval.scoring.feature_store import ALONE, FeatureStore, add_picture_features, hash_files
+from eval.scoring.options import EMBEDDED, SUITES
 from trainer.config import require
+from trainer.distributed import World
 
 Result = dict[str, Any]
 """What a suite reports: nested numbers, `skipped` {name: reason}, `card` (the protocol), and what its section shows."""
@@ -41,7 +42,7 @@ class ScoreConfig:
     """What to score with."""
 
     suites: tuple[str, ...]
-    """Names of eval/scoring/registry.py, at least one."""
+    """Names of eval/scoring/options.py, at least one."""
     out: Path
     """Folder of the report, and of the features and detections that are kept for the next one."""
     num_samples: int = 1
@@ -60,8 +61,6 @@ class ScoreConfig:
     """Detector of GenEval: a name of eval/networks/detectors.py, or `embedded` for the one of the built-in scenes."""
     colors: str = "clip"
     """Judge of the colours of detected objects: clip, or nearest (no weights, for checks only)."""
-    batch_size: int = 32
-    """Pictures that a network gets at once; 1 or more."""
     num_neighbours: int = 5
     """k of precision, recall, density and coverage; 1 or more."""
     rules: Rules = field(default_factory=Rules)
@@ -73,7 +72,7 @@ class ScoreConfig:
         require(bool(self.suites), f"--suite is empty: choose from {', '.join(SUITES)}")
         check_convention(self.convention)
         require(self.colors in ("clip", "nearest"), f"--colors is {self.colors}: use clip or nearest")
-        for name in ("num_samples", "batch_size", "num_neighbours"):
+        for name in ("num_samples", "num_neighbours"):
             flag = "--samples" if name == "num_samples" else f"--{name.replace('_', '-')}"
             require(getattr(self, name) >= 1, f"{flag} is {getattr(self, name)}: use 1 or more")
         for name in ("score", "counting_score"):
@@ -108,14 +107,7 @@ class ScoringJob:
     files: list[Path]
     folder: Path | None = None
     untrained_files: list[Path] = field(default_factory=list)
-    rank: int = 0
-    world_size: int = 1
-    progress: bool = False
-
-    @cached_property
-    def hashes(self) -> list[str]:
-        """Hash of each picture's file."""
-        return hash_files(self.files)
+    world: World = ALONE
 
     @cached_property
     def picture_size(self) -> int:
@@ -161,18 +153,19 @@ class ScoringJob:
         """The caption of each picture."""
         return [self.prompts[i // self.config.num_samples].text for i in range(len(self.files))]
 
-    def add(self, encoder: ImageEncoder, *more: list[Path]) -> None:
-        """Compute this rank's missing features of pictures, reference and further pictures."""
-        store = self.store(encoder)
-        for files in (self.files, self.reference_files, *more):
-            add_picture_features(
-                store, encoder, files, rank=self.rank, world_size=self.world_size,
-                batch_size=self.config.batch_size, progress=self.progress,
-            )  # fmt: skip
-
     def store(self, encoder: ImageEncoder) -> FeatureStore:
         """Where the encoder's features are kept."""
         return FeatureStore(self.config.out / "features", encoder.key, encoder.dim)
+
+    def add(self, encoder: ImageEncoder, *sets: list[Path]) -> None:
+        """Compute this rank's missing features of sets of pictures."""
+        store = self.store(encoder)
+        for files in sets:
+            add_picture_features(store, encoder, files, self.world)
+
+    def features(self, encoder: ImageEncoder, files: list[Path]) -> Tensor:
+        """What `add` has stored of pictures, fp32 [N, D]."""
+        return self.store(encoder).matrix(hash_files(files))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +174,7 @@ class Suite:
 
     The page has a table of the numbers in `names` (path in the result, as {"kid/mean": "KID"}; all numbers if empty)
     with their `spreads`, unless `section` returns other HTML; `stat` is a box for its head. The terminal gets the
-    `headlines` (paths), unless `summary` returns other lines.
+    `headlines` (paths), or with controls what `summary` returns.
     """
 
     check: Callable[[ScoreConfig, list[Prompt]], None]
@@ -224,12 +217,12 @@ def needs_reference(config: ScoreConfig, *, pictures: bool) -> Path:
     return path
 
 
-def attempt(result: Result, skipped: dict[str, str], name: str, compute: Callable[[], Any]) -> None:
-    """Add a number, or the reason why these pictures have none."""
+def attempt(result: Result, name: str, compute: Callable[[], Any]) -> None:
+    """Add a number, or under `skipped` the reason why these pictures have none."""
     try:
         found = compute()
     except ValueError as error:
-        skipped[name] = str(error)
+        result["skipped"][name] = str(error)
         return
     result[name] = asdict(found) if hasattr(found, "__dataclass_fields__") else found
 

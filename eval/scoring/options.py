@@ -1,4 +1,4 @@
-"""Command-line options of scoring, shared by `eval.run`, `eval.score` and `eval.watch`.
+"""The suites by name, and the command-line options of scoring, shared by `eval.run`, `eval.score` and `eval.watch`.
 
 Nothing heavy is imported here, so that --help answers at once. Options that are not given keep the defaults of
 `eval.scoring.job.ScoreConfig`.
@@ -6,6 +6,16 @@ Nothing heavy is imported here, so that --help answers at once. Options that are
 
 import argparse
 from pathlib import Path
+
+SUITES = {
+    "fid": "eval.suites.fid",
+    "cmmd": "eval.suites.cmmd",
+    "dino": "eval.suites.dino",
+    "clip": "eval.suites.clip",
+    "geneval": "eval.suites.geneval",
+    "text": "eval.suites.text",
+}
+"""Name on the command line -> module with `SUITE`, imported when it is used. A further suite is a file and a line."""
 
 EMBEDDED = "embedded"
 """In place of a folder or a detector: the built-in scenes, and the detector that knows them."""

@@ -15,7 +15,7 @@ from eval.pages.numbers import headline_lines, log_numbers, write_csv
 from eval.pages.sections import number_section, render_report
 from eval.pictures.protocol import package_versions
 from eval.scoring.job import Result, ScoringJob, find_suite, prepare_all, score_all
-from trainer.distributed import World, barrier
+from trainer.distributed import barrier
 from trainer.files import write_text
 
 
@@ -38,13 +38,13 @@ class ScoredSubject:
     run_dir: Path | None = None
 
 
-def score_and_report(job: ScoringJob, world: World, subject: ScoredSubject) -> None:
+def score_and_report(job: ScoringJob, subject: ScoredSubject) -> None:
     """Compute on every rank, then score and report on the first. Collective."""
     start = time.perf_counter()
     prepare_all(job)
-    if world.size > 1:
+    if job.world.size > 1:
         barrier()
-    if not world.is_main:
+    if not job.world.is_main:
         return
     report: dict[str, Any] = {
         "run": subject.name,
@@ -87,7 +87,8 @@ def print_summary(results: Mapping[str, Result], out: Path) -> None:
     """The main numbers, what has none and why, and where the report is, for the terminal."""
     for name, result in results.items():
         suite = find_suite(name)
-        lines = suite.summary(result) if suite.summary else headline_lines(name, suite.headlines, result)
+        closed = "controls" in result
+        lines = suite.summary(result) if suite.summary and closed else headline_lines(name, suite.headlines, result)
         for line in lines:
             print(line)
         for metric, why in result["skipped"].items():

@@ -9,7 +9,7 @@ from torch import Tensor
 from eval.metrics.clip_score import clip_score, cosines, r_precision
 from eval.networks.clip import ClipModel, find_clip, load_clip
 from eval.pictures.prompts import Prompt, prompts_sha256
-from eval.scoring.feature_store import SHARD_ROWS, FeatureStore, add_picture_features
+from eval.scoring.feature_store import SHARD_ROWS, FeatureStore
 from eval.scoring.job import Result, ScoreConfig, ScoringJob, Suite, attempt
 from trainer.config import require
 
@@ -41,31 +41,24 @@ def check(config: ScoreConfig, prompts: list[Prompt]) -> None:
 def prepare(job: ScoringJob) -> None:
     """Picture features on every rank, caption features on the first."""
     clip = load_clip(job.config.clip)
-    add_picture_features(
-        job.store(clip), clip, job.files, rank=job.rank, world_size=job.world_size,
-        batch_size=job.config.batch_size, progress=job.progress,
-    )  # fmt: skip
-    if job.rank == 0:
+    job.add(clip, job.files)
+    if job.world.is_main:
         text_features(job.config.out / "features", clip, [prompt.text for prompt in job.prompts])
 
 
 def score(job: ScoringJob) -> Result:
     """CLIP score, R-precision, and how many captions were cut."""
     clip, captions = load_clip(job.config.clip), job.texts()
-    images_ND = job.store(clip).matrix(job.hashes)
+    images_ND = job.features(clip, job.files)
     texts_ND = text_features(job.config.out / "features", clip, captions)
-    skipped: dict[str, str] = {}
-    result: Result = {}
-    attempt(result, skipped, "score", lambda: clip_score(cosines(images_ND, texts_ND)))
-    try:
-        share, distractors = r_precision(images_ND, texts_ND, captions)
-        result["r_precision"] = {"value": share, "distractors": distractors}
-    except ValueError as error:
-        skipped["r_precision"] = str(error)
+    result: Result = {"skipped": {}}
+    attempt(result, "score", lambda: clip_score(cosines(images_ND, texts_ND)))
+    found = ("value", "distractors")
+    attempt(result, "r_precision", lambda: dict(zip(found, r_precision(images_ND, texts_ND, captions), strict=True)))
     result["truncated_captions"] = sum(clip.is_truncated(prompt.text) for prompt in job.prompts)
     card = {"metric": "clip-score-1", "model": job.config.clip, **clip.key, "pictures": len(job.files),
             "prompts_sha256": prompts_sha256(job.prompts)}  # fmt: skip
-    return {**result, "skipped": skipped, "card": card}
+    return {**result, "card": card}
 
 
 SUITE = Suite(

@@ -3,7 +3,6 @@
 from eval.metrics.kernel import cmmd
 from eval.networks.clip import find_clip, load_clip
 from eval.pictures.prompts import Prompt
-from eval.scoring.feature_store import hash_files
 from eval.scoring.job import Result, ScoreConfig, ScoringJob, Suite, needs_reference
 
 
@@ -16,14 +15,13 @@ def check(config: ScoreConfig, prompts: list[Prompt]) -> None:
 
 def prepare(job: ScoringJob) -> None:
     """CLIP features of pictures and reference."""
-    job.add(load_clip(job.config.cmmd_clip))
+    job.add(load_clip(job.config.cmmd_clip), job.files, job.reference_files)
 
 
 def score(job: ScoringJob) -> Result:
     """CLIP-MMD."""
     clip = load_clip(job.config.cmmd_clip)
-    store = job.store(clip)
-    value = cmmd(store.matrix(job.hashes), store.matrix(hash_files(job.reference_files)))
+    value = cmmd(job.features(clip, job.files), job.features(clip, job.reference_files))
     card = {"metric": "cmmd-1", **clip.key, "pictures": len(job.files), "reference": job.reference_name,
             "reference_pictures": len(job.reference_files), "sigma": 10, "scale": 1000}  # fmt: skip
     return {"cmmd": value, "skipped": {}, "card": card}

@@ -4,7 +4,6 @@ from eval.metrics.frechet import FrechetReference
 from eval.metrics.neighbours import neighbours
 from eval.networks.dino import DINO_WEIGHTS, DinoEncoder
 from eval.pictures.prompts import Prompt
-from eval.scoring.feature_store import hash_files
 from eval.scoring.job import Result, ScoreConfig, ScoringJob, Suite, attempt, needs_reference
 from eval.weights import find_weights_file
 
@@ -18,21 +17,19 @@ def check(config: ScoreConfig, prompts: list[Prompt]) -> None:
 
 def prepare(job: ScoringJob) -> None:
     """DINOv2 features of pictures and reference."""
-    job.add(DinoEncoder())
+    job.add(DinoEncoder(), job.files, job.reference_files)
 
 
 def score(job: ScoringJob) -> Result:
     """Frechet distance, precision and recall in DINOv2's space."""
     encoder = DinoEncoder()
-    store = job.store(encoder)
-    features_ND, real_MD = store.matrix(job.hashes), store.matrix(hash_files(job.reference_files))
-    reference = FrechetReference.from_rows(real_MD)
-    skipped: dict[str, str] = {}
-    result: Result = {"fd_dinov2": reference.distance_to_rows(features_ND)}
-    attempt(result, skipped, "neighbours", lambda: neighbours(features_ND, real_MD, k=job.config.num_neighbours))
+    features_ND, real_MD = job.features(encoder, job.files), job.features(encoder, job.reference_files)
+    distance = FrechetReference.from_rows(real_MD).distance_to_rows(features_ND)
+    result: Result = {"fd_dinov2": distance, "skipped": {}}
+    attempt(result, "neighbours", lambda: neighbours(features_ND, real_MD, k=job.config.num_neighbours))
     card = {"metric": "fd-dinov2-1", **encoder.key, "pictures": len(job.files), "reference": job.reference_name,
             "reference_pictures": len(job.reference_files)}  # fmt: skip
-    return {**result, "skipped": skipped, "card": card}
+    return {**result, "card": card}
 
 
 SUITE = Suite(

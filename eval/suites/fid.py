@@ -10,7 +10,6 @@ from eval.metrics.frechet import FrechetReference, fid_infinity, inception_score
 from eval.metrics.kernel import kid
 from eval.metrics.neighbours import memorisation, neighbours
 from eval.networks.inception import SLIM, InceptionEncoder, classifier_weight
-from eval.pages.numbers import headline_lines
 from eval.pages.sections import number_section
 from eval.pictures.prompts import Prompt
 from eval.scoring.feature_store import FeatureStore, hash_files
@@ -36,7 +35,8 @@ def check(config: ScoreConfig, prompts: list[Prompt]) -> None:
 
 def prepare(job: ScoringJob) -> None:
     """Inception features of the pictures, the reference and the controls."""
-    job.add(InceptionEncoder(job.config.convention), *job.control_files.values())
+    sets = [job.files, job.reference_files, *job.control_files.values()]
+    job.add(InceptionEncoder(job.config.convention), *sets)
 
 
 def _fid_reference(job: ScoringJob, store: FeatureStore) -> tuple[FrechetReference, Tensor | None, int]:
@@ -58,34 +58,31 @@ def _fid_reference(job: ScoringJob, store: FeatureStore) -> tuple[FrechetReferen
 def score(job: ScoringJob) -> Result:
     """All numbers of the FID network's features; those that need real pictures only with a reference of pictures."""
     encoder, config = InceptionEncoder(job.config.convention), job.config
-    store, names = job.store(encoder), job.hashes
+    store, names = job.store(encoder), hash_files(job.files)
     features_ND = store.matrix(_thinned(names))
     reference, real_MD, reference_count = _fid_reference(job, store)
-    skipped: dict[str, str] = {}
-    result: Result = {}
-    moments = moments_of(store.read(names)) if len(names) >= encoder.dim else None
-    result["fid"] = reference.distance(moments) if moments else reference.distance_to_rows(features_ND)
+    many = len(names) >= encoder.dim
+    fid = reference.distance(moments_of(store.read(names))) if many else reference.distance_to_rows(features_ND)
+    result: Result = {"fid": fid, "skipped": {}}
     if job.control_files:
         result["controls"] = {
-            name: reference.distance_to_rows(store.matrix(hash_files(files)))
-            for name, files in job.control_files.items()
+            name: reference.distance_to_rows(job.features(encoder, files)) for name, files in job.control_files.items()
         }
-    attempt(result, skipped, "fid_infinity", lambda: fid_infinity(features_ND, reference))
+    attempt(result, "fid_infinity", lambda: fid_infinity(features_ND, reference))
     if real_MD is None:
-        skipped["kid, neighbours, memorisation"] = "the reference holds statistics, not pictures"
+        result["skipped"]["kid, neighbours, memorisation"] = "the reference holds statistics, not pictures"
     else:
         real = real_MD
-        attempt(result, skipped, "kid", lambda: kid(features_ND, real))
-        attempt(result, skipped, "neighbours", lambda: neighbours(features_ND, real, k=config.num_neighbours))
-        attempt(result, skipped, "memorisation", lambda: _memorisation(job, features_ND, real))
+        attempt(result, "kid", lambda: kid(features_ND, real))
+        attempt(result, "neighbours", lambda: neighbours(features_ND, real, k=config.num_neighbours))
+        attempt(result, "memorisation", lambda: _memorisation(job, features_ND, real))
     weight = classifier_weight()
     if weight is None:
-        skipped["inception_score"] = (
-            "the classifier is not here: python -m eval.weights fetch inception-2015-12-05-full"
-        )
+        how = "python -m eval.weights fetch inception-2015-12-05-full"
+        result["skipped"]["inception_score"] = f"the classifier is not here: {how}"
     else:
         logits_NK = features_ND.double() @ weight.double().T
-        attempt(result, skipped, "inception_score", lambda: inception_score(logits_NK))
+        attempt(result, "inception_score", lambda: inception_score(logits_NK))
     if len(names) < FEW:
         result["note"] = f"{len(names)} pictures bias FID upwards: compare it only with values of as many pictures"
     card = {
@@ -93,7 +90,7 @@ def score(job: ScoringJob) -> Result:
         "reference": job.reference_name, "reference_pictures": reference_count or "not stated",
         "pictures_of_set_metrics": len(features_ND),
     }  # fmt: skip
-    return {**result, "skipped": skipped, "card": card}
+    return {**result, "card": card}
 
 
 def _thinned(names: list[str]) -> list[str]:
@@ -105,9 +102,8 @@ def _thinned(names: list[str]) -> list[str]:
 
 def _memorisation(job: ScoringJob, features_ND: Tensor, real_MD: Tensor) -> Result:
     found = memorisation(features_ND, real_MD)
-    if len(features_ND) < len(job.files) or len(real_MD) < len(job.reference_files):
-        return {"share": found.share, "threshold": found.threshold, "quantile": found.quantile, "closest": []}
-    closest = found.distance_N.argsort()[:_SHOWN].tolist()
+    whole = len(features_ND) == len(job.files) and len(real_MD) == len(job.reference_files)  # else rows are no files
+    closest = found.distance_N.argsort()[:_SHOWN].tolist() if whole else []
     pairs = [
         [str(job.files[i]), str(job.reference_files[int(found.nearest_N[i])]), round(float(found.distance_N[i]), 4)]
         for i in closest
@@ -139,8 +135,6 @@ def _stat(result: Result) -> str:
 
 
 def _summary(result: Result) -> list[str]:
-    if "controls" not in result:
-        return headline_lines("fid", SUITE.headlines, result)
     values = {"generated": result["fid"], **result["controls"]}
     return ["fid " + "  ".join(f"{name} {value:.2f}" for name, value in values.items())]
 

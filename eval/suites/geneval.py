@@ -19,7 +19,6 @@ from eval.networks.clip import DEFAULT_CLIP, find_clip, load_clip
 from eval.networks.colors import ClipColors, ColorJudge, NearestColors, describe_colors
 from eval.networks.detectors import build_detector, check_detector, describe_detector
 from eval.pages.geneval_section import geneval_section, geneval_stat
-from eval.pages.numbers import headline_lines
 from eval.pictures.geneval_prompts import OFFICIAL_SHA256
 from eval.pictures.prompts import Prompt, prompts_sha256
 from eval.scoring.detection_cache import LineCache
@@ -64,18 +63,15 @@ class NetworkObjects:
 
     def prepare(self, job: ScoringJob) -> None:
         """Detections, then the colours that are asked for, of this rank's pictures."""
-        share = {"rank": job.rank, "world_size": job.world_size}
         sets = [job.files, *job.control_files.values()]
         detector = build_detector(self.config.detector)
         for files in sets:
-            detect_files(self.detections, detector, files, progress=job.progress, **share)
+            detect_files(self.detections, detector, files, job.world)
         if self.colors is not None:
-            judge = _color_judge(self.config)
+            by_clip = self.config.colors == "clip"
+            judge: ColorJudge = ClipColors(load_clip(self.config.clip)) if by_clip else NearestColors()
             for files in sets:
-                judge_colors(
-                    self.colors, judge, self.detections, job.prompts, files,
-                    every=self.every, progress=job.progress, **share,
-                )  # fmt: skip
+                judge_colors(self.colors, judge, self.detections, job.prompts, files, job.world, every=self.every)
 
     def detect(self, job: ScoringJob, files: Sequence[Path]) -> list[list[Detection]]:
         """What is kept of these pictures."""
@@ -85,10 +81,6 @@ class NetworkObjects:
         """Nothing."""
         del job
         return {}
-
-
-def _color_judge(config: ScoreConfig) -> ColorJudge:
-    return ClipColors(load_clip(config.clip)) if config.colors == "clip" else NearestColors()
 
 
 ObjectSource = NetworkObjects | EmbeddedObjects
@@ -123,18 +115,15 @@ def prepare(job: ScoringJob) -> None:
 
 def departures(config: ScoreConfig, prompts: list[Prompt], comparable: str) -> list[str]:
     """In what a score differs from the official protocol; empty for a comparable one."""
-    found = []
-    if comparable != "official":
-        found.append(f"detector {config.detector}")
-    if config.colors != "clip" or config.clip != DEFAULT_CLIP:
-        found.append(f"colours by {config.clip if config.colors == 'clip' else config.colors}")
-    if config.rules != Rules():
-        found.append("other thresholds")
-    if prompts_sha256(prompts) != OFFICIAL_SHA256:
-        found.append("other prompts")
-    if config.num_samples != OFFICIAL_SAMPLES:
-        found.append(f"{config.num_samples} pictures per prompt")
-    return found
+    judge = config.clip if config.colors == "clip" else config.colors
+    differs = {
+        f"detector {config.detector}": comparable != "official",
+        f"colours by {judge}": judge != DEFAULT_CLIP,
+        "other thresholds": config.rules != Rules(),
+        "other prompts": prompts_sha256(prompts) != OFFICIAL_SHA256,
+        f"{config.num_samples} pictures per prompt": config.num_samples != OFFICIAL_SAMPLES,
+    }
+    return [words for words, is_so in differs.items() if is_so]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,8 +222,6 @@ def score(job: ScoringJob) -> Result:
 
 
 def _summary(result: Result) -> list[str]:
-    if "controls" not in result:
-        return headline_lines("geneval", SUITE.headlines, result)
     overall = result["overall"]
     tags = "  ".join(f"{tag} {score['value']:.1%}" for tag, score in result["tags"].items())
     return [f"geneval {overall['value']:.1%} ({overall['low']:.1%} to {overall['high']:.1%})  {tags}"]

@@ -36,9 +36,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 def check_complete(rows: list[dict[str, Any]], prompt_set: str, samples: int) -> None:
     """ConfigError unless every prompt of the set has exactly `samples` pictures."""
-    asked = Counter({prompt.text: 0 for prompt in read_prompts(prompt_set)})
-    for prompt in read_prompts(prompt_set):
-        asked[prompt.text] += samples
+    asked = Counter([prompt.text for prompt in read_prompts(prompt_set)] * samples)
     found = Counter(row["prompt"] for row in rows)
     wrong = [text for text in asked | found if asked[text] != found[text]]
     require(

@@ -17,8 +17,9 @@ from eval.pictures.geneval_names import COLORS
 from eval.pictures.image_files import read_picture
 from eval.pictures.prompts import Prompt
 from eval.scoring.detection_cache import FLOOR, Line, LineCache, from_line, to_line
-from eval.scoring.feature_store import hash_files
+from eval.scoring.feature_store import ALONE, bar_is_hidden, hash_files
 from trainer.config import require
+from trainer.distributed import World
 
 
 def open_detections(folder: Path, detector_card: Mapping[str, str]) -> LineCache:
@@ -26,11 +27,9 @@ def open_detections(folder: Path, detector_card: Mapping[str, str]) -> LineCache
     return LineCache(folder / "detections", {**detector_card, "floor": FLOOR})
 
 
-def detect_files(cache: LineCache, detector: ObjectDetector, files: Sequence[Path], **share: Any) -> int:
-    """Detect in this rank's pictures that the cache lacks; `share` is passed to `LineCache.add`. Returns how many."""
-    return cache.add(
-        files, lambda name, picture: to_line(name, picture, detector.detect(picture)), title="detections", **share
-    )
+def detect_files(cache: LineCache, detector: ObjectDetector, files: Sequence[Path], world: World = ALONE) -> int:
+    """Detect in this rank's pictures that the cache lacks; returns how many."""
+    return cache.add(files, lambda name, picture: to_line(name, picture, detector.detect(picture)), "detections", world)
 
 
 def asked_colors(metadata: Mapping[str, Any]) -> list[str]:
@@ -53,11 +52,9 @@ def judge_colors(
     detections: LineCache,
     prompts: Sequence[Prompt],
     files: Sequence[Path],
+    world: World = ALONE,
     *,
     every: Sequence[str] = (),
-    rank: int = 0,
-    world_size: int = 1,
-    progress: bool = False,
 ) -> int:
     """Judge the colours that prompts ask for, of this rank's pictures; returns how many pictures were judged.
 
@@ -66,10 +63,12 @@ def judge_colors(
     """
     samples = len(files) // len(prompts)
     found, known, judged = detections.read(), cache.read(), 0
-    jobs = [i for i in range(rank, len(files), world_size) if every or asked_colors(prompts[i // samples].metadata)]
+    mine = range(world.rank, len(files), world.size)
+    jobs = [i for i in mine if every or asked_colors(prompts[i // samples].metadata)]
     names = hash_files([files[i] for i in jobs])
-    with cache.appending() as write, tqdm(total=len(jobs), desc="colours", unit="image", disable=not progress) as bar:
-        for i, identity in zip(jobs, names, strict=True):
+    bar = tqdm(zip(jobs, names, strict=True), "colours", len(jobs), unit="image", disable=bar_is_hidden(world))
+    with cache.appending() as write:
+        for i, identity in bar:
             classes = {item.name for item in from_line(found[identity])} & set(every)
             asked = [name for name in sorted({*asked_colors(prompts[i // samples].metadata), *classes})
                      if _color_id(identity, name) not in known]  # fmt: skip
@@ -81,7 +80,6 @@ def judge_colors(
                     pairs = [[n, [round(p, 5) for p in row]] for n, row in zip(numbers, rows.tolist(), strict=True)]
                     write({"id": _color_id(identity, name), "colors": pairs})
                 judged += 1
-            bar.update()
     return judged
 
 

@@ -47,8 +47,8 @@ def write_statistics(path: Path, statistics: Statistics) -> None:
         )
 
 
-def _read_arrays(path: Path) -> tuple[Any, Any, str, int, dict[str, str]]:
-    """mu, sigma, the convention, the count and the texts that a file holds; ConfigError if it has no statistics."""
+def _read_arrays(path: Path) -> tuple[Any, Any, int, dict[str, str]]:
+    """mu, sigma, the count and the texts that a file holds; ConfigError if it has no statistics."""
     from eval.pictures.image_files import open_npz
 
     with open_npz(path) as content:
@@ -61,12 +61,11 @@ def _read_arrays(path: Path) -> tuple[Any, Any, str, int, dict[str, str]]:
             mu, sigma = content["mu"], content["sigma"]
         except ValueError as error:  # pickled objects
             raise ConfigError(f"{path} holds no plain arrays ({error}): build it again") from error
-        named = str(content["convention"]) if "convention" in content else ""
+        texts = {key: str(content[key]) for key in ("convention", "weights_sha256", "source") if key in content}
         # ADM's own files are the only ones with spatial statistics, and have the TensorFlow resize.
-        named = named or ("torch-fidelity" if "mu_s" in content else "")
-        count = int(content["count"]) if "count" in content else 0
-        texts = {key: str(content[key]) if key in content else "" for key in ("weights_sha256", "source")}
-    return mu, sigma, named, count, texts
+        if "mu_s" in content and not texts.get("convention"):
+            texts["convention"] = "torch-fidelity"
+        return mu, sigma, int(content.get("count", 0)), texts
 
 
 def read_statistics(path: Path, convention: str = "") -> Statistics:
@@ -79,8 +78,8 @@ def read_statistics(path: Path, convention: str = "") -> Statistics:
 
     from eval.metrics.frechet import Moments
 
-    mu, sigma, named, count, texts = _read_arrays(path)
-    mu = np.squeeze(mu)
+    mu, sigma, count, texts = _read_arrays(path)
+    mu, named = np.squeeze(mu), texts.get("convention", "")
     require(
         mu.ndim == 1 and sigma.shape == (mu.size, mu.size),
         f"{path}: mu is {mu.shape} and sigma {sigma.shape}, they must be [D] and [D, D]",
@@ -92,10 +91,10 @@ def read_statistics(path: Path, convention: str = "") -> Statistics:
         f"use --convention {named}",
     )
     found = Moments(count=count, mean_D=torch.from_numpy(mu).double(), covariance_DD=torch.from_numpy(sigma).double())
-    return Statistics(moments=found, convention=named or convention, **texts)
+    return Statistics(moments=found, **{**texts, "convention": named or convention})
 
 
-def build_statistics(pictures: Path, store_folder: Path, convention: str, *, progress: bool = False) -> Statistics:
+def build_statistics(pictures: Path, store_folder: Path, convention: str) -> Statistics:
     """Statistics of a folder or ADM batch file of pictures; features are kept in `store_folder`."""
     from eval.metrics.frechet import moments_of
     from eval.networks.inception import InceptionEncoder
@@ -105,7 +104,7 @@ def build_statistics(pictures: Path, store_folder: Path, convention: str, *, pro
     files = unpack_npz(pictures, store_folder / "unpacked") if pictures.suffix == ".npz" else folder_files(pictures)
     encoder = InceptionEncoder(convention)
     store = FeatureStore(store_folder, encoder.key, encoder.dim)
-    add_picture_features(store, encoder, files, progress=progress)
+    add_picture_features(store, encoder, files)
     found = moments_of(store.read(hash_files(files)))
     return Statistics(
         moments=found,
@@ -129,10 +128,9 @@ def main(argv: list[str] | None = None) -> None:
     from eval.networks.resize import check_convention
 
     check_convention(given.convention)
-    if given.out.suffix != ".npz":
-        raise ConfigError(f"--out {given.out} must end in .npz")
+    require(given.out.suffix == ".npz", f"--out {given.out} must end in .npz")
     store = given.features or given.out.parent / "features"
-    write_statistics(given.out, build_statistics(given.pictures, store, given.convention, progress=True))
+    write_statistics(given.out, build_statistics(given.pictures, store, given.convention))
     print(given.out)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from eval.metrics.geneval import share_score
 from eval.pictures.prompts import Prompt, prompts_sha256
 from eval.scoring.detection_cache import Line, LineCache
+from eval.scoring.feature_store import hash_files
 from eval.scoring.job import Result, ScoreConfig, ScoringJob, Suite
 from trainer.config import require
 
@@ -87,17 +88,16 @@ def prepare(job: ScoringJob) -> None:
         found, _ = engine(picture_HW3.numpy()[:, :, ::-1].copy())  # as OpenCV orders colours
         return {"id": name, "text": reading_order(found or [])}
 
-    LineCache(job.config.out / "texts", _card()).add(
-        job.files, read, title="texts", rank=job.rank, world_size=job.world_size, progress=job.progress
-    )
+    LineCache(job.config.out / "texts", _card()).add(job.files, read, "texts", job.world)
 
 
 def score(job: ScoringJob) -> Result:
     """Means over pictures, and the share of pictures with every word."""
     lines = LineCache(job.config.out / "texts", _card()).read()
-    missing = sum(name not in lines for name in job.hashes)
+    names = hash_files(job.files)
+    missing = sum(name not in lines for name in names)
     require(missing == 0, f"{missing} pictures have not been read: run the command again")
-    pairs = [(lines[name]["text"], asked_text(text)) for name, text in zip(job.hashes, job.texts(), strict=True)]
+    pairs = [(lines[name]["text"], asked_text(text)) for name, text in zip(names, job.texts(), strict=True)]
     words = [word_accuracy(read, asked) for read, asked in pairs]
     whole = share_score([value == 1 for value in words])
     return {
