@@ -3,18 +3,19 @@
     torchrun --nproc-per-node 2 -m benchmarks.long_parity --steps 240
     torchrun --nproc-per-node 2 -m benchmarks.long_parity --steps 240 --replay
 
-Both train the recipe in fp32 on the same samples with the same noise, and each expert's choice in every step is kept.
-Sums in another order differ in their last bits, and two tokens whose affinities differ by no more than that may change
-places in an expert's choice: from there on two trainings are compared that learn from different rows. With `--replay`
-the processes take the choices of the plain one, and what is left is rounding alone. Expert choice within images only.
+Both train the `debug` recipe in fp32 on the same samples with the same noise, and each expert's choice in every step
+is kept. Sums in another order differ in their last bits, and two tokens whose affinities differ by no more than that
+may change places in an expert's choice: from there on two trainings are compared that learn from different rows. With
+`--replay` the processes take the choices of the plain one, and what is left is rounding alone: exits 1 if losses differ
+by more than 1e-6 then.
 
 Per window of steps: largest relative difference of the loss, places of an expert that another token took (of all in
-the window), and the largest gap of affinities over which such a choice went the other way.
+the window), and the largest gap of affinities over which such a choice went the other way. Then the first such places.
 """
 
 import argparse
 
-from trainer.config import command_parser
+from trainer.config import command, command_parser, require
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -23,7 +24,6 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--window", type=int, default=20, help="steps of a line")
     parser.add_argument("--replay", action="store_true", help="take the choices of the plain process")
-    parser.add_argument("--recipe", default="debug")
     parser.add_argument("--stage", type=int, default=3, choices=[1, 2, 3])
     return parser
 
@@ -31,6 +31,7 @@ def command_line() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     command_line().parse_known_args()  # --help and mistakes are answered before torch is imported
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,11 +50,11 @@ from trainer.distributed import World, all_reduce_mean, detect_world, gather, in
 from trainer.engine.deepspeed_config import load_deepspeed_config
 from trainer.engine.engine import build_engine
 from trainer.engine.optim import build_optimizer, learning_rate
-from trainer.errors import require
 from trainer.loop.step import next_step, noised_batches, train_step
 from trainer.telemetry.step_timer import StepTimer
 
 CPU = torch.device("cpu")
+LOSS_BOUND = 1e-6
 Place = tuple[int, str, int]  # step, layer, sample
 
 
@@ -174,17 +175,17 @@ def swaps(plain: Choices, other: Choices) -> list[Swap]:
 
 
 def print_table(plain: Choices, other: Choices, window: int) -> None:
-    """One line per window of steps, and the first swap."""
-    found = swaps(plain, other)
-    places = sum(index.numel() for (step, _, _), index in plain.index.items() if step == 0)
+    """One line for each window of steps, and the first places that went to another token."""
+    found, steps = swaps(plain, other), len(plain.losses)
+    places = sum(index.numel() for index in plain.index.values()) // steps
     print("| steps | loss | swapped places | gap |")
     print("|---|---|---|---|")
-    for first in range(0, len(plain.losses), window):
-        steps = range(first, min(first + window, len(plain.losses)))
-        loss = max(abs(plain.losses[s] - other.losses[s]) / plain.losses[s] for s in steps)
-        inside = [swap for swap in found if swap.place[0] in steps]
-        gap = f"{max(swap.gap for swap in inside):.1e}" if inside else "-"
-        print(f"| {steps[0] + 1}-{steps[-1] + 1} | {loss:.1e} | {len(inside)} of {places * len(steps)} | {gap} |")
+    for first in range(0, steps, window):
+        inside = range(first, min(first + window, steps))
+        loss = max(loss_differences(plain, other)[first : first + window])
+        gaps = [swap.gap for swap in found if swap.place[0] in inside]
+        gap = f"{max(gaps):.1e}" if gaps else "-"
+        print(f"| {first + 1}-{inside[-1] + 1} | {loss:.1e} | {len(gaps)} of {places * len(inside)} | {gap} |")
     for swap in found[:3]:
         step, layer, sample = swap.place
         print(
@@ -193,22 +194,30 @@ def print_table(plain: Choices, other: Choices, window: int) -> None:
         )
 
 
+def loss_differences(plain: Choices, other: Choices) -> list[float]:
+    """Relative difference of the loss in each step."""
+    return [abs(mine - theirs) / mine for mine, theirs in zip(plain.losses, other.losses, strict=True)]
+
+
+@command
 def main(argv: list[str] | None = None) -> None:
     """Print the table for this number of processes."""
-    arguments = command_line().parse_args(argv)
-    require(arguments.steps >= 1, f"--steps is {arguments.steps}: use 1 or more")
-    world = detect_world()
+    arguments, world = command_line().parse_args(argv), detect_world()
+    for name in ("steps", "window"):
+        require(getattr(arguments, name) >= 1, f"--{name} is {getattr(arguments, name)}: use 1 or more")
+    overrides = [
+        f"train.max_steps={arguments.steps}",
+        f"parallel.deepspeed_config=ds_configs/zero{arguments.stage}.json",
+    ]
+    config = load_config("debug", overrides)
+    images = config.train.micro_batch_size
+    require(images % world.size == 0, f"{world.size} processes cannot share {images} images: start 2, 4 or {images}")
+    parts = [f"train.micro_batch_size={images // world.size}", f"parallel.ep_size={world.size}"]
+    split = load_config("debug", [*overrides, *parts])
     import deepspeed.utils
 
     deepspeed.utils.logger.setLevel("ERROR")
     init_distributed(world)
-    overrides = [f"train.max_steps={arguments.steps}", "train.checkpoint_every=0"]
-    config = load_config(arguments.recipe, overrides)
-    micro = config.train.micro_batch_size // world.size
-    split = load_config(arguments.recipe, [
-        *overrides, f"train.micro_batch_size={micro}", f"parallel.ep_size={world.size}",
-        f"parallel.deepspeed_config=ds_configs/zero{arguments.stage}.json",
-    ])  # fmt: skip
     shape = ModelShape.of(open_dataset(config).info)
     plain = plain_training(config, shape, arguments.steps)
     content = load_deepspeed_config(split, world.size)
@@ -216,6 +225,8 @@ def main(argv: list[str] | None = None) -> None:
     other = parallel_training(split, content, shape, arguments.steps, world, replayed)
     if world.is_main:
         print_table(plain, other, arguments.window)
+    if arguments.replay and max(loss_differences(plain, other)) > LOSS_BOUND:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -117,10 +117,10 @@ class Given:
 def every_step_has_its_rate_capacity_and_mask(world: World, folder: Path) -> None:
     """Warm-up of two steps and half a cosine to a tenth; factor 4 to 2 in four steps; half masked in the first three.
 
-    Also over a resume after the third step. 16 x 16 pixels are 64 tokens.
+    Also over two resumes. 16 x 16 pixels are 64 tokens.
     """
     given, rates = Given(), [0.005, 0.01, *(0.01 * (0.1 + 0.9 * cos(pi / 2 * n / 4) ** 2) for n in range(4))]
-    for stop_at in (3, 6):
+    for stop_at in (2, 4, 6):
         trainer = started(
             world, folder / "schedules", f"train.stop_at_step={stop_at}", "optim.learning_rate=0.01",
             "optim.warmup_steps=2", "optim.schedule=cosine", "optim.min_lr_ratio=0.1", "moe.capacity_factor_start=4",
