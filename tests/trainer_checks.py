@@ -8,12 +8,12 @@ Seen from outside through a whole `Trainer`: at torch's optimizer, at the expert
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from math import cos, pi
+from math import cos, nan, pi
 from pathlib import Path
 from typing import Any
 
 import torch
-from loop_checks import build, lines
+from loop_checks import build, doctored, lines
 from named_checks import run_named
 from torch import Tensor
 
@@ -41,10 +41,14 @@ GLOBAL_MICRO_BATCH = 4
 CPU = torch.device("cpu")
 
 
-def started(world: World, run_dir: Path, *overrides: str) -> Trainer:
-    """A trainer with experts on all processes; goes on where the folder has a checkpoint."""
+def started(world: World, run_dir: Path, *overrides: str, bad_batch: int | None = None) -> Trainer:
+    """A trainer with experts on all processes; goes on where the folder has a checkpoint.
+
+    Global batch number `bad_batch` has a value that is not finite, so that its step is skipped.
+    """
     of_world = [f"parallel.ep_size={world.size}", f"train.micro_batch_size={GLOBAL_MICRO_BATCH // world.size}"]
-    return build(check_start(load_config("debug", [*SMALL, *of_world, f"run_dir={run_dir}", *overrides]), world))
+    plan = check_start(load_config("debug", [*SMALL, *of_world, f"run_dir={run_dir}", *overrides]), world)
+    return build(plan if bad_batch is None else doctored(plan, {(bad_batch, 0): nan}))
 
 
 def finish(trainer: Trainer) -> None:
@@ -117,7 +121,7 @@ class Given:
 def every_step_has_its_rate_capacity_and_mask(world: World, folder: Path) -> None:
     """Warm-up of two steps and half a cosine to a tenth; factor 4 to 2 in four steps; half masked in the first three.
 
-    Also over two resumes. 16 x 16 pixels are 64 tokens.
+    Also over two resumes, and with step 2 skipped once, just before the masks end. 16 x 16 pixels are 64 tokens.
     """
     given, rates = Given(), [0.005, 0.01, *(0.01 * (0.1 + 0.9 * cos(pi / 2 * n / 4) ** 2) for n in range(4))]
     for stop_at in (2, 4, 6):
@@ -125,6 +129,7 @@ def every_step_has_its_rate_capacity_and_mask(world: World, folder: Path) -> Non
             world, folder / "schedules", f"train.stop_at_step={stop_at}", "optim.learning_rate=0.01",
             "optim.warmup_steps=2", "optim.schedule=cosine", "optim.min_lr_ratio=0.1", "moe.capacity_factor_start=4",
             "moe.capacity_anneal_steps=4", "diffusion.mask_ratio=0.5", "diffusion.unmask_at_step=3",
+            bad_batch=2,
         )  # fmt: skip
         given.watch(trainer, world.size)
         finish(trainer)
