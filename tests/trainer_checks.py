@@ -146,15 +146,25 @@ def every_step_has_its_rate_capacity_and_mask(world: World, folder: Path) -> Non
 
 
 def a_report_is_the_mean_of_its_steps_over_any_number_of_stops(world: World, folder: Path) -> None:
-    """Reports every third step, of runs stopped in the middle, at the end and at the begin of an interval."""
+    """Reports every third step, of runs stopped in the middle, at the end and at the begin of an interval.
+
+    Also where the interval changes between two starts: a report has all steps since the last one, however many.
+    """
     finish(started(world, folder / "each"))
     each = [m["loss"] for m in lines(folder / "each", "metrics.jsonl")]
-    for stop_at in (2, 3, 4, 6):
-        finish(started(world, folder / "third", "train.log_every=3", f"train.stop_at_step={stop_at}"))
-    third = lines(folder / "third", "metrics.jsonl")
-    assert [m["step"] for m in third] == [3, 6], third
-    for m, losses in zip(third, (each[:3], each[3:]), strict=True):
-        assert abs(m["loss"] - sum(losses) / 3) < 1e-6 * m["loss"], (m, losses)
+    cases = {
+        "third": ([(3, 2), (3, 3), (3, 4), (3, 6)], [(0, 3), (3, 6)]),
+        "shorter": ([(3, 4), (2, 6)], [(0, 3), (3, 6)]),
+        "longer": ([(2, 4), (3, 6)], [(0, 2), (2, 4), (4, 6)]),
+    }
+    for name, (starts, intervals) in cases.items():
+        for every, stop_at in starts:
+            finish(started(world, folder / name, f"train.log_every={every}", f"train.stop_at_step={stop_at}"))
+        reports = lines(folder / name, "metrics.jsonl")
+        assert [m["step"] for m in reports] == [end for _, end in intervals], reports
+        for m, (begin, end) in zip(reports, intervals, strict=True):
+            mean = sum(each[begin:end]) / (end - begin)
+            assert abs(m["loss"] - mean) < 1e-6 * mean, (name, m, each)
 
 
 def balance_by_hand(model: EcDit) -> list[Tensor]:

@@ -39,12 +39,13 @@ class Topology:
 class TrainState:
     """Everything a resumed run needs besides weights and optimizer.
 
-    `step` optimizer steps are done; `interval_loss` sums the losses since the last logged step.
+    `step` optimizer steps are done; `interval_loss` sums the losses of the `interval_steps` since the last logged one.
     """
 
     step: int
     data: DataState
     interval_loss: float = 0.0
+    interval_steps: int = 0
 
 
 def describe(
@@ -57,6 +58,7 @@ def describe(
         "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "step": state.step,
         "interval_loss": state.interval_loss,
+        "interval_steps": state.interval_steps,
         "data": state.data.to_dict(),
         "data_info": asdict(info),  # so that pictures can be drawn where the latents are not
         "topology": asdict(topology),
