@@ -1,11 +1,11 @@
 """Trajectories that go on over a checkpoint; `tests/test_checkpoint_topology.py` starts them with torchrun.
 
-torchrun --nproc-per-node 4 tests/checkpoint_checks.py FOLDER save NAME EP STAGE [key=value ...]
-                                                     + load ORIGIN EP STAGE [key=value ...] ...
+torchrun --nproc-per-node 4 tests/checkpoint_checks.py FOLDER "save NAME EP STAGE [key=value ...]"
+                                                       "load ORIGIN EP STAGE [key=value ...]" ...
 
 Several commands in one start: building the processes takes longer than the runs. `save` trains an unbroken run
 of 15 steps and keeps its checkpoint of step 5. `load` goes on from that on this topology and asserts what must
-hold. `same NAME OTHER` compares all checkpoints of two runs.
+hold; `repeat` does so bitwise, on the topology that saved. `same NAME OTHER` compares all checkpoints of two runs.
 """
 
 import json
@@ -14,9 +14,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import deepspeed
 import torch
 from checkpoint_layout import layout_places, tensor_hashes
+from named_checks import run_named
 
 from trainer.checkpoint.resume import choose_checkpoint
 from trainer.checkpoint.save import write_checkpoint
@@ -24,7 +24,7 @@ from trainer.checkpoint.snapshot import group_settings, take_snapshot
 from trainer.checkpoint.state import Topology, read_state
 from trainer.checkpoint.tensorfile import TensorFile
 from trainer.config import load_config
-from trainer.distributed import World, barrier, detect_world, init_distributed
+from trainer.distributed import World, barrier
 from trainer.engine.zero_state import flat_masters
 from trainer.loop.loop import Trainer
 from trainer.loop.run import prepare_run_folder
@@ -76,6 +76,13 @@ def save(world: World, folder: Path, name: str, ep_size: str, stage: str, *overr
     finish(start(world, folder / name, ep_size, stage, list(overrides)))
 
 
+def repeat(world: World, folder: Path, origin: str, ep_size: str, stage: str, *overrides: str) -> None:
+    saved = read_state(folder / origin / f"checkpoints/step_{SAVED:08d}")["topology"]
+    mine = Topology(world_size=world.size, ep_size=int(ep_size), zero_stage=int(stage))
+    assert Topology(**saved) == mine, (saved, mine)
+    load(world, folder, origin, ep_size, stage, *overrides)
+
+
 def load(world: World, folder: Path, origin: str, ep_size: str, stage: str, *overrides: str) -> None:
     run_dir = folder / f"{origin}-on-{world.size}-{ep_size}-{stage}"
     step = f"checkpoints/step_{SAVED:08d}"
@@ -105,7 +112,6 @@ def load(world: World, folder: Path, origin: str, ep_size: str, stage: str, *ove
         assert tensor_hashes(run_dir / last) == tensor_hashes(folder / origin / last)
     difference = max(abs(a - b) / abs(b) for a, b in zip(resumed, unbroken, strict=True))
     assert difference <= 1e-5, difference
-    print(f"{run_dir.name}: same topology {same}, losses differ by {difference:.1e}", flush=True)
 
 
 def same(world: World, folder: Path, name: str, other: str) -> None:
@@ -145,13 +151,12 @@ def check_places(path: Path, topology: Topology) -> None:
     assert written == expected, sorted(written ^ expected)[:5]
 
 
-if __name__ == "__main__":
-    this = detect_world()
-    deepspeed.utils.logger.setLevel("ERROR")
-    init_distributed(this)
-    commands = " ".join(sys.argv[2:]).split(" + ")
-    for command in commands:
-        action, *arguments = command.split()
-        {"save": save, "load": load, "same": same}[action](this, Path(sys.argv[1]), *arguments)
+def obey(world: World, command: str) -> None:
+    """One command, as the module's docstring describes them."""
+    action, *arguments = command.split()
+    {"save": save, "load": load, "repeat": repeat, "same": same}[action](world, Path(sys.argv[1]), *arguments)
     barrier()
-    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_named(sys.argv[2:], obey)

@@ -20,6 +20,7 @@ import deepspeed
 import deepspeed.comm
 import torch
 from checkpoint_layout import tensor_hashes
+from named_checks import run_named
 
 from benchmarks.parity import SHAPE, VARIANTS, parity_config, random_value
 from benchmarks.whole_weights import gather_master
@@ -35,7 +36,7 @@ from trainer.config import EmaConfig, TrainConfig
 from trainer.data.dataset import open_dataset
 from trainer.data.position import DataState
 from trainer.diffusion.model import EcDit
-from trainer.distributed import World, barrier, detect_world, init_distributed
+from trainer.distributed import World, barrier
 from trainer.engine.deepspeed_config import load_deepspeed_config
 from trainer.engine.ema import Ema
 from trainer.engine.engine import build_engine, build_model
@@ -308,9 +309,4 @@ def background_save_keeps_its_step(world: World) -> None:
 
 
 if __name__ == "__main__":
-    this = detect_world()
-    deepspeed.utils.logger.setLevel("ERROR")
-    init_distributed(this)
-    for name in sys.argv[1:]:
-        globals()[name](this)
-        print(f"rank {this.rank}: {name} holds", flush=True)
+    run_named(sys.argv[1:], lambda world, name: globals()[name](world))

@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
+from named_checks import run_named
 
 from benchmarks.whole_weights import gather_master
 from trainer.checkpoint.folder import list_checkpoints
@@ -25,7 +25,7 @@ from trainer.config import ConfigError, load_config
 from trainer.data.latents.samples import LatentDataset, Sample
 from trainer.data.position import DataState, micro_batches
 from trainer.diffusion.flow import NoisedBatch
-from trainer.distributed import PeerError, World, detect_world, from_main, init_distributed, on_all
+from trainer.distributed import PeerError, World, from_main, on_all
 from trainer.loop import loop
 from trainer.loop.bad_steps import DivergedError
 from trainer.loop.leaving import build_arrival_group
@@ -355,9 +355,4 @@ def caught(action: Callable[[], object]) -> Exception:
 
 
 if __name__ == "__main__":
-    this = detect_world()
-    deepspeed.utils.logger.setLevel("ERROR")
-    init_distributed(this)
-    for name in sys.argv[2:]:
-        globals()[name](this, Path(sys.argv[1]))
-        print(f"rank {this.rank}: {name} holds", flush=True)
+    run_named(sys.argv[2:], lambda world, name: globals()[name](world, Path(sys.argv[1])))

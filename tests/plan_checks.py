@@ -1,20 +1,19 @@
 """Bytes that a real engine holds against the planner's; `tests/test_plan.py` starts this with torchrun.
 
-torchrun --nproc-per-node 2 tests/plan_checks.py EP_SIZE ...
+torchrun --nproc-per-node 2 tests/plan_checks.py "ep_size 2 ZeRO 3 bf16" ...
 """
 
 import gc
-import itertools
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import deepspeed.utils
 import torch
+from named_checks import run_named
 
 from benchmarks.parity import SHAPE, parity_config
-from trainer.distributed import World, detect_world, init_distributed
+from trainer.distributed import World
 from trainer.engine.deepspeed_config import load_deepspeed_config
 from trainer.engine.ema import Ema
 from trainer.engine.engine import build_engine
@@ -85,9 +84,11 @@ def compare(world: World, ep_size: int, stage: int, precision: Any) -> str:
     return f"{precision} ep_size {ep_size} ZeRO {stage}: {total} bytes, {total / all_expected:.3f} of the plan"
 
 
+def check(world: World, name: str) -> None:
+    """One case, such as "ep_size 2 ZeRO 3 bf16"."""
+    _, ep_size, _, stage, precision = name.split()
+    print(compare(world, int(ep_size), int(stage), precision), flush=True)
+
+
 if __name__ == "__main__":
-    this = detect_world()
-    deepspeed.utils.logger.setLevel("ERROR")
-    init_distributed(this)
-    for size, number, kind in itertools.product(map(int, sys.argv[1:]), (1, 2, 3), ("fp32", "bf16")):
-        print(compare(this, size, number, kind), flush=True)
+    run_named(sys.argv[1:], check)

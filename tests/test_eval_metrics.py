@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from reducing_metrics import ClipScoreMetric, GatheredMetric, frechet_from_features, frechet_from_moments, moments
-from tests_launcher import Launcher
+from tests_launcher import Checked, run_checks
 from torch import Tensor
 
 from eval.metrics.clip_score import clip_score, cosines, r_precision
@@ -203,8 +203,20 @@ def test_broken_statistics_are_one_sentence(tmp_path: Path) -> None:
             read_statistics(path)
 
 
+CHECKS = (
+    "frechet_distance_is_that_of_all_features",
+    "clip_score_is_that_of_all_pairs",
+    "gathered_metrics_are_those_of_all_rows_bitwise",
+)
+
+
+@pytest.fixture(scope="module")
+def checked() -> Checked:
+    """All checks in one start of three processes."""
+    return run_checks("tests/metric_checks.py", CHECKS, processes=3)
+
+
 @pytest.mark.slow
-def test_metrics_of_three_ranks_equal_one(launcher: Launcher) -> None:
-    done = launcher.run(str(Path(__file__).parent / "metric_checks.py"), processes=3)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "agreed" in done.stdout
+@pytest.mark.parametrize("check", CHECKS)
+def test_holds_on_three_processes(checked: Checked, check: str) -> None:
+    assert not checked.problems[check], checked.problems[check]

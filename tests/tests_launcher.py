@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +67,50 @@ class Launcher:
             )
             for rank in range(size)
         ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a program of named checks said: `problems[name]` is empty where the check held on all ranks."""
+
+    problems: dict[str, str]
+    output: str
+
+
+def run_checks(
+    program: str, names: Sequence[str], *arguments: str, processes: int = 2, timeout: float = 300
+) -> Checked:
+    """Run checks of one of the `*_checks.py`, which says `rank R: NAME holds` after each, in as few starts as possible.
+
+    What a check leaves behind when it fails on one rank, others cannot build on: it ends the start, and those behind
+    it are run in another one.
+    """
+    left, problems, said = list(names), dict.fromkeys(names, ""), ""
+    while left:
+        output, code = _run_or_end(Launcher().command(program, *arguments, *left, processes=processes), timeout)
+        said += output
+        held = [name for name in left if output.count(f": {name} holds\n") == processes]
+        failed = next((name for name in left if name not in held), left[-1] if code else None)
+        if failed is None:
+            break
+        problems[failed] = f"exit code {code} of {program}\n" + output[-6000:]
+        left = left[left.index(failed) + 1 :]
+    return Checked(problems, said)
+
+
+def _run_or_end(command: list[str], timeout: float) -> tuple[str, int]:
+    """Output, both streams, and exit code of a command; one that takes too long is ended with all it has started."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=Launcher().environment(), text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        return process.communicate(timeout=timeout)[0], process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # torchrun ends its processes
+        try:
+            output = process.communicate(timeout=10)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output = process.communicate()[0]
+        return f"{output}\nstopped after {timeout} s", process.returncode

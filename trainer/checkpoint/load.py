@@ -34,7 +34,11 @@ def load_checkpoint(checkpoint: Path, engine: Any, ema: Ema, world: World) -> Tr
     restore_counters(engine, saved)
     if saved["topology"]["world_size"] == world.size and (rng := _rng_tensors(checkpoint / rank_file(world.rank))):
         restore_rng(rng)
-    return TrainState(step=saved["step"], data=DataState(**saved["data"]), interval_loss=saved["interval_loss"])
+    since_report = saved["step"] % saved["config"]["train"]["log_every"]  # in checkpoints that do not say it
+    return TrainState(
+        step=saved["step"], data=DataState(**saved["data"]), interval_loss=saved["interval_loss"],
+        interval_steps=saved.get("interval_steps", since_report),
+    )  # fmt: skip
 
 
 @torch.no_grad()

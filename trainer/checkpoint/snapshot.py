@@ -48,6 +48,7 @@ def take_snapshot(
         "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "step": state.step,
         "interval_loss": state.interval_loss,
+        "interval_steps": state.interval_steps,
         "data": asdict(state.data),
         "data_info": asdict(info),  # so that pictures can be drawn where the latents are not
         "topology": asdict(topology),

@@ -28,12 +28,13 @@ class Topology:
 class TrainState:
     """Everything a resumed run needs besides weights and optimizer.
 
-    `step` optimizer steps are done; `interval_loss` sums the losses since the last logged step.
+    `step` optimizer steps are done; `interval_loss` sums the losses of the `interval_steps` since the last logged one.
     """
 
     step: int
     data: DataState
     interval_loss: float = 0.0
+    interval_steps: int = 0
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

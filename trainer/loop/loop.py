@@ -180,13 +180,15 @@ class Trainer:
     def _advance(self, data: DataState, found: StepReport, rate: float, result: StepResult) -> None:
         """Count an applied step, report at the interval."""
         step, every = self.state.step + 1, self.config.train.log_every
-        total = self.state.interval_loss + float(found.loss)
-        self.state = replace(self.state, step=step, data=data, interval_loss=0.0 if step % every == 0 else total)
+        # Counted, not `every`: a resumed run may report at other steps than the one that began the interval.
+        total, count = self.state.interval_loss + float(found.loss), self.state.interval_steps + 1
+        kept = (0.0, 0) if step % every == 0 else (total, count)
+        self.state = replace(self.state, step=step, data=data, interval_loss=kept[0], interval_steps=kept[1])
         self.skips.bad.step_applied()
         with self.held.held():  # a full disk on the main process, which must not leave the others waiting
             if step % every == 0:
                 self.reporter.report(
-                    step, loss=total / every, norm=self.engine.get_global_grad_norm(), rate=rate,
+                    step, loss=total / count, norm=self.engine.get_global_grad_norm(), rate=rate,
                     epoch=data.epoch, bad_steps=self.skips.bad.num_skipped, router=found.router.tolist(),
                     stats=result.stats, times=self.timer.take(),
                 )  # fmt: skip

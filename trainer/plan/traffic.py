@@ -97,10 +97,11 @@ def _synchronise(job: Job, layout: Layout, device: Device, eff: Efficiency) -> t
     gathers = 2 * layout.accumulation if layout.stage == 3 else 1
     reductions = 1 if layout.stage == 1 else layout.accumulation
     several = layout.world_size > per_node
-    ring = (per_node * device.nic if several else device.node) * eff.nic
+    inside = device.node * eff.node
+    ring = per_node * device.nic * eff.nic if several else inside
     rest = s * counts.rest * (gathers + reductions) * (1 - 1 / layout.world_size)
     beside = min(layout.ep_size, per_node)  # groups that share a node's cards
-    card = (per_node * device.nic / beside if several else device.node) * eff.nic
+    card = per_node * device.nic / beside * eff.nic if several else inside
     local = counts.experts / layout.ep_size
     expert = s * local * (gathers + reductions) * (1 - 1 / layout.edp_size)
     terms = [

@@ -1,0 +1,25 @@
+"""The frame of the programs of checks: join the others, run checks by name, say which of them held.
+
+`tests_launcher.run_checks` starts them and reads what they say.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+
+import deepspeed
+import torch
+
+from trainer.distributed import World, detect_world, init_distributed
+
+
+def run_named(names: Iterable[str], check: Callable[[World, str], None]) -> None:
+    """Join the process group, then run the checks in turn on all ranks; the first error ends the program."""
+    world = detect_world()
+    deepspeed.utils.logger.setLevel("ERROR")
+    init_distributed(world)
+    for name in names:
+        check(world, name)
+        sys.stdout.write(f"rank {world.rank}: {name} holds\n")  # in one piece: lines of two ranks must not mix
+        sys.stdout.flush()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,202 @@
+"""Each term of the planner by hand, on round numbers: no ratio of two plans, which would hide a factor of both."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from moe.config import MoeConfig
+from trainer.config import DiffusionConfig, ModelConfig, OptimConfig, TrainConfig, TrainLoopConfig
+from trainer.diffusion.model import ModelShape
+from trainer.plan.devices import Device, Efficiency
+from trainer.plan.job import Counts, Job, Layout, Term
+from trainer.plan.memory import activation_terms, checkpoint_bytes, memory_terms, optimizer_step_term, state_terms
+from trainer.plan.traffic import all_to_all_bytes, time_terms
+
+MILLION = 1_000_000
+COUNTS = Counts(
+    experts=8 * MILLION, rest=MILLION, one_expert=MILLION // 2, num_moe=2, largest_block=300_000, persistent=10_000,
+    active=3 * MILLION,
+)  # fmt: skip
+CONFIG = TrainConfig(
+    model=ModelConfig(dim=64, num_layers=4, num_heads=4, num_kv_heads=2, mlp_ratio=4, patch_size=2),
+    moe=MoeConfig(num_experts=8, capacity_factor=2.0, every=2),
+)
+BF16 = replace(CONFIG, train=TrainLoopConfig(precision="bf16"))
+SGD = replace(CONFIG, optim=OptimConfig(name="sgd"))
+ZERO = {
+    "reduce_bucket_size": 50_000, "stage3_max_live_parameters": 400_000, "stage3_prefetch_bucket_size": 20_000,
+    "sub_group_size": MILLION,
+}  # fmt: skip
+# Of 16 x 16 latents 64 tokens; eight processes, of which four share the experts: a rank has 2 of 8 million parameters
+# of experts and the million of the rest before ZeRO, p = 3 million, and an eighth of all, q = 1.125 million.
+LAYOUT = Layout(world_size=8, ep_size=4, stage=3, micro_batch_size=2, accumulation=3, recompute=False)
+
+
+def job_of(config: TrainConfig = CONFIG, **zero: Any) -> Job:
+    shape = ModelShape(channels=4, height=16, width=16, text_dim=48)
+    job = Job(config=config, shape=shape, text_tokens=20, zero=ZERO | zero)
+    vars(job)["counts"], vars(job)["flops_per_image"] = COUNTS, 10**9  # in place of what would be counted
+    return job
+
+
+def values(terms: list[Term]) -> dict[str, float]:
+    return {term.name: term.value for term in terms}
+
+
+@pytest.mark.parametrize(
+    "config,layout,zero,expected",
+    [
+        (CONFIG, {"stage": 1}, {}, {"weights": 12, "gradients": 12, "optimizer": 13.5, "average": 4.5}),
+        (CONFIG, {"stage": 2}, {}, {"weights": 12, "gradients": 4.5, "optimizer": 13.5, "reduce bucket": 0.2}),
+        (CONFIG, {"stage": 2}, {"overlap_comm": True}, {"reduce bucket": 0.4}),
+        # Stage 3 keeps small parameters whole; a block with its two experts of 2 x 500,000 is gathered at once.
+        (CONFIG, {}, {"overlap_comm": True}, {
+            "weights": 4.54, "gradients": 4.5, "optimizer": 13.5, "average": 4.5, "reduce bucket": 0.2,
+            "gathered weights": 4 * (0.3 + 1.0 + 0.02),
+        }),
+        (CONFIG, {}, {"stage3_max_live_parameters": 2 * MILLION}, {"gathered weights": 4 * 2.02}),
+        (CONFIG, {}, {"stage3_max_live_parameters": 9 * MILLION}, {"gathered weights": 12}),
+        (CONFIG, {"world_size": 1, "ep_size": 1}, {}, {"weights": 36, "optimizer": 108, "average": 36}),
+        (CONFIG, {"ep_size": 1}, {}, {"weights": 4.54, "gathered weights": 4 * (0.3 + 4.0 + 0.02)}),
+        (BF16, {}, {}, {
+            "weights": 2.27, "gradients": 2.25, "optimizer": 13.5, "average": 4.5, "reduce bucket": 0.1,
+            "gathered weights": 2.64,
+        }),
+        (SGD, {}, {}, {"weights": 4.54, "optimizer": 4.5, "average": 4.5}),
+        (CONFIG, {}, {"offload_optimizer": {"device": "cpu"}}, {"weights": 4.54, "optimizer": 0, "average": 0}),
+        (CONFIG, {}, {"offload_optimizer": {"device": "none"}}, {"optimizer": 13.5}),
+    ],
+)  # fmt: skip
+def test_state_in_megabytes(
+    config: TrainConfig, layout: dict[str, Any], zero: dict[str, Any], expected: dict[str, float]
+) -> None:
+    found = values(state_terms(job_of(config, **zero), replace(LAYOUT, **layout)))
+    assert {name: found[name] / MILLION for name in expected} == pytest.approx(expected, rel=1e-12)
+    assert ("gathered weights" in found) == (layout.get("stage", 3) == 3)
+
+
+ENDS = 4 * 128 * 64 * 3 + 4 * 128 * 16 + 4 * 40 * (3 * 64 + 48) + 8 * 64 * 8  # tokens, patches, text, rotations
+DENSE = 780_288 + 4 * 128 * 64 * 9  # attention of fp32, and the MLP's input with its hidden values twice
+MOE = 780_288 + 128 * 64 * 4 + 4 * 256 * 64 * 11 + 8 * 128 * 8 + 16 * 256
+
+
+@pytest.mark.parametrize(
+    "config,layout,kept,exchange,working",
+    [
+        (CONFIG, {}, 2 * DENSE + 2 * MOE + ENDS, 4 * 4 * 256 * 64, 2 * 4 * 4 * 256 * 64),
+        (CONFIG, {"ep_size": 1}, 2 * DENSE + 2 * MOE + ENDS, 0, 524_288),
+        (CONFIG, {"recompute": True}, 4 * 4 * 128 * 64 + MOE + ENDS, 262_144, 524_288),
+        (CONFIG, {"accumulation": 9}, 2 * DENSE + 2 * MOE + ENDS, 262_144, 524_288),
+    ],
+)
+def test_activations_and_buffers_in_bytes(
+    config: TrainConfig, layout: dict[str, Any], kept: float, exchange: float, working: float
+) -> None:
+    """128 tokens of width 64 in fp32, of which experts take 256 rows."""
+    found = values(activation_terms(job_of(config), replace(LAYOUT, **layout)))
+    assert found == {"activations": kept, "all-to-all buffers": exchange, "working buffers": working}
+
+
+def test_buffers_of_half_the_tokens_in_bf16() -> None:
+    masked = replace(BF16, diffusion=DiffusionConfig(mask_ratio=0.5))
+    found = values(activation_terms(job_of(masked), LAYOUT))
+    assert found["all-to-all buffers"] == 4 * 2 * 128 * 64 and found["working buffers"] == 2 * 2 * 4 * 128 * 64
+    unmasked_at_last = replace(BF16, diffusion=DiffusionConfig(mask_ratio=0.5, unmask_at_step=9))
+    assert values(activation_terms(job_of(unmasked_at_last), LAYOUT))["all-to-all buffers"] == 4 * 2 * 256 * 64
+
+
+def test_the_optimizers_own_phase_counts_where_it_is_the_larger() -> None:
+    """Twelve bytes for each parameter of a sub-group; the peak has state, the larger phase and what is reserved."""
+    assert optimizer_step_term(job_of(), LAYOUT).value == 12 * MILLION
+    assert optimizer_step_term(job_of(), replace(LAYOUT, stage=2)).value == 12 * 1.125 * MILLION
+    assert optimizer_step_term(job_of(sub_group_size=9 * MILLION), LAYOUT).value == 12 * 1.125 * MILLION
+    assert optimizer_step_term(job_of(offload_optimizer={"device": "cpu"}), LAYOUT).value == 0
+    state, reserved = 32.52 * MILLION, 7 * MILLION  # 4.54 + 4.5 + 13.5 + 4.5 + 0.2 + 5.28
+    activations = 2 * DENSE + 2 * MOE + ENDS + 262_144 + 524_288
+    assert activations < 12 * MILLION
+    found = values(memory_terms(job_of(), LAYOUT, Efficiency(reserved=reserved)))
+    assert found["peak"] == pytest.approx(state + 12 * MILLION + reserved, rel=1e-12)
+    found = values(memory_terms(job_of(sub_group_size=100_000), LAYOUT, Efficiency(reserved=reserved)))
+    assert found["peak"] == pytest.approx(state + activations + reserved, rel=1e-12)
+    assert found["reserved"] == reserved and found["optimizer step"] == 1.2 * MILLION
+
+
+def test_a_checkpoint_has_weights_average_and_moments_of_all_parameters() -> None:
+    assert checkpoint_bytes(job_of()) == checkpoint_bytes(job_of(BF16)) == 9 * MILLION * (4 + 4 + 8)
+    assert checkpoint_bytes(job_of(SGD)) == 9 * MILLION * (4 + 4)
+
+
+DEVICE = Device(name="slow", flops=1e12, memory=1e10, hbm=1e9, node=1e8, nic=1e7, per_node=2)
+EFFICIENCY = Efficiency(
+    gemm=0.5, rows=512, passes=100, host=0, node=0.5, nic=0.25, hbm=0.8, hidden=0.9, latency=1e-3
+)  # fmt: skip
+ALL_TO_ALL = 2 * 4 * (6 * 64 * 2) * 64 * 4  # layers x exchanges x rows x width x fp32: 1,572,864
+
+
+def test_time_and_traffic_of_a_step() -> None:
+    """Four nodes of two devices; an expert has 512 x 2 / 8 = 128 rows of the 512 that it would need."""
+    found = values(time_terms(job_of(), LAYOUT, DEVICE, EFFICIENCY))
+    compute = 6e9 / (1e12 * 0.5 * 0.25**0.5) + 100 * 384 * 64 * 4 / (1e9 * 0.8)
+    exchange = ALL_TO_ALL * 2 / 4 / (1e7 * 0.25) + 2 * 4 * 3 * 1e-3
+    rest, experts = 4 * MILLION * (6 + 3) * 7 / 8, 4 * 2 * MILLION * (6 + 3) / 2
+    zero = rest / (2 * 1e7 * 0.25) + experts / (1e7 * 0.25)
+    update = 40 * 1.125 * MILLION / (1e9 * 0.8)
+    expected = {
+        "model FLOPs per rank": 6e9,
+        "all-to-all in the node": ALL_TO_ALL / 4,
+        "all-to-all across nodes": ALL_TO_ALL * 2 / 4,
+        "ZeRO of the rest": rest,
+        "ZeRO of the experts": experts,
+        "compute": compute,
+        "all-to-all": exchange,
+        "ZeRO exposed": zero - 0.8 * compute,
+        "update": update,
+        "step": compute + exchange + zero - 0.8 * compute + update,
+        "MFU bound": 6e9 / 1e12 / (0.2 * compute + exchange + zero + update),
+    }
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("stage,gathers,reductions", [(1, 1, 1), (2, 1, 3), (3, 6, 3)])
+def test_zero_traffic_of_each_stage(stage: int, gathers: int, reductions: int) -> None:
+    """What is behind compute is stage 3's alone, and no more than there is."""
+    found = values(time_terms(job_of(), replace(LAYOUT, stage=stage), DEVICE, EFFICIENCY))
+    assert found["ZeRO of the rest"] == 4 * MILLION * (gathers + reductions) * 7 / 8
+    assert found["ZeRO of the experts"] == 8 * MILLION * (gathers + reductions) / 2
+    seconds = found["ZeRO of the rest"] / 5e6 + found["ZeRO of the experts"] / 2.5e6
+    hidden = 0.8 * found["compute"] if stage == 3 else 0
+    assert found["ZeRO exposed"] == pytest.approx(seconds - hidden, rel=1e-12)
+    fast = replace(DEVICE, nic=1e12)
+    found = values(time_terms(job_of(), replace(LAYOUT, stage=stage), fast, EFFICIENCY))
+    shown = 1 - (0.9 if stage == 3 else 0)
+    assert found["ZeRO exposed"] == pytest.approx(shown * seconds * 1e7 / 1e12, rel=1e-9)
+
+
+def test_within_a_node_everything_goes_over_its_own_links() -> None:
+    found = values(time_terms(job_of(), LAYOUT, replace(DEVICE, per_node=8), EFFICIENCY))
+    assert found["all-to-all in the node"] == ALL_TO_ALL * 3 / 4 and found["all-to-all across nodes"] == 0
+    assert found["all-to-all"] == pytest.approx(ALL_TO_ALL * 3 / 4 / (1e8 * 0.5) + 24e-3, rel=1e-12)
+    zero = (31.5e6 + 36e6) / (1e8 * 0.5)
+    assert found["ZeRO exposed"] == pytest.approx(zero - 0.8 * found["compute"], rel=1e-12)
+
+
+def test_recomputation_costs_a_third_and_two_exchanges() -> None:
+    found = values(time_terms(job_of(), replace(LAYOUT, recompute=True), DEVICE, EFFICIENCY))
+    assert found["model FLOPs per rank"] == 6e9, "useful ones alone"
+    compute = 4 / 3 * (6e9 / (1e12 * 0.25) + 100 * 384 * 64 * 4 / (1e9 * 0.8))
+    assert found["compute"] == pytest.approx(compute, rel=1e-12)
+    assert found["all-to-all across nodes"] == ALL_TO_ALL * 6 / 4 / 2
+    assert found["all-to-all"] == pytest.approx(ALL_TO_ALL * 6 / 4 / 2 / (1e7 * 0.25) + 36e-3, rel=1e-12)
+    slow_host = replace(EFFICIENCY, host=0.5)
+    for recompute, seconds in ((False, 6.0), (True, 8.0)):  # half a second for each of 3 x 4 blocks
+        found = values(time_terms(job_of(), replace(LAYOUT, recompute=recompute), DEVICE, slow_host))
+        assert found["compute"] == pytest.approx(seconds, rel=1e-12)
+
+
+def test_one_process_sends_nothing() -> None:
+    alone = replace(LAYOUT, world_size=1, ep_size=1)
+    found = values(time_terms(job_of(), alone, DEVICE, EFFICIENCY))
+    assert all_to_all_bytes(job_of(), alone) == 0 and all_to_all_bytes(job_of(BF16), LAYOUT) == ALL_TO_ALL / 2
+    sent = ("all-to-all in the node", "all-to-all across nodes", "all-to-all", "ZeRO of the rest", "ZeRO exposed")
+    assert not any(found[name] for name in (*sent, "ZeRO of the experts"))

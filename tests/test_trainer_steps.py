@@ -1,0 +1,37 @@
+"""Rates, capacity, masks, average, reports and losses of each step: `trainer_checks.py` on one and two processes."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+from tests_launcher import Checked, run_checks
+
+CHECKS = (
+    "the_average_is_a_plain_lerp_of_whole_weights",
+    "every_step_has_its_rate_capacity_and_mask",
+    "a_report_is_the_mean_of_its_steps_over_any_number_of_stops",
+    "a_routers_loss_is_learned_and_not_reported",
+)
+CASES = [pytest.param(size, check, marks=[pytest.mark.slow] * (size - 1)) for size in (1, 2) for check in CHECKS]
+
+
+class Starts:
+    """All checks in one start for each number of processes, when a test first asks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.checked = cache(lambda size: self._run(folder / str(size), size))
+
+    def _run(self, folder: Path, size: int) -> Checked:
+        return run_checks("tests/trainer_checks.py", CHECKS, str(folder), processes=size)
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory: pytest.TempPathFactory) -> Starts:
+    """One folder for all starts."""
+    return Starts(tmp_path_factory.mktemp("steps"))
+
+
+@pytest.mark.parametrize("size,check", CASES)
+def test_holds(starts: Starts, size: int, check: str) -> None:
+    problem = starts.checked(size).problems[check]
+    assert not problem, problem
