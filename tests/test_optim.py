@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from moe.config import MoeConfig
 from trainer.config import ModelConfig, OptimConfig
 from trainer.diffusion.model import EcDit, ModelShape
-from trainer.engine.optim import build_optimizer, decays, parameter_groups
+from trainer.engine.optim import build_optimizer, decays
 
 SHAPE = ModelShape(channels=3, height=8, width=8, text_dim=32)
 MODEL = ModelConfig(dim=16, num_layers=2, num_heads=2, num_kv_heads=1, pooled_text=True)
@@ -46,7 +46,7 @@ PREDICTED = {*(f"blocks.1.mlp.predictor.{name}" for name in ("up.bias", "down.bi
 def test_only_matrices_decay(moe: MoeConfig, matrices: set[str], vectors: set[str]) -> None:
     model = EcDit(MODEL, moe, SHAPE)
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = {group["role"]: group for group in parameter_groups(model.named_parameters(), DECAY)}
+    groups = {g["role"]: g for g in build_optimizer(model.named_parameters(), ADAMW).param_groups}
     found = {role: {name_of[id(parameter)] for parameter in group["params"]} for role, group in groups.items()}
     assert found == {"decay": matrices, "no_decay": vectors}
     assert groups["decay"]["weight_decay"] == DECAY and groups["no_decay"]["weight_decay"] == 0
@@ -59,8 +59,8 @@ def test_experts_of_several_processes_are_groups_of_their_own() -> None:
     for key, value in tags.items():
         setattr(expert, key, value)
     assert decays("w1", expert) and not decays("w3", nn.Parameter(torch.zeros(3)))
-    first, second = parameter_groups([("w1", expert), ("weight", plain)], DECAY)
-    assert first["params"] == [plain] and second["params"] == [expert]
+    first, second = build_optimizer([("w1", expert), ("weight", plain)], ADAMW).param_groups
+    assert first["params"][0] is plain and second["params"][0] is expert
     assert "moe" not in first and (second["moe"], second["name"]) == (True, "ep_size_2")
     assert first["weight_decay"] == second["weight_decay"] == DECAY
 

@@ -53,7 +53,7 @@ def started(world: World, run_dir: Path, *overrides: str, bad_batch: int | None 
 
 def finish(trainer: Trainer) -> None:
     trainer.run()
-    trainer.close()
+    trainer.reporter.close()
     trainer.engine.destroy()
     torch.distributed.barrier()
 
@@ -87,7 +87,7 @@ def the_average_is_a_plain_lerp_of_whole_weights(world: World, folder: Path) -> 
             average = gather_master(trainer.engine)
         for name, value in expected.items():
             torch.testing.assert_close(average[name], value, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
-        trainer.close()
+        trainer.reporter.close()
         trainer.engine.destroy()
         torch.distributed.barrier()
 
