@@ -15,7 +15,7 @@ from trainer.diffusion.layers import Attention, TimestepEmbedder, attend, sincos
 from trainer.diffusion.model import EcDit, ModelShape
 
 SHAPE = ModelShape(channels=3, height=6, width=8, text_dim=12)
-SMALL = ModelConfig(dim=16, num_layers=2, num_heads=4, num_kv_heads=2, patch_size=2, mlp_ratio=2, pooled_text=True)
+SMALL = ModelConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, patch_size=2, mlp_ratio=2, pooled_text=True)
 NUCLEUS: dict[str, Any] = {
     "gate": "sigmoid", "router_input": "unmodulated", "normalize_gates": True, "gate_scale": 2.5,
     "num_shared_experts": 1,
