@@ -106,8 +106,9 @@ def test_guidance_formula_and_interval() -> None:
     velocity = guided(model, config, 2)
     x = torch.zeros(2, 3, 2, 2)
     torch.testing.assert_close(velocity(x, 0.5), torch.full_like(x, 0.25 + 3 * 0.75))
-    torch.testing.assert_close(velocity(x, 0.9), torch.ones_like(x))
-    assert calls == [4, 2]
+    for t in (0.9, 0.1):  # outside the interval
+        torch.testing.assert_close(velocity(x, t), torch.ones_like(x))
+    assert calls == [4, 2, 2]
 
 
 def test_picture_noise_depends_on_its_seed_only() -> None:
