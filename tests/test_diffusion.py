@@ -2,14 +2,19 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
+from benchmarks.plain_model import plain_noise
+from moe.routing import RoutingStats
 from trainer.config import DiffusionConfig, OptimConfig
 from trainer.data.latents.samples import Batch
 from trainer.diffusion.flow import interpolate, noise_batch, shift_time, training_loss
 from trainer.diffusion.layers import patchify
+from trainer.diffusion.model import ModelShape
+from trainer.diffusion.sampling import draw
 from trainer.diffusion.solver import guided, initial_noise, solve_euler, solve_heun, time_grid
 from trainer.engine.optim import learning_rate
 from trainer.settings.tokens import num_kept_tokens
@@ -101,8 +106,9 @@ def test_guidance_formula_and_interval() -> None:
     velocity = guided(model, config, 2)
     x = torch.zeros(2, 3, 2, 2)
     torch.testing.assert_close(velocity(x, 0.5), torch.full_like(x, 0.25 + 3 * 0.75))
-    torch.testing.assert_close(velocity(x, 0.9), torch.ones_like(x))
-    assert calls == [4, 2]
+    for t in (0.9, 0.1):  # outside the interval
+        torch.testing.assert_close(velocity(x, t), torch.ones_like(x))
+    assert calls == [4, 2, 2]
 
 
 def test_picture_noise_depends_on_its_seed_only() -> None:
@@ -125,3 +131,44 @@ def test_masking_ends_at_its_step_and_changes_nothing_else() -> None:
     assert masked.keep_BS is not None and whole.keep_BS is None
     assert torch.equal(masked.x_BCHW, whole.x_BCHW) and torch.equal(masked.t_B, whole.t_B)
     assert DiffusionConfig(mask_ratio=0.5).mask_ratio_at(10**6) == 0.5
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+def test_noise_and_times_of_training_are_those_of_the_formula(shift: float) -> None:
+    """Each sample by itself: its own generator, a normal logit moved by log(shift), a straight path to the noise."""
+    config = replace(CONFIG, logit_mean=0.2, logit_std=1.3, time_shift=shift)
+    noised = noise_batch(batch([3, 8, 11]), config, seed=5, patch_size=2)
+    for row, index in enumerate((3, 8, 11)):
+        noise, t = plain_noise(5, index, (3, 8, 8), config)
+        assert float(noised.t_B[row]) == pytest.approx(float(t), rel=1e-5)
+        torch.testing.assert_close(noised.x_BCHW[row], (1 - t) * index + t * noise, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(noised.target_BCHW[row], noise - index)
+
+
+def test_shifted_times_of_training_have_their_quantiles() -> None:
+    """Half of the times lie below the shifted median: of a logit around 0 it is shift / (1 + shift)."""
+    config = replace(CONFIG, time_shift=3.0)
+    t = noise_batch(batch(list(range(2000))), config, seed=0, patch_size=8).t_B
+    assert float((t < 0.75).float().mean()) == pytest.approx(0.5, abs=0.04)
+
+
+SHIFTED = {"euler": [1.0, 0.9, 0.75, 0.5], "heun": [1.0, 0.9, 0.9, 0.75, 0.75, 0.5, 0.5]}  # 3 t / (1 + 2 t)
+
+
+@pytest.mark.parametrize("sampler", SHIFTED)
+def test_sampling_asks_at_shifted_times_and_moves_by_their_distances(sampler: str) -> None:
+    config = replace(CONFIG, sampler=sampler, sampling_steps=4, time_shift=3.0, guidance_scale=1.0)
+    times = []
+
+    def forward(x: torch.Tensor, t_B: torch.Tensor, rows: slice) -> tuple[torch.Tensor, list[RoutingStats]]:
+        times.append(t_B.tolist())
+        return (t_B**2).view(-1, 1, 1, 1).expand_as(x), []
+
+    shape = ModelShape(channels=3, height=4, width=4, text_dim=2)
+    found = draw(forward, [7, 9], shape, config, torch.device("cpu"))
+    assert [pytest.approx([t, t], abs=1e-6) for t in SHIFTED[sampler]] == times
+    grid, moved = [1.0, 0.9, 0.75, 0.5, 0.0], 0.0
+    for now, then in pairwise(grid):
+        slope = now**2 if sampler == "euler" or then == 0 else (now**2 + then**2) / 2
+        moved += (then - now) * slope
+    torch.testing.assert_close(found, initial_noise([7, 9], (3, 4, 4)) + moved, rtol=1e-5, atol=1e-5)

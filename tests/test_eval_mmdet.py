@@ -1,7 +1,4 @@
-"""The converted Mask2Former against mmdet's own model on random weights; skips where mmdet is not installed.
-
-pip install --no-deps mmdet==3.3.0 mmengine mmcv-lite addict yapf shapely six terminaltables pycocotools
-"""
+"""The converted Mask2Former against mmdet's own model on random weights."""
 
 import importlib.util
 import warnings

@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from moe.all_to_all import ExpertGroup, from_local_experts, to_local_experts
 from moe.config import MoeConfig
 from moe.dispatch import combine, dispatch, expert_rows
 from moe.experts import grouped_linear
@@ -145,30 +143,6 @@ def test_router_is_fp32_under_bf16() -> None:
     layer = filled(MoeLayer(MoeConfig(num_experts=4), dim=8, hidden_dim=16)).to(torch.bfloat16)
     assert layer.router(torch.randn(1, 16, 8, dtype=torch.bfloat16)).dtype == torch.float32
     assert layer(torch.randn(1, 16, 8, dtype=torch.bfloat16))[0].dtype == torch.bfloat16
-
-
-def exchanged(tensors: list[Tensor]) -> list[Tensor]:
-    """The equal-split all-to-all written as plain slicing."""
-    size = len(tensors)
-    return [torch.cat([t.chunk(size)[r] for t in tensors]) for r in range(size)]
-
-
-def test_rows_reach_the_rank_of_their_expert_and_return() -> None:
-    size, E, N, D = 2, 4, 3, 2
-    sent = [torch.arange(E * N * D, dtype=torch.float32).view(E, N, D) + 100 * r for r in range(size)]
-    wires = exchanged(sent)
-
-    def group(rank: int, answer: Tensor) -> ExpertGroup:
-        return ExpertGroup(size=size, rank=rank, exchange=lambda out, _: out.copy_(answer))
-
-    local = [to_local_experts(sent[r], group(r, wires[r])) for r in range(size)]
-    for rank in range(size):
-        for e in range(E // size):
-            expected = torch.cat([sent[source][rank * (E // size) + e] for source in range(size)])
-            assert torch.equal(local[rank][e], expected)
-    back = exchanged([t.view(E // size, size, N, D).transpose(0, 1).reshape(E, N, D) for t in local])
-    for rank in range(size):
-        assert torch.equal(from_local_experts(local[rank], group(rank, back[rank])), sent[rank])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from moe.all_to_all import ExpertGroup, largest
 from moe.config import MoeConfig
 from moe.layer import MoeLayer, auxiliary_loss, set_capacity_factor
 from moe.oracle.layer import ReferenceMoe
@@ -217,11 +216,6 @@ def test_statistics_know_load_and_overlap() -> None:
     assert stats.together_EE.shape == (E, E) and torch.equal(stats.together_EE, stats.together_EE.T)
     torch.testing.assert_close(stats.together_EE.diagonal(), torch.full((E,), 0.5))
     assert math.isclose(float(stats.together_EE.diagonal().sum()), 2.0)
-
-
-def test_largest_value_of_a_group() -> None:
-    group = ExpertGroup(size=3, rank=1, exchange=lambda out, _: out.copy_(torch.tensor([4, 9, 2])))
-    assert largest(9, group, torch.device("cpu")) == 9 and largest(5, None, torch.device("cpu")) == 5
 
 
 def test_gates_of_a_token_are_normalised_over_the_experts_that_took_it() -> None:

@@ -1,5 +1,6 @@
 """Routing statistics of training: known cases, and means over batches that are means of the whole."""
 
+import math
 from typing import Any
 
 import pytest
@@ -60,3 +61,22 @@ def test_distributions_for_tensorboard() -> None:
     histograms = router_histograms(stats_of(torch.randn(2, 16, 8)), [5])
     assert set(histograms) == {"moe/5/experts_per_token", "moe/5/load", "moe/5/mass"}
     assert histograms["moe/5/mass"].sum() == pytest.approx(4.0)
+
+
+def test_statistics_of_two_images_in_one_pool() -> None:
+    """Two tokens each: token 0 is taken by both experts, 1 by expert 0, 2 by none, 3 by expert 1 (and a filled row)."""
+    affinity = torch.tensor([[[0.5, 0.5], [0.9, 0.1], [0.5, 0.5], [0.2, 0.8]]])
+    index, valid = torch.tensor([[[0, 1, 1], [0, 3, 2]]]), torch.tensor([[[True, True, True], [True, True, False]]])
+    stats = routing_stats(affinity, gated(affinity, index, valid), num_images=2)
+    assert stats.experts_per_token_BS.tolist() == [[2, 1], [0, 1]]
+    entropy = [-sum(p * math.log(p) for p in row) for row in affinity[0].tolist()]
+    assert float(stats.gate_entropy) == pytest.approx(sum(entropy) / 4)
+    assert stats.entropy_B.tolist() == pytest.approx([sum(entropy[:2]) / 2, sum(entropy[2:]) / 2])
+    assert float(stats.affinity_kept) == pytest.approx((1.0 + 0.9 + 0.8) / 4)
+    assert stats.kept_B.tolist() == pytest.approx([1.9 / 2, 0.8 / 2])
+    assert stats.load_E.tolist() == pytest.approx([0.5, 0.5]), "2 of the 4 taken pairs are each expert's"
+    assert stats.mass_E.tolist() == pytest.approx([1.4 / 2.7, 1.3 / 2.7])
+    assert stats.together_EE.tolist() == [[0.5, 0.25], [0.25, 0.5]]
+    columns = affinity[0].T.double()
+    cosine = float(columns[0] @ columns[1]) / math.sqrt(float(columns[0] @ columns[0]) * float(columns[1] @ columns[1]))
+    torch.testing.assert_close(stats.alike_EE, torch.tensor([[1.0, cosine], [cosine, 1.0]]))

@@ -130,7 +130,7 @@ def test_other_launchers_print_the_same_losses(launcher: Any, single: Path, tmp_
 
     program = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     if program is None:
-        pytest.skip(f"{name} is not installed")  # Open MPI is a system package
+        pytest.skip(f"{name} is not installed")
     run = [f"run_dir={tmp_path / 'run'}", "parallel.ep_size=2", "train.micro_batch_size=4"]
     if name == "deepspeed":
         command = [program, "--num_gpus", "2", "--module", "trainer.train", "debug", *run]

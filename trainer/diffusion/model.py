@@ -204,7 +204,7 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int, first_expert: in
     | norm scales                                 | 1                                                    |
     | biases, `w3` (expert biases)                | 0                                                    |
     | `final`, `final_modulation`                 | 0: the first prediction is 0                         |
-    | gates of `condition` and block `modulation` | 0: attention and MLP branches start closed (adaLN-0) |
+    | `condition`, `modulation` of blocks         | 0: attention and MLP branches start closed (adaLN-0) |
     | cross-attention `out`                       | 0, as PixArt-alpha                                   |
     | `router.weight`                             | normal, std 0.02: near-uniform affinities            |
     | what a router learns beside it              | as the router says (`RouterTraits.initial_std`)      |
