@@ -82,16 +82,19 @@ def test_names(path: Path) -> Iterator[str]:
 
 def from_line(line: str, root: Path = ROOT) -> Mutation:
     """The entry of a line; ValueError if it is not clear where its old text ends."""
-    file, *middle, tests = (part.replace("\\n", "\n") for part in line.split(" | "))
-    content, candidates = (root / file).read_text(), []
+    file, *middle, tests = line.replace(" | | ", " |  | ").split(" | ")
+    content = (root / file).read_text()
+    found: list[tuple[str, str]] = []
     for at in range(1, len(middle)):
         old, new = " | ".join(middle[:at]), " | ".join(middle[at:])
-        candidates += [(old, new)] if content.count(old) == 1 else []
-    if len(candidates) > 1:
-        candidates = [pair for pair in candidates if pair[0].count(" | ") == pair[1].count(" | ")]
-    if len(candidates) != 1:
-        raise ValueError(f"{len(candidates)} ways to read this line, its old text must be in the file once: {line}")
-    old, new = candidates[0]
+        # A backslash and an n are a line break, unless the file itself has them.
+        pairs = [(old, new), (old.replace("\\n", "\n"), new.replace("\\n", "\n"))]
+        found += [pair for pair in pairs if content.count(pair[0]) == 1][:1]
+    if len(found) > 1:
+        found = [(old, new) for old, new in found if old.count(" | ") == new.count(" | ")]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} ways to read this line, its old text must be in the file once: {line}")
+    ((old, new),) = found
     return Mutation(file=file, old=old, new=new, tests=tuple(tests.replace(",", " ").split()))
 
 
