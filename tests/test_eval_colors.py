@@ -12,21 +12,22 @@ CAT = CLASSES.index("cat")
 
 
 def test_colours_are_judged_on_the_masked_crop() -> None:
-    """A blue field in rows 3 to 10 and columns 5 to 8 of a white picture, of which the mask has columns 5 to 6."""
+    """In a white picture rows 3 to 10 are blue in columns 5 and 6, the mask, and red in 7 and 8."""
     picture = torch.full((14, 18, 3), 255, dtype=torch.uint8)
-    picture[3:11, 5:9] = torch.tensor([45, 90, 200], dtype=torch.uint8)
+    picture[3:11, 5:7] = torch.tensor([45, 90, 200], dtype=torch.uint8)
+    picture[3:11, 7:9] = torch.tensor([214, 39, 40], dtype=torch.uint8)
     mask = torch.zeros(14, 18, dtype=torch.bool)
     mask[3:11, 5:7] = True
     item = FoundObject(class_number=CAT, score=1.0, box=(4.6, 2.9, 9.4, 11.2), mask_HW=mask)
     pixels = np.asarray(crop(picture, item))
     assert pixels.shape == (8, 4, 3)
     assert (pixels[:, :2] == [45, 90, 200]).all() and (pixels[:, 2:] == [153, 153, 153]).all()
-    blue, white = 4, 9  # places in GenEval's list
+    red, blue, white = 0, 4, 9  # places in GenEval's list
     bare = FoundObject(class_number=CAT, score=1.0, box=(5.0, 3.0, 17.0, 11.0))
     assert np.asarray(crop(picture, bare)).shape == (8, 12, 3)
     rows = NearestColors().classify(picture, [item, bare], "cat")
     assert rows[0, blue] == 1 and rows[0].sum() == 1
-    assert rows[1, blue] == pytest.approx(4 / 12) and rows[1, white] == pytest.approx(8 / 12)
+    assert rows[1, [red, blue, white]].tolist() == pytest.approx([2 / 12, 2 / 12, 8 / 12])
     empty = FoundObject(class_number=CAT, score=1.0, box=(3.0, 3.0, 3.0, 3.0))
     assert crop(picture, empty).size == (1, 1)
     assert not NearestColors().classify(picture, [empty], "cat").any()

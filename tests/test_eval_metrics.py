@@ -135,7 +135,10 @@ def test_clip_score_forms_and_standard_error() -> None:
     assert found.cosine == pytest.approx(np.mean(values))
     assert found.standard_error == pytest.approx(np.std(values, ddof=1) / math.sqrt(50))
     assert found.score100 == pytest.approx(100 * np.mean([max(v, 0) for v in values]))
-    assert found.paper == pytest.approx(found.score100 / 40)
+    positive = [max(v, 0) for v in values]
+    assert 0 < sum(v < 0 for v in values) < 50, "some are cut off"
+    assert found.score100_standard_error == pytest.approx(100 * np.std(positive, ddof=1) / math.sqrt(50))
+    assert found.paper == pytest.approx(2.5 * np.mean(positive)) and found.count == 50
     metric = ClipScoreMetric()
     for part in range(0, 50, 13):
         metric.update(images[part : part + 13], texts[part : part + 13])

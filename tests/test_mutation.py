@@ -43,6 +43,10 @@ def toy(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def _paths(toy: Path) -> list[str]:
+    return ["--root", str(toy), "--list", str(toy / "list.toml"), "--results", str(toy / "results.jsonl")]
+
+
 def test_every_planted_fault_is_in_its_file_once_and_names_tests_that_exist() -> None:
     mutations = read_list()
     assert not [fault for item in mutations for fault in faults(item)]
@@ -55,6 +59,7 @@ def test_faults_of_an_entry_are_named(toy: Path) -> None:
         ({"old": "x", "new": "y"}, "old text occurs 3 times"),
         ({"old": "y / 2"}, "old text occurs 0 times"),
         ({"new": "x / 2"}, "old and new are the same"),
+        ({"new": "x / / 3"}, "is no Python any more"),
         ({"tests": ()}, "names no test"),
         ({"tests": ("test_half.py::test_double",)}, "there is no test test_half.py::test_double"),
         ({"tests": ("test_third.py",)}, "there is no test test_third.py"),
@@ -82,7 +87,7 @@ def test_shares_part_the_list() -> None:
 
 
 def test_caught_and_survived_are_told_apart_and_kept(toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--root", str(toy), "--list", str(toy / "list.toml"), "--results", str(toy / "results.jsonl")]
+    arguments = [*_paths(toy), "--preload", ""]
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--workers", "1"])
     said = capsys.readouterr().out
@@ -105,5 +110,5 @@ def test_caught_and_survived_are_told_apart_and_kept(toy: Path, capsys: pytest.C
 def test_a_test_that_fails_by_itself_is_no_verdict(toy: Path) -> None:
     (toy / "test_half.py").write_text(TEST.replace("== 2", "== 5"))
     with pytest.raises(SystemExit, match="tests fail without a planted fault"):
-        main(["--root", str(toy), "--list", str(toy / "list.toml"), "--results", str(toy / "results.jsonl")])
+        main([*_paths(toy), "--preload", ""])
     assert not (toy / "results.jsonl").exists()

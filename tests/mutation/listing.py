@@ -61,6 +61,8 @@ def faults(mutation: Mutation, root: Path = ROOT) -> list[str]:
     count = path.read_text().count(mutation.old) if path.is_file() and mutation.old else 0
     if count != 1:
         found.append(f"old text occurs {count} times in {mutation.file}: {mutation.old!r}")
+    elif mutation.file.endswith(".py") and not parses(path.read_text().replace(mutation.old, mutation.new)):
+        found.append("the file is no Python any more, which every test would notice")
     if mutation.old == mutation.new:
         found.append("old and new are the same")
     if not mutation.tests and not mutation.equivalent:
@@ -71,6 +73,15 @@ def faults(mutation: Mutation, root: Path = ROOT) -> list[str]:
         if not known or (function and function.partition("[")[0] not in known):
             found.append(f"there is no test {test}")
     return [f"{mutation.title()}: {fault}" for fault in found]
+
+
+def parses(code: str) -> bool:
+    """Whether this is Python."""
+    try:
+        ast.parse(code)
+    except SyntaxError:
+        return False
+    return True
 
 
 def test_names(path: Path) -> Iterator[str]:

@@ -9,11 +9,14 @@ and hold until the mutated file or the tests change. Exit code 1 if a fault surv
 """
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import queue
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +29,8 @@ from typing import Any
 from tests.mutation.listing import LIST, ROOT, Mutation, faults, read_list
 
 CAUGHT, SURVIVED, UNTRIED = "caught", "SURVIVED", "not run"
-_NOT_TESTED = (3, 4, 5)  # pytest: broken itself, used wrongly, nothing selected
+_OURS = ("moe", "trainer", "eval", "benchmarks", "tests")
+_HEAVY = ("torch", "torchvision", "matplotlib.figure", "deepspeed", "scipy.linalg", "pytest")  # loaded once for all
 
 
 def copy_tree(source: Path, target: Path) -> Path:
@@ -44,21 +48,42 @@ def copy_tree(source: Path, target: Path) -> Path:
     return target
 
 
+def _pytest(tree: Path, tests: Sequence[str], output: Path) -> None:
+    """In a process of its own: run these tests of `tree`, and exit as pytest does."""
+    os.setsid()  # so that what the tests start can be ended with them
+    with output.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    # Nothing of the repository that the program itself has loaded, and no bytecode files: two mutations of one second
+    # and one length would share them.
+    for name in [name for name in sys.modules if name.partition(".")[0] in _OURS]:
+        del sys.modules[name]
+    os.chdir(tree)
+    sys.path[:] = [str(tree), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    sys.dont_write_bytecode = True
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree), "PYTHONWARNINGS": ""}
+    import pytest
+
+    code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests])
+    sys.stdout.flush()
+    os._exit(code)
+
+
 def run_tests(tree: Path, tests: Sequence[str], seconds: float) -> tuple[str, str]:
     """CAUGHT if a test fails or they do not end in time, else SURVIVED, or UNTRIED if all were skipped; and the end."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    # Without bytecode files: two mutations of one second and one length would share them.
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
-    try:
-        done = subprocess.run(
-            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=seconds, check=False
-        )
-    except subprocess.TimeoutExpired:
+    output = tree.with_name(f"{tree.name}.out")
+    process = multiprocessing.get_context("forkserver").Process(target=_pytest, args=(tree, tests, output))
+    process.start()
+    process.join(seconds)
+    ended, code = process.exitcode is not None, process.exitcode
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    process.join()
+    said = output.read_text() if output.is_file() else ""
+    last = "\n".join(said.splitlines()[-5:])
+    if not ended:
         return CAUGHT, f"not ended after {seconds:.0f} s"
-    last = "\n".join(done.stdout.splitlines()[-3:])
-    if done.returncode in _NOT_TESTED:
-        raise RuntimeError(f"pytest cannot run {' '.join(tests)}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    if done.returncode == 0:
+    if code == 0:
         return (SURVIVED if re.search(r"\d+ passed", last) else UNTRIED), last
     return CAUGHT, last
 
@@ -140,6 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", default="", help="mutations whose file, text or tests hold this")
     parser.add_argument("--share", default="1/1", help="n/m: the n-th of m parts of the list")
     parser.add_argument("--workers", type=int, default=2, help="mutations at once (default %(default)s)")
+    parser.add_argument("--preload", default=",".join(_HEAVY), help="modules that no test needs to load again")
     parser.add_argument("--seconds", type=float, default=180, help="time that tests may take (default %(default)s)")
     given = parser.parse_args(argv)
     if not re.fullmatch(r"[1-9]\d*/[1-9]\d*", given.share):
@@ -152,6 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     known = read_results(results)
     todo = [item for item in mutations if not item.equivalent and item.digest(given.root) not in known]
     if todo:
+        os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # of locks that killed tests leave behind
+        multiprocessing.get_context("forkserver").set_forkserver_preload([*filter(None, given.preload.split(","))])
         try_all(given.root, todo, results, given.workers, given.seconds)
     lines, survived = table(given.root, mutations, read_results(results))
     print("\n".join(lines))
