@@ -105,6 +105,14 @@ def test_neighbours_equal_a_loop_and_torch_fidelity() -> None:
         neighbours(fake[:3], real, k=3)
 
 
+def test_neighbours_at_the_very_radius_count_for_precision_and_recall_alone() -> None:
+    """Whole numbers on a line, so that distances equal radii exactly: 1, 1, 1 and 2 of the real, 3 of the generated."""
+    real, fake = (torch.tensor(places).double()[:, None] for places in ([-1, 0, 1, 3], [2, 5]))
+    found = neighbours(fake, real, k=1)
+    assert (found.precision, found.recall) == (1, 1)  # 2 is 1 from 1, 5 is 2 from 3; -1 is 3 from 2
+    assert (found.density, found.coverage) == (1 / 2, 1 / 4)  # only 2 lies within the ball of 3
+
+
 def test_copies_of_training_pictures_are_found() -> None:
     training = _features(60, 6, 12)
     fake = torch.cat([training[[5, 17]] + 1e-6, _features(8, 6, 13, 5.0)])

@@ -12,8 +12,8 @@ import hashlib
 import json
 import sys
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +69,7 @@ def faults(mutation: Mutation, root: Path = ROOT) -> list[str]:
         found.append("names no test, and no reason why none can notice")
     for test in mutation.tests:
         name, _, function = test.partition("::")
-        known = set(test_names(root / name)) if (root / name).is_file() else set()
+        known = _names_in((root / name).read_text()) if (root / name).is_file() else frozenset()
         if not known or (function and function.partition("[")[0] not in known):
             found.append(f"there is no test {test}")
     return [f"{mutation.title()}: {fault}" for fault in found]
@@ -84,11 +84,11 @@ def parses(code: str) -> bool:
     return True
 
 
-def test_names(path: Path) -> Iterator[str]:
+@cache
+def _names_in(code: str) -> frozenset[str]:
     """Names of the test functions of a file."""
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            yield node.name
+    functions = [node for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)]
+    return frozenset(node.name for node in functions if node.name.startswith("test_"))
 
 
 def from_line(line: str, root: Path = ROOT) -> Mutation:

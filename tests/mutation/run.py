@@ -64,7 +64,8 @@ def _pytest(tree: Path, tests: Sequence[str], output: Path) -> None:
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree), "PYTHONWARNINGS": ""}
     import pytest
 
-    code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests])
+    fast = [] if all("::" in test for test in tests) else ["-m", "not slow"]  # a slow test must be named
+    code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", *fast, *tests])
     sys.stdout.flush()
     os._exit(code)
 
