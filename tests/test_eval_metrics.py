@@ -122,6 +122,17 @@ def test_copies_of_training_pictures_are_found() -> None:
     assert float(found.distance_N[2:].min()) > found.threshold
 
 
+def test_memorised_is_what_lies_closer_than_training_pictures_to_each_other() -> None:
+    """On a line, where the nearest others of 0, 1, 3, 7 and 15 are 1, 1, 2, 4 and 8 away."""
+    training = torch.tensor([0.0, 1, 3, 7, 15]).double()[:, None]
+    fake = torch.tensor([3.5, 5, 13, -1, 40]).double()[:, None]
+    for quantile, threshold, share in ((0, 1, 1 / 5), (0.5, 2, 2 / 5), (0.75, 4, 4 / 5), (1, 8, 4 / 5)):
+        found = memorisation(fake, training, quantile=quantile)
+        assert (found.threshold, found.share) == (threshold, share)  # at the threshold itself is not closer
+        assert found.nearest_N.tolist()[::4] == [2, 4] and found.distance_N.tolist() == [0.5, 2, 2, 1, 25]
+    assert memorisation(fake, training).threshold == 1 and memorisation(fake, training).quantile == 0.01
+
+
 def test_inception_score_equals_torch_fidelity_and_a_closed_form() -> None:
     logits = _features(60, 7, 14) * 3
     found = inception_score(logits, splits=4)

@@ -20,6 +20,7 @@ from trainer.data import encode
 from trainer.data.dataset import open_dataset
 from trainer.data.demo import scene_shards
 from trainer.data.latents.samples import LatentDataset
+from trainer.diffusion.model import EcDit, ModelShape
 from trainer.pipeline import Pipeline
 from trainer.randomness import sample_generator
 
@@ -42,10 +43,15 @@ def slow_losses(pipeline: Pipeline, dataset: LatentDataset, count: int) -> dict[
 
 @pytest.fixture(scope="module")
 def pipeline() -> Pipeline:
-    """The debug model with its first weights, on its synthetic data."""
+    """The debug model with random weights, as its first ones would answer nothing, on its synthetic data."""
     config = load_config("debug", ["model.patch_size=4"])
     info = replace(open_dataset(config).info, codec="pixel", text_encoder="minilm")
-    return Pipeline(config, info, 0, None)
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: value.shape[-1] ** -0.5 * torch.randn(value.shape, generator=generator)
+        for name, value in EcDit(config.model, config.moe, ModelShape.of(info)).named_parameters()
+    }
+    return Pipeline(config, info, 0, weights)
 
 
 def test_validation_loss_equals_a_loop_and_is_repeatable(pipeline: Pipeline) -> None:

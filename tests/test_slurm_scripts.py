@@ -90,7 +90,7 @@ def test_allocations_that_cannot_work_are_refused(slurm: Path) -> None:
 def test_processes_start_as_asked_with_a_rendezvous(slurm: Path, tmp_path: Path) -> None:
     start = 'launch LOGS --kill-on-bad-exit=1 --wait=60 -- python -m x "a b"; await; echo "code $code"'
     job = {"SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_ON_NODE": "8", "SLURM_RESTART_COUNT": "3", "SRUN_CODE": "9"}
-    done = _script(slurm, start, **job, SRUN_ARGS="--mpi=pmix --gpu-bind=none", TRAIN_DEADLINE_MARGIN="45")
+    done = _script(slurm, start, **job, SRUN_ARGS="--mpi=pmix --gpu-bind=none", PYTHONPATH="/more")
     assert "code 9" in done.stdout
     assert (tmp_path / "calls.srun").read_text().splitlines() == [
         "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--cpus-per-task=4", "--cpu-bind=cores",
@@ -98,8 +98,8 @@ def test_processes_start_as_asked_with_a_rendezvous(slurm: Path, tmp_path: Path)
         "--gpu-bind=none", "bash", f"{ROOT}/slurm/task.sh", "python", "-m", "x", "a b",
     ]  # fmt: skip
     given = dict(line.split("=", 1) for line in (tmp_path / "calls.env").read_text().splitlines() if "=" in line)
-    assert given["LOG_STEM"] == "LOGS/77.3" and given["TRAIN_DEADLINE_MARGIN"] == "45"
-    assert given["PYTHONPATH"].split(":")[0] == str(ROOT)
+    assert given["LOG_STEM"] == "LOGS/77.3" and given["TRAIN_DEADLINE_MARGIN"] == "60"
+    assert given["PYTHONPATH"] == f"{ROOT}:/more"
     assert 15000 <= int(given["MASTER_PORT"]) < 32768, "below the ports that the kernel hands out"
 
 
