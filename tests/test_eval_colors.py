@@ -1,10 +1,11 @@
-"""Colours of found objects: what is cut out of a picture, and the judge that needs no weights."""
+"""Masks and colours of found objects: what is cut out of a picture, and the judge that needs no weights."""
 
 import numpy as np
 import pytest
 import torch
 
 from eval.networks.colors import NearestColors, crop
+from eval.networks.mask2former import masks_at_picture_size
 from eval.networks.protocols import FoundObject
 from eval.pictures.geneval_names import CLASSES
 
@@ -31,3 +32,14 @@ def test_colours_are_judged_on_the_masked_crop() -> None:
     empty = FoundObject(class_number=CAT, score=1.0, box=(3.0, 3.0, 3.0, 3.0))
     assert crop(picture, empty).size == (1, 1)
     assert not NearestColors().classify(picture, [empty], "cat").any()
+
+
+def test_masks_of_a_padded_wide_picture_keep_their_places() -> None:
+    """Two planes, the one rising to the right, the other downwards, a unit per pixel of the padded input."""
+    across = (torch.arange(16) + 0.5)[None].expand(8, 16) * 4
+    down = (torch.arange(8) + 0.5)[:, None].expand(8, 16) * 4
+    found = masks_at_picture_size(torch.stack([across, down]), (32, 64), (24, 40), (12, 20))
+    assert found.shape == (2, 12, 20)
+    right, below = 2 * (torch.arange(20) + 0.5), 2 * (torch.arange(12) + 0.5)
+    torch.testing.assert_close(found[0, :, 1:], right[1:].expand(12, 19))  # the outermost pixel repeats the edge
+    torch.testing.assert_close(found[1, 1:], below[1:, None].expand(11, 20))
