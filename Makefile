@@ -3,13 +3,14 @@
 #   make check   format, lint, types, import direction, fast tests (under three minutes)
 #   make test    the whole test suite
 #   make demo    train on the embedded data with EP 2 x ZeRO-3 on two processes, stop, resume, evaluate
+#   make mutate  plant faults one at a time, each must be noticed by its tests; under an hour, goes on where it stopped
 #   make compare dense, token choice, expert choice and two successors at equal FLOPs; goes on where it stopped
 #   make clean   remove the environment, caches and what the demo wrote
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := check
-.PHONY: .venv check lint test demo compare clean
+.PHONY: .venv check lint test mutate demo compare clean
 
 # The first that runs: a version manager may put names on the path that start nothing.
 ifndef PYTHON
@@ -57,6 +58,9 @@ check: lint
 
 test: $(STAMP)
 	pytest $(SIDE_BY_SIDE)
+
+mutate: $(STAMP)
+	python -m tests.mutation.run --workers $(shell nproc)
 
 DEMO := trainer/configs/demo.yaml
 demo: $(STAMP)

@@ -7,9 +7,11 @@ from eval.demo.prompts import demo_prompts
 from eval.pages.allocation import WordShares, moved_share, word_lines, word_shares
 from eval.pages.charts import moved_chart
 from eval.pages.compute_map import ComputeMaps, trace_compute
+from eval.pictures.prompts import picture_seed
 from trainer.config import load_config
-from trainer.data.latents.samples import LatentInfo
+from trainer.data.latents.samples import LatentInfo, pad_text
 from trainer.diffusion.model import EcDit, ModelShape
+from trainer.diffusion.solver import initial_noise
 from trainer.pipeline import Pipeline
 
 INFO = LatentInfo(
@@ -48,7 +50,28 @@ def test_every_word_of_a_caption_has_its_share(maps: ComputeMaps) -> None:
     assert len(maps.words) == 2
     for caption, item in zip(maps.captions, maps.words, strict=True):
         assert " ".join(item.words) == caption and len(item.shares) == len(item.words)
-    assert max(share for item in maps.words for share in item.shares) > 0.01
+
+
+def test_a_word_moves_what_the_caption_without_it_leaves(reading: Pipeline, maps: ComputeMaps) -> None:
+    """Tokens that an expert takes with the caption and not without one word, over three times."""
+    caption, shares = maps.captions[1], maps.words[1].shares
+    words = caption.split()
+    (noise,) = initial_noise([picture_seed(demo_prompts(0, 1)[1].id, 0)], (3, 32, 32))
+    picture = maps.pictures_NHWC[1].permute(2, 0, 1) / 127.5 - 1  # the pixel codec, of mean 0 and deviation 1
+
+    def experts(text: str, time: float) -> torch.Tensor:
+        x = (1 - time) * picture + time * noise
+        encoded, mask = pad_text(reading.text_encoder.encode([text]), 24)
+        _, stats = reading.model(x[None], torch.tensor([time]), encoded, mask)
+        return torch.stack([item.experts_per_token_BS[0] for item in stats]).float()
+
+    for i in range(len(words)):
+        moved = []
+        for time in (0.3, 0.6, 0.9):
+            whole, without = experts(caption, time), experts(" ".join(words[:i] + words[i + 1 :]), time)
+            moved += [float((whole[n] - without[n]).abs().sum() / whole[n].sum()) for n in range(2)]
+        assert shares[i] == pytest.approx(sum(moved) / 6, abs=1e-6)
+    assert max(shares) > 0.01
 
 
 def test_the_caption_moves_compute_while_both_are_evaluated(maps: ComputeMaps) -> None:

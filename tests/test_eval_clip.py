@@ -16,10 +16,11 @@ from eval.networks.clip import ClipModel, find_clip, load_clip
 from eval.networks.colors import TEMPLATES, ClipColors
 from eval.networks.dino import DinoEncoder
 from eval.networks.protocols import FoundObject
+from eval.pages.sections import number_section
 from eval.pictures.geneval_names import COLORS
 from eval.pictures.image_files import picture_path, read_picture, write_picture
 from eval.pictures.prompts import Prompt
-from eval.scoring.job import ScoreConfig, ScoringJob, check_all, prepare_all, score_all
+from eval.scoring.job import ScoreConfig, ScoringJob, check_all, find_suite, prepare_all, score_all
 from eval.suites.clip import text_features
 from trainer.config import ConfigError
 from trainer.distributed import World
@@ -82,8 +83,10 @@ def test_colours_use_the_official_templates(clip: ClipModel) -> None:
     picture = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8))
     found = [FoundObject(class_number=41, score=1.0, box=(float(i), 0.0, 12.0, 12.0)) for i in range(3)]
     rows = judge.classify(picture, found, "cup")
-    assert rows.shape == (3, 10)
-    torch.testing.assert_close(rows.sum(1), torch.ones(3))
+    cut = [picture[0:12, i:12] for i in range(3)]
+    features = clip.encode(torch.stack([clip.prepare(part.contiguous()) for part in cut]))
+    cosine = torch.nn.functional.normalize(features, dim=1) @ expected
+    torch.testing.assert_close(rows, (100 * cosine).softmax(1), atol=1e-5, rtol=1e-4)
     assert judge.classify(picture, [], "cup").shape == (0, 10)
 
 
@@ -138,7 +141,19 @@ def test_clip_and_cmmd_suites_end_to_end(weights: Path, clip: ClipModel, tmp_pat
     expected = torch.nn.functional.cosine_similarity(images, texts).double()
     assert results["clip"]["score"]["cosine"] == pytest.approx(float(expected.mean()), abs=1e-5)
     assert results["clip"]["score"]["count"] == 12 and results["clip"]["truncated_captions"] == 1
-    assert results["clip"]["r_precision"]["distractors"] == 5
+    table = clip.encode_texts([prompt.text for prompt in prompts])
+    closest = [max(range(6), key=lambda k: float(torch.cosine_similarity(image, table[k], dim=0))) for image in images]
+    nearest = sum(closest[i] == i // 2 for i in range(12)) / 12
+    assert results["clip"]["r_precision"] == {"value": nearest, "distractors": 5}
+    score, suite = results["clip"]["score"], find_suite("clip")
+    positive = 100 * expected.clamp_min(0)
+    assert score["score100"] == pytest.approx(float(positive.mean()), abs=1e-3)
+    assert score["score100_standard_error"] == pytest.approx(float(positive.std()) / 12**0.5, abs=1e-3)
+    shown = "".join(number_section(suite.title, suite.names, suite.spreads, results["clip"]))
+    for words, name, error in (
+        ("CLIP cosine", "cosine", "standard_error"), ("CLIP score, 100 x", "score100", "score100_standard_error"),
+    ):  # fmt: skip
+        assert f"<td>{words}</td><td>{score[name]:.5g}</td><td>&plusmn; {score[error]:.2g}</td>" in shown
     reference = clip.encode(torch.stack([clip.prepare(read_picture(file)) for file in real]))
     assert results["cmmd"]["cmmd"] == pytest.approx(cmmd(images, reference), abs=1e-3)
     assert results["clip"]["card"]["weights_sha256"] == clip.key["weights_sha256"]

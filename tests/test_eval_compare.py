@@ -9,7 +9,7 @@ from browser import DESK, PHONE, find_browser, width_in_browser
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from eval.pages.numbers import log_numbers
-from eval.report import card_differences, find_report, main, read_scores
+from eval.report import ReportScores, card_differences, comparison_text, find_report, main, read_scores
 from trainer.config import ConfigError
 
 
@@ -36,6 +36,84 @@ def test_numbers_stand_side_by_side_with_what_differs(tmp_path: Path, capsys: py
             assert width_in_browser(page, width, tmp_path) <= width
     text = page.read_text()
     assert "convention differs" in text and "&lt;c&gt;" in text and "<c>" not in text
+
+
+CARDS: dict[str, dict[str, Any]] = {
+    "sampling": {
+        "precision": "bf16", "sampler": "euler", "sampling_steps": 50, "guidance_scale": 3.0, "time_shift": 1.0,
+        "guidance_interval": [0.0, 1.0], "image_size": 256, "codec": "pixel", "text_encoder": "minilm",
+        "num_prompts": 553, "distinct_texts": 550, "pictures_per_prompt": 4, "prompts_sha256": "ab", "seeds": "x",
+        "checkpoint_step": 10, "weights": "ema", "ema_decay": 0.9,
+    },
+    "geneval": {
+        "metric": "geneval-1", "comparable": "official", "departures": "none", "detector": "mask2former",
+        "weights_sha256": "12", "colors": "ViT-L-14", "rules": {"score": 0.3, "counting_score": 0.9},
+        "interval": "95 %", "pictures": 2212, "prompts_sha256": "ab",
+    },
+    "fid": {
+        "metric": "fid-2", "convention": "clean", "network": "inception", "weights_sha256": "34",
+        "preprocess": "clean-299", "precision": "fp32", "pictures": 2212, "reference": "coco",
+        "reference_pictures": 30000, "pictures_of_set_metrics": 2212,
+    },
+}  # fmt: skip
+SUBJECT = ("checkpoint_step", "weights", "ema_decay")
+KEYS = [(suite, key) for suite, card in CARDS.items() for key in card]
+
+
+def _with(name: str, cards: dict[str, dict[str, Any]]) -> ReportScores:
+    return ReportScores(name=name, step=10, numbers={}, cards=cards)
+
+
+def _but(suite: str, card: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {**CARDS, suite: card}
+
+
+@pytest.mark.parametrize(("suite", "key"), KEYS)
+def test_every_setting_of_a_card_is_compared(suite: str, key: str) -> None:
+    """But for those that say which model was scored; also in the last report alone, and where it is absent."""
+    value, same = CARDS[suite][key], _with("a", CARDS)
+    other = _with("b", _but(suite, {**CARDS[suite], key: "other"}))
+    lacking = _with("c", _but(suite, {name: item for name, item in CARDS[suite].items() if name != key}))
+    for scores, values in (
+        ([same, other], [value, "other"]),
+        ([same, same, other], [value, "other"]),
+        ([other, same, same], ["other", value]),
+        ([same, lacking], [value, None]),
+        ([lacking, same], [None, value]),
+        ([same, other, lacking], [value, "other", None]),
+    ):
+        said = f"{suite}: {key} differs ({', '.join(json.dumps(item, sort_keys=True) for item in values)})"
+        assert card_differences(scores) == ([] if key in SUBJECT else [said])
+    assert card_differences([same, same, same]) == []
+
+
+def test_a_suite_that_one_report_lacks_is_not_compared() -> None:
+    less = {suite: card for suite, card in CARDS.items() if suite != "fid"}
+    assert card_differences([_with("a", CARDS), _with("b", less), _with("c", {**CARDS, "fid": {}})]) == []
+    wrong = {**CARDS, "fid": {**CARDS["fid"], "convention": "pytorch-fid"}}
+    assert card_differences([_with("a", CARDS), _with("b", less), _with("c", wrong)]) == [
+        'fid: convention differs ("clean", "pytorch-fid")'
+    ]
+
+
+def test_cards_and_numbers_come_from_the_report(tmp_path: Path) -> None:
+    results = {
+        "geneval": {"overall": {"value": 0.5, "low": 0.4, "correct": 3}, "card": CARDS["geneval"], "skipped": {}},
+        "fid": {"fid": 2.5, "kid": {"mean": 0.1, "std": 0.2}, "card": CARDS["fid"]},
+    }
+    report = {"run": "mine", "step": 40, "results": results, "sampling": CARDS["sampling"]}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    found = read_scores(tmp_path)
+    assert (found.name, found.step, found.cards) == ("mine", 40, CARDS)
+    assert found.numbers == {
+        "geneval/overall/value": 0.5, "geneval/overall/low": 0.4, "geneval/overall/correct": 3,
+        "fid/fid": 2.5, "fid/kid/mean": 0.1, "fid/kid/std": 0.2,
+    }  # fmt: skip
+    lines = [line.split() for line in comparison_text([found, found]).splitlines()]
+    assert lines[1:] == [
+        ["geneval/overall", "0.5", "0.5"], ["fid/fid", "2.5", "2.5"], ["fid/kid/mean", "0.1", "0.1"],
+        ["fid/kid/std", "0.2", "0.2"],
+    ]  # fmt: skip
 
 
 def test_missing_and_ambiguous_reports_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """The judge against a slow, literal version of the published rules; intervals against brute force."""
 
 import json
+import math
 import random
 from typing import Any
 
@@ -18,9 +19,11 @@ from eval.metrics.geneval import (
     mean_score,
     relations,
     result_row,
+    select_objects,
     summarize,
     wilson_interval,
 )
+from eval.pictures.geneval_names import Box
 
 NAMES = ("cat", "dog", "cup")
 COLORS = ("red", "blue")
@@ -146,6 +149,70 @@ def test_relations_equal_the_array_version() -> None:
         a, b = ([rng.randint(0, 9), rng.randint(0, 9), rng.randint(10, 20), rng.randint(10, 20)] for _ in "ab")
         box_a, box_b = (a[0], a[1], a[2], a[3]), (b[0], b[1], b[2], b[3])
         assert relations(box_a, box_b) == slow_relations(a, b)
+
+
+def _boxed(*boxes: Box, score: float = 0.95) -> list[Detection]:
+    return [Detection(name="cat", score=score, box=box) for box in boxes]
+
+
+@pytest.mark.parametrize(("tag", "least"), [("single_object", 0.3), ("counting", 0.9)])
+def test_a_score_at_the_threshold_is_no_object(tag: str, least: float) -> None:
+    for score, number in ((least, 0), (math.nextafter(least, 0), 0), (math.nextafter(least, 1), 1)):
+        found = select_objects(_boxed((0, 0, 8, 8), score=score), tag, Rules())
+        assert len(found.get("cat", [])) == number
+    rules = Rules(score=0.5, counting_score=0.6)
+    assert not select_objects(_boxed((0, 0, 8, 8), score=0.6), "counting", rules)
+    assert select_objects(_boxed((0, 0, 8, 8), score=0.6), "two_object", rules)
+
+
+def test_the_best_sixteen_of_a_class_count() -> None:
+    found = [Detection(name="cat", score=0.5 + i / 100, box=(0, 0, 8, 8)) for i in range(20)]
+    kept = select_objects(found, "position", Rules())["cat"]
+    assert [item.score for item in kept] == [0.5 + i / 100 for i in range(19, 3, -1)]
+
+
+def test_boxes_have_official_areas_and_a_tie_of_overlap_is_dropped() -> None:
+    wide, below, beside = (0.0, 0.0, 9.0, 4.0), (0.0, 3.0, 9.0, 7.0), (5.0, 0.0, 14.0, 4.0)
+    assert box_iou(wide, below) == pytest.approx(20 / 80)  # rows 3 and 4 of ten pixels
+    assert box_iou(wide, beside) == pytest.approx(25 / 75)  # columns 5 to 9 of five pixels
+    assert box_iou(wide, (0.0, 6.0, 9.0, 8.0)) == 0
+    half = (0.0, 0.0, 4.0, 4.0)
+    assert box_iou(wide, half) == 0.5
+    for limit, kept in ((0.5, 1), (0.51, 2), (1.0, 2)):
+        assert len(select_objects(_boxed(wide, half), "counting", Rules(max_overlap=limit))["cat"]) == kept
+
+
+@pytest.mark.parametrize(
+    ("a", "words"),
+    [
+        ((10, 0, 12, 20), {"right of"}),  # the other is tall: its height must not count for the offset across
+        ((-10, 0, -8, 20), {"left of"}),
+        ((0, 30, 2, 50), {"below"}),
+        ((0, -30, 2, -10), {"above"}),
+        ((20, 30, 22, 50), {"below", "right of"}),
+        ((0, 4, 2, 24), set()),  # 4 pixels lower, of which a tenth of both heights is taken off: nothing is left
+        ((0, 5, 2, 25), set()),  # 1 of 5 pixels is left
+    ],
+)
+def test_places_of_tall_boxes(a: Box, words: set[str]) -> None:
+    assert relations(a, (0, 0, 2, 20)) == words
+
+
+def test_exactly_half_the_offset_is_no_direction() -> None:
+    """Centres 10 apart, a tenth of both sizes is 5: half of the offset is left, and more than half is asked for."""
+    wide, tall = (0.0, 0.0, 25.0, 4.0), (0.0, 0.0, 4.0, 25.0)
+    assert relations((10.0, 0.0, 35.0, 4.0), wide) == relations((-10.0, 0.0, 15.0, 4.0), wide) == set()
+    assert relations((0.0, 10.0, 4.0, 35.0), tall) == relations((0.0, -10.0, 4.0, 15.0), tall) == set()
+    assert relations((10.5, 0.0, 35.5, 4.0), wide) == {"right of"}
+    assert relations((0.0, -10.5, 4.0, 14.5), tall) == {"above"}
+    assert relations((10.0, 0.0, 35.0, 4.0), wide, margin=0.09) == {"right of"}
+
+
+def test_as_many_as_excluded_are_too_many() -> None:
+    metadata = {"tag": "counting", "include": [{"class": "cat", "count": 2}], "exclude": [{"class": "cat", "count": 3}]}
+    for number, kinds in ((1, ["missing"]), (2, []), (3, ["excess"]), (4, ["excess"])):
+        found = _boxed(*((10.0 * i, 0.0, 10.0 * i + 8, 8.0) for i in range(number)))
+        assert [fault.kind for fault in judge(metadata, found).faults] == kinds
 
 
 def _found(name: str, x: float, y: float, color: str = "red") -> Detection:

@@ -105,6 +105,14 @@ def test_neighbours_equal_a_loop_and_torch_fidelity() -> None:
         neighbours(fake[:3], real, k=3)
 
 
+def test_neighbours_at_the_very_radius_count_for_precision_and_recall_alone() -> None:
+    """Whole numbers on a line, so that distances equal radii exactly: 1, 1, 1 and 2 of the real, 3 of the generated."""
+    real, fake = (torch.tensor(places).double()[:, None] for places in ([-1, 0, 1, 3], [2, 5]))
+    found = neighbours(fake, real, k=1)
+    assert (found.precision, found.recall) == (1, 1)  # 2 is 1 from 1, 5 is 2 from 3; -1 is 3 from 2
+    assert (found.density, found.coverage) == (1 / 2, 1 / 4)  # only 2 lies within the ball of 3
+
+
 def test_copies_of_training_pictures_are_found() -> None:
     training = _features(60, 6, 12)
     fake = torch.cat([training[[5, 17]] + 1e-6, _features(8, 6, 13, 5.0)])
@@ -112,6 +120,17 @@ def test_copies_of_training_pictures_are_found() -> None:
     assert found.nearest_N[:2].tolist() == [5, 17]
     assert found.share == pytest.approx(0.2)
     assert float(found.distance_N[2:].min()) > found.threshold
+
+
+def test_memorised_is_what_lies_closer_than_training_pictures_to_each_other() -> None:
+    """On a line, where the nearest others of 0, 1, 3, 7 and 15 are 1, 1, 2, 4 and 8 away."""
+    training = torch.tensor([0.0, 1, 3, 7, 15]).double()[:, None]
+    fake = torch.tensor([3.5, 5, 13, -1, 40]).double()[:, None]
+    for quantile, threshold, share in ((0, 1, 1 / 5), (0.5, 2, 2 / 5), (0.75, 4, 4 / 5), (1, 8, 4 / 5)):
+        found = memorisation(fake, training, quantile=quantile)
+        assert (found.threshold, found.share) == (threshold, share)  # at the threshold itself is not closer
+        assert found.nearest_N.tolist()[::4] == [2, 4] and found.distance_N.tolist() == [0.5, 2, 2, 1, 25]
+    assert memorisation(fake, training).threshold == 1 and memorisation(fake, training).quantile == 0.01
 
 
 def test_inception_score_equals_torch_fidelity_and_a_closed_form() -> None:
@@ -135,7 +154,10 @@ def test_clip_score_forms_and_standard_error() -> None:
     assert found.cosine == pytest.approx(np.mean(values))
     assert found.standard_error == pytest.approx(np.std(values, ddof=1) / math.sqrt(50))
     assert found.score100 == pytest.approx(100 * np.mean([max(v, 0) for v in values]))
-    assert found.paper == pytest.approx(found.score100 / 40)
+    positive = [max(v, 0) for v in values]
+    assert 0 < sum(v < 0 for v in values) < 50, "some are cut off"
+    assert found.score100_standard_error == pytest.approx(100 * np.std(positive, ddof=1) / math.sqrt(50))
+    assert found.paper == pytest.approx(2.5 * np.mean(positive)) and found.count == 50
     metric = ClipScoreMetric()
     for part in range(0, 50, 13):
         metric.update(images[part : part + 13], texts[part : part + 13])

@@ -11,7 +11,7 @@ from mmdet_names import mmdet_state
 from torch import Tensor, nn
 
 from eval.metrics.geneval import Rules
-from eval.networks.colors import NearestColors, crop
+from eval.networks.colors import NearestColors
 from eval.networks.detectors import DETECTORS, build_detector, check_detector, describe_detector
 from eval.networks.mask2former import Mask2Former, build_network, input_size, instances, mask_box, unused_weights
 from eval.networks.mask2former_keys import convert_key, convert_mask2former, reorder_merging
@@ -270,18 +270,12 @@ def test_lines_keep_boxes_and_masks(tmp_path: Path) -> None:
     assert not list(cache.folder.glob("part_*"))
 
 
-def test_colours_are_judged_on_the_masked_crop() -> None:
-    picture = torch.full((12, 10, 3), 255, dtype=torch.uint8)
-    picture[2:8, 2:8] = torch.tensor([45, 90, 200], dtype=torch.uint8)
-    mask = torch.zeros(12, 10, dtype=torch.bool)
-    mask[2:8, 2:6] = True
-    item = FoundObject(class_number=CAT, score=1.0, box=(1.6, 2.0, 8.4, 8.0), mask_HW=mask)
-    pixels = np.asarray(crop(picture, item))
-    assert pixels.shape == (6, 6, 3)
-    assert pixels[0, 0].tolist() == [45, 90, 200] and pixels[0, 5].tolist() == [153, 153, 153]
-    assert NearestColors().classify(picture, [item], "cat")[0].argmax() == 4
-    empty = FoundObject(class_number=CAT, score=1.0, box=(3.0, 3.0, 3.0, 3.0))
-    assert crop(picture, empty).size == (1, 1)
+def test_objects_at_the_floor_are_not_kept() -> None:
+    picture = torch.zeros(4, 6, 3, dtype=torch.uint8)
+    found = [FoundObject(class_number=CAT, score=score, box=(1.0, 2.0, 5.0, 3.0)) for score in (0.051, 0.05, 0.049)]
+    line = to_line("x", picture, found)
+    assert line == {"id": "x", "height": 4, "width": 6, "objects": [[CAT, 0.051, 1.0, 2.0, 5.0, 3.0, None]]}
+    assert from_line(line)[0].box == (1.0, 2.0, 5.0, 3.0)
 
 
 @pytest.mark.slow

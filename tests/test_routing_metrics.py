@@ -67,7 +67,7 @@ def test_statistics_of_two_images_in_one_pool() -> None:
     """Two tokens each: token 0 is taken by both experts, 1 by expert 0, 2 by none, 3 by expert 1 (and a filled row)."""
     affinity = torch.tensor([[[0.5, 0.5], [0.9, 0.1], [0.5, 0.5], [0.2, 0.8]]])
     index, valid = torch.tensor([[[0, 1, 1], [0, 3, 2]]]), torch.tensor([[[True, True, True], [True, True, False]]])
-    stats = routing_stats(affinity, gated(affinity, index, valid), num_images=2)
+    stats = routing_stats(affinity, index, valid, num_images=2)
     assert stats.experts_per_token_BS.tolist() == [[2, 1], [0, 1]]
     entropy = [-sum(p * math.log(p) for p in row) for row in affinity[0].tolist()]
     assert float(stats.gate_entropy) == pytest.approx(sum(entropy) / 4)
