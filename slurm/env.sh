@@ -36,5 +36,8 @@
 : "${DOCTOR:=yes}" "${BAD_NODE_HOURS:=24}"
 # End so many seconds before the time limit, besides the time that a step and a save take.
 : "${TRAIN_DEADLINE_MARGIN:=60}"
+# Processes told to stop that have not ended after so many seconds, or when the job is about to end, are hung: their
+# stacks are written down, they are killed, and the job is judged.
+: "${STOP_SECONDS:=900}"
 # A process that is silent for so many seconds counts as lost, and the others end.
 : "${TRAIN_SILENCE_SECONDS:=60}"

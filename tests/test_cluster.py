@@ -38,7 +38,8 @@ def action(run_dir: Path, kind: str | None, *, job: str = "7", told: bool = Fals
 
 def test_ends_that_are_no_failures(tmp_path: Path) -> None:
     assert action(tmp_path, "finished") == "done"
-    assert action(tmp_path, "refused") == "fail"
+    assert action(tmp_path, "halted") == "halt"
+    assert action(tmp_path, "refused") == "refused"
     assert [action(tmp_path, "stopped") for _ in range(9)] == ["again"] * 9
     assert not list(tmp_path.iterdir())
 
@@ -113,6 +114,17 @@ def test_last_words_name_the_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with (tmp_path / "7.0.1.jsonl").open("a") as file:
         file.write('{"kind": "fai')  # killed while it wrote
     assert last_words(logs) == words and read_incidents(logs[1]) == [broken]
+
+
+def test_last_words_of_a_process_that_hung_say_where(tmp_path: Path) -> None:
+    code = "import os, signal\ndef stuck():\n    os.kill(os.getpid(), signal.SIGABRT)\nstuck()\n"
+    (tmp_path / "program.py").write_text(code)
+    log = tmp_path / "7.0.0.log"
+    with log.open("w") as file:
+        command = ["bash", "-c", "ulimit -c 0; exec $0 -X faulthandler program.py", sys.executable]
+        subprocess.run(command, cwd=tmp_path, stderr=file, check=False)
+    (words,) = last_words([log])
+    assert words.startswith(f"{log}: ended as it hung in ") and words.endswith("line 3 in stuck")
 
 
 def test_nodes_that_fell_silent_are_named_but_not_processes_that_crashed(

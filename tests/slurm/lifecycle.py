@@ -174,6 +174,17 @@ def controller_restarts(story: Story) -> None:
     story.complete(restarts=0)
 
 
+def controller_is_down_when_a_job_leaves(story: Story) -> None:
+    """The run saves and ends while no slurmctld answers; the job waits for one and requeues itself."""
+    story.train()
+    story.reach(40)
+    story.cluster.call("scancel", "--batch", "--signal=USR1", story.job)
+    story.cluster.call("scontrol", "shutdown", "slurmctld")
+    story.cluster.until(lambda: "Slurm does not answer, trying again" in story.cluster.log(story.job), 120)
+    story.cluster.power_on()
+    story.complete(restarts=1)
+
+
 def shrink_and_grow(story: Story) -> None:
     """Four ranks on two nodes, then two on one, then four again."""
     for step, nodes in ((30, 2), (80, 1), (STEPS, 2)):
@@ -281,18 +292,33 @@ def chained_without_requeue(story: Story) -> None:
     story.compare(bitwise=True)
 
 
+def chained_by_an_array(story: Story) -> None:
+    """As before, the links being tasks of which one runs at a time."""
+    story.train(options=(*PAIR, "--array=1-3%1", f"--output={story.cluster.folder}/%A_%a.log"), REQUEUE="no")
+    jobs = [f"{story.job}_{number}" for number in (1, 2, 3)]
+    story.reach(40)
+    story.cluster.call("scancel", "--batch", "--signal=USR1", jobs[0])
+    assert story.cluster.wait(*jobs) == ["FAILED", "COMPLETED", "COMPLETED"]
+    assert "nothing to do" in story.cluster.log(jobs[2])
+    story.compare(bitwise=True)
+
+
 def array_of_runs(story: Story) -> None:
-    """Two runs in an array, one of them preempted."""
+    """Three runs in an array; only the last, whose SLURM_JOB_ID is the array's, is stopped and starts again."""
     base = story.run
     story.run = Path(f"{base}_%a")
-    story.train("seed=%a", "parallel.ep_size=1", options=("--array=0-1", "--nodes=1", *PAIR[1:3]))
-    story.run = Path(f"{base}_1")
+    one = ("--nodes=1", *PAIR[1:3], f"--output={story.cluster.folder}/%A_%a.log")
+    story.train("seed=%a", "parallel.ep_size=1", options=("--array=0-2", *one))
+    tasks = [f"{story.job}_{number}" for number in range(3)]
+    story.run = Path(f"{base}_2")
     story.reach(10)
-    story.cluster.call("scancel", "--batch", "--signal=USR1", f"{story.job}_1")
-    story.cluster.until(lambda: not story.cluster.call("squeue", "-h", "-j", story.job, check=False).strip(), 240)
-    for number in (0, 1):
+    story.cluster.call("scancel", "--batch", "--signal=USR1", tasks[2])
+    assert story.cluster.wait(*tasks) == ["COMPLETED"] * 3
+    assert [story.cluster.job(task)["Restarts"] for task in tasks] == ["0", "0", "1"]
+    assert "refused" not in "".join(map(story.cluster.log, tasks))
+    for number in range(3):
         assert len(metrics(Path(f"{base}_{number}"))) == STEPS
-    assert "seed: 1" in (Path(f"{base}_1") / "config.yaml").read_text()
+    assert "seed: 2" in (Path(f"{base}_2") / "config.yaml").read_text()
 
 
 def within_salloc(story: Story) -> None:
@@ -317,9 +343,10 @@ def mixed_names_and_an_interface(story: Story) -> None:
 
 SCENARIOS: tuple[Callable[[Story], None], ...] = (
     administrator_requeues, save_and_come_back, time_limit_comes, node_dies, head_dies, node_dies_while_saving,
-    controller_restarts, shrink_and_grow, a_range_of_nodes, scored_while_it_trains, launched_by_mpirun,
-    launched_by_pmix, discovered_by_mpi4py, bad_node_is_left_out, crashes_twice, chained_without_requeue,
-    array_of_runs, within_salloc, mixed_names_and_an_interface,
+    controller_restarts, controller_is_down_when_a_job_leaves, shrink_and_grow, a_range_of_nodes,
+    scored_while_it_trains, launched_by_mpirun, launched_by_pmix, discovered_by_mpi4py, bad_node_is_left_out,
+    crashes_twice, chained_without_requeue, chained_by_an_array, array_of_runs, within_salloc,
+    mixed_names_and_an_interface,
 )  # fmt: skip
 
 

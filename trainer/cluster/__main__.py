@@ -1,7 +1,7 @@
 """What the batch scripts in slurm/ ask about a run: `python -m trainer.cluster COMMAND ...`.
 
-    verdict RUN --outcome FILE ...                 after a start: print done, again or fail; the reason goes to stderr;
-                                                   exit code 1 with fail, 2 if what failed is the user's to mend
+    verdict RUN --outcome FILE ...                 after a start: print done, again, halt, fail or refused, what
+                                                   trainer/cluster/verdict.py says; the reason goes to stderr
     exclude RUN --available NODE,... --needed N    print the nodes to leave out of the next start, with commas
     report RUN --facts FILE                        remember the nodes that trainer.doctor found bad
 
@@ -33,8 +33,6 @@ def verdict(args: argparse.Namespace) -> None:
         for node in silent:  # Slurm may need minutes to notice
             bad_nodes.add(args.run, node, "fell silent", SILENT_HOURS)
     print(found.action)
-    if found.action == "fail":
-        sys.exit(2 if outcome is not None and outcome.kind == "refused" else 1)
 
 
 def exclude(args: argparse.Namespace) -> None:
