@@ -10,7 +10,7 @@ die() { echo "error: $*" >&2; exit 2; }
 
 cd "${root:?}" || exit 2
 # shellcheck source=slurm/env.sh
-. "$root/slurm/env.sh"
+. "$root/slurm/env.sh" || exit 2
 [ -n "${SLURM_JOB_ID:-}" ] || die "this is no Slurm job: submit the script with sbatch, or run it within salloc"
 
 # --- The allocation ---------------------------------------------------------------------------------------------------
@@ -69,9 +69,6 @@ if [ -n "$NETWORK_INTERFACE" ]; then
   [ -n "$MASTER_ADDR" ] || die "NETWORK_INTERFACE=$NETWORK_INTERFACE has no IPv4 address on $head: see ip addr there"
 fi
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}                          # silent unless something is wrong
-export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}      # remember the last collectives of each rank ...
-export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}   # ... and write them down when one hangs
-export DEEPSPEED_TIMEOUT=${DEEPSPEED_TIMEOUT:-20}              # minutes; reading a large checkpoint keeps others waiting
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}               # else each rank would start a thread per core of the node
 export TRAIN_DEADLINE_MARGIN TRAIN_SILENCE_SECONDS NODE_SCRATCH
 

@@ -6,7 +6,8 @@ warning=USR1   # what a warning is to the processes: trainer.train saves and end
 LEAVE=45
 
 # launch LOGS OPTIONS -- COMMAND...: start it on every task, logs in LOGS/JOB.RESTART.RANK.log; $step is the launcher.
-# OPTIONS are srun's: whether one failing task ends the others is the script's to say.
+# OPTIONS are srun's: whether one failing task ends the others is the script's to say. What the launcher itself says goes
+# to JOB.RESTART.launcher, too: it alone may know what a process died of.
 launch() {
   local logs=$1 options=() process extra
   shift
@@ -18,9 +19,10 @@ launch() {
   case $LAUNCHER in
     # Since Slurm 22.05 srun does not inherit --cpus-per-task; without it all threads of a task share one core.
     srun) srun --nodes="$nodes" --ntasks="$world" --ntasks-per-node="$per_node" --cpus-per-task="$cpus" \
-            --cpu-bind="$CPU_BIND" --output="$LOG_STEM.%t.log" --open-mode=append "${options[@]}" "${extra[@]}" \
-            "${in_srun[@]}" "${process[@]}" & ;;
-    mpirun) mpirun -np "$world" --map-by "ppr:$per_node:node" --bind-to none "${process[@]}" & ;;
+            --cpu-bind="$CPU_BIND" --mem-bind="$MEM_BIND" --output="$LOG_STEM.%t.log" --open-mode=append "${options[@]}" "${extra[@]}" \
+            "${in_srun[@]}" "${process[@]}" 2> >(tee -a "$LOG_STEM.launcher" >&2) & ;;
+    mpirun) mpirun -np "$world" --map-by "ppr:$per_node:node" --bind-to none "${process[@]}" \
+              2> >(tee -a "$LOG_STEM.launcher" >&2) & ;;
     *) die "LAUNCHER=$LAUNCHER is unknown: use srun or mpirun" ;;
   esac
   step=$! direct=no

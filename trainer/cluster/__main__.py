@@ -15,7 +15,7 @@ from pathlib import Path
 
 from trainer.cluster import bad_nodes
 from trainer.cluster.outcome import Outcome
-from trainer.cluster.verdict import last_words, settle, silent_nodes
+from trainer.cluster.verdict import last_words, out_of_memory, settle, silent_nodes
 from trainer.config import command_parser
 
 SILENT_HOURS = 1.0
@@ -28,7 +28,7 @@ def verdict(args: argparse.Namespace) -> None:
     found = settle(args.run, outcome, job=args.job, told=bool(args.told or silent))
     print(found.sentence, file=sys.stderr)
     if outcome is None or outcome.kind == "failed":
-        for line in last_words(args.logs):
+        for line in (*out_of_memory(args.launcher, args.logs), *last_words(args.logs)):
             print(line, file=sys.stderr)
         for node in silent:  # Slurm may need minutes to notice
             bad_nodes.add(args.run, node, "fell silent", SILENT_HOURS)
@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
             sub.add_argument("--outcome", type=Path, required=True)
             sub.add_argument("--job", required=True)
             sub.add_argument("--told", type=int, default=0)
+            sub.add_argument("--launcher", type=Path, help="what srun itself said")
             sub.add_argument("--logs", nargs="*", type=Path, default=[])
         if command is exclude:
             sub.add_argument("--available", required=True)

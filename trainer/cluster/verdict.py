@@ -29,6 +29,7 @@ FILE_NAME = "failures.json"
 LIMIT, LIMIT_TOLD = 2, 5
 # The innermost frame of the main thread, as Python writes it at the SIGABRT of slurm/processes.sh.
 _HUNG = re.compile(r"^Fatal Python error: Aborted$.*^Current thread [^\n]*\n  File (?P<place>[^\n]*)", re.M | re.S)
+_OUT_OF_MEMORY = re.compile(r"(?P<node>\S+): tasks? (?P<task>[\d,-]+): Out Of Memory")  # srun's words
 _CHECKPOINT = re.compile(r"step_(\d{8,})")  # trainer/checkpoint/folder.py
 
 
@@ -79,6 +80,18 @@ def silent_nodes(logs: list[Path]) -> list[str]:
     """Nodes whose processes fell silent, as the others recorded it. Not rank 0's: the batch script runs there."""
     incidents = (incident for log in logs for incident in read_incidents(log))
     return sorted({i.node for i in incidents if i.kind == "lost_peer" and i.reason == "silent" and i.rank > 0})
+
+
+def out_of_memory(launcher: Path | None, logs: list[Path]) -> list[str]:
+    """One sentence if Slurm says that the kernel ended processes at the memory limit; they cannot say it themselves."""
+    texts = [path.read_text(errors="replace") for path in (launcher, *logs) if path is not None and path.exists()]
+    told = dict.fromkeys(f"process {m['task']} on {m['node']}" for text in texts for m in _OUT_OF_MEMORY.finditer(text))
+    if not told and not any("oom_kill event" in text or "OOM Killed" in text for text in texts):
+        return []
+    who = ", ".join(told) or "a process"
+    return [
+        f"out of memory: the kernel ended {who} at the job's limit: submit with more --mem, or lower data.num_workers"
+    ]
 
 
 def last_words(logs: list[Path], most: int = 8) -> list[str]:
