@@ -8,8 +8,9 @@
 # Software: modules, then a virtual environment (a path, or one relative to the repository; skipped if absent) ...
 # module load cuda
 : "${VENV:=.venv}"
-# ... or a container: `none`, `apptainer` (runs `apptainer exec`) or `pyxis` (srun --container-image).
-: "${CONTAINER:=none}" "${CONTAINER_IMAGE:=}"
+# ... or a container: `none`, `apptainer` (runs `apptainer exec`) or `pyxis` (srun --container-image). An image that is no
+# file (docker://...) is fetched once, into a .sif or .sqsh in CONTAINER_CACHE, a folder that all nodes see.
+: "${CONTAINER:=none}" "${CONTAINER_IMAGE:=}" "${CONTAINER_CACHE:=$PWD/.images}"
 # Folders the container sees besides the repository: data and runs, `/a:/a,/b:/b`.
 : "${CONTAINER_MOUNTS:=}"
 

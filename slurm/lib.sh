@@ -23,7 +23,7 @@ per_node=${SLURM_NTASKS_PER_NODE:-$((${SLURM_NTASKS:-0} / nodes))}
 asked=${SLURM_GPUS_PER_NODE:-} asked=${asked##*:}              # 8 of h100:8; a job alone on its nodes sees all GPUs
 if [ "$asked" = 0 ]; then                                      # without GPUs, though a node taken whole shows them
   gpus=0
-  export CUDA_VISIBLE_DEVICES='' DS_ACCELERATOR=cpu
+  export CUDA_VISIBLE_DEVICES='' DS_ACCELERATOR=cpu WITHOUT_GPUS=yes
 fi
 [ "$per_node" -gt 0 ] || per_node=$((gpus > 0 ? ${asked:-$gpus} : 1))
 on_node=${SLURM_CPUS_ON_NODE:-${SLURM_JOB_CPUS_PER_NODE:-1}}   # salloc sets the second alone: 64(x2)
@@ -37,17 +37,8 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)   # lists of m
 # --- Software ---------------------------------------------------------------------------------------------------------
 [ ! -d "$VENV/bin" ] || PATH=$(cd "$VENV" && pwd)/bin:$PATH
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONFAULTHANDLER=1   # stacks on stderr when native code crashes
-container=() in_srun=() on_head=()   # on_head: runs a command once, on the first node, with the job's software
-case $CONTAINER in
-  none) ;;
-  apptainer) container=(apptainer exec --nv --bind "$root${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}" "$CONTAINER_IMAGE")
-             on_head=("${container[@]}") ;;
-  # On srun, not on sbatch: the script itself has to call Slurm's commands, which containers lack.
-  pyxis) in_srun=("--container-image=$CONTAINER_IMAGE" --no-container-mount-home
-                  "--container-mounts=$root:$root${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}" "--container-workdir=$root")
-         on_head=(srun --overlap -N1 -n1 -w "$head" "${in_srun[@]}") ;;
-  *) die "CONTAINER=$CONTAINER is unknown: use none, apptainer or pyxis" ;;
-esac
+# shellcheck source=slurm/container.sh
+. "$root/slurm/container.sh" || exit 2
 
 # --- Rendezvous and network -------------------------------------------------------------------------------------------
 export MASTER_ADDR=$head LAUNCHER LOCAL_WORLD_SIZE=$per_node NODE_NAMES

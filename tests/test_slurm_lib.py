@@ -157,7 +157,9 @@ python -m http.server "$first" >/dev/null 2>&1 &
 until grep -q ":$(printf %04X "$first") " /proc/net/tcp*; do sleep 0.1; done
 RANDOM=1
 . "$root/slurm/lib.sh"
-say "$world processes, GPUs '${{CUDA_VISIBLE_DEVICES-unset}}'"
+launch {folder} -- bash -c 'echo "GPUs \\"$CUDA_VISIBLE_DEVICES\\""'
+await
+say "$world processes"
 [ "$first" = "$MASTER_PORT" ] || say "another port"
 kill $!
 """
@@ -166,7 +168,8 @@ kill $!
 def test_no_gpus_on_nodes_with_gpus_and_a_port_that_is_taken(jobs: Jobs) -> None:
     job = jobs.submit(options=("--nodes=2", "--gpus-per-node=0", "--exclusive"), text=ALLOCATION)
     assert jobs.cluster.wait(job, seconds=60) == ["COMPLETED"], jobs.log(job)
-    assert "2 processes, GPUs ''" in jobs.log(job) and "another port" in jobs.log(job)
+    assert jobs.said(job, rank=1) == 'GPUs ""\n'
+    assert "2 processes" in jobs.log(job) and "another port" in jobs.log(job)
 
 
 def test_submitted_from_elsewhere_the_repository_is_found(jobs: Jobs) -> None:

@@ -89,7 +89,8 @@ def _noting(problems: list[str], what: str) -> Iterator[None]:
 def _device(world: World, problems: list[str]) -> tuple[str, str, float]:
     """Name, driver and free memory of this process's GPU after a product on it; a CPU has none of these."""
     if not torch.cuda.is_available():
-        if os.environ.get("SLURM_GPUS_ON_NODE") and shutil.which("nvidia-smi"):
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""  # --gpus-per-node=0 on nodes that have some
+        if os.environ.get("SLURM_GPUS_ON_NODE") and not hidden and shutil.which("nvidia-smi"):
             problems.append("the job has GPUs that torch cannot use: see nvidia-smi on the node")
         return "cpu", "", 0.0
     if world.local_rank >= torch.cuda.device_count():
