@@ -14,10 +14,13 @@ FETCH = (
 def command(folder: Path, **settings: str) -> list[str]:
     """A shell that sources the file as lib.sh does, and says with what processes would start."""
     words = " ".join(f"{name}={value}" for name, value in settings.items())
-    code = (
-        f"say() {{ echo \"$*\" >&2; }}; die() {{ echo \"error: $*\" >&2; exit 2; }}; root=/repo head=n1"
-        f" CONTAINER_MOUNTS= CONTAINER_CACHE={folder}/cache {words}; . {ROOT}/slurm/container.sh; echo ${{container[*]}} ${{in_srun[*]}}"
-    )  # fmt: skip
+    code = f"""
+        say() {{ echo "$*" >&2; }}
+        die() {{ echo "error: $*" >&2; exit 2; }}
+        root=/repo head=n1 CONTAINER_MOUNTS= CONTAINER_CACHE={folder}/cache {words}
+        . {ROOT}/slurm/container.sh
+        echo ${{container[*]}} ${{in_srun[*]}}
+    """
     return ["env", f"PATH={folder}:/usr/bin:/bin", "bash", "-uo", "pipefail", "-c", code]
 
 

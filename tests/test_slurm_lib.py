@@ -154,6 +154,7 @@ RANDOM=1
 . "$root/slurm/lib.sh" || exit 2
 first=$MASTER_PORT
 python -m http.server "$first" >/dev/null 2>&1 &
+server=$!
 until grep -q ":$(printf %04X "$first") " /proc/net/tcp*; do sleep 0.1; done
 RANDOM=1
 . "$root/slurm/lib.sh"
@@ -161,7 +162,7 @@ launch {folder} -- bash -c 'echo "GPUs \\"$CUDA_VISIBLE_DEVICES\\""'
 await
 say "$world processes"
 [ "$first" = "$MASTER_PORT" ] || say "another port"
-kill $!
+kill "$server"
 """
 
 
