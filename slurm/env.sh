@@ -29,11 +29,10 @@
 : "${FABRIC:=}"
 case $FABRIC in
   infiniband | roce)
-    export NCCL_IB_HCA=${NCCL_IB_HCA:-mlx5}                    # all whose names begin so; =mlx5_0,mlx5_3: these
-    export NCCL_NET_GDR_LEVEL=${NCCL_NET_GDR_LEVEL:-PHB}       # GPUs reach adapters of the same CPU without its memory
-    [ "$FABRIC" = infiniband ] || export NCCL_IB_GID_INDEX=${NCCL_IB_GID_INDEX:-3} ;;   # RoCE v2: show_gids
-  efa)                                                         # needs the aws-ofi-nccl plug-in on LD_LIBRARY_PATH
-    export FI_PROVIDER=${FI_PROVIDER:-efa} FI_EFA_USE_DEVICE_RDMA=${FI_EFA_USE_DEVICE_RDMA:-1} ;;
+    : "${NCCL_IB_HCA:=mlx5}"                                   # all whose names begin so; =mlx5_0,mlx5_3: these
+    : "${NCCL_NET_GDR_LEVEL:=PHB}"                             # GPUs reach adapters of the same CPU without its memory
+    [ "$FABRIC" = infiniband ] || : "${NCCL_IB_GID_INDEX:=3}" ;;   # RoCE v2: show_gids
+  efa) : "${FI_PROVIDER:=efa}" "${FI_EFA_USE_DEVICE_RDMA:=1}" ;;   # needs the aws-ofi-nccl plug-in on LD_LIBRARY_PATH
   '') ;;
   *) echo "error: FABRIC=$FABRIC is unknown: use infiniband, roce, efa, or leave it empty" >&2; return 2 ;;
 esac
@@ -41,12 +40,9 @@ esac
 # How hangs end. A collective that takes longer than DEEPSPEED_TIMEOUT (minutes; reading a large checkpoint keeps others
 # waiting) ends its process; torch's watchdog first writes down each rank's last collectives. A watchdog that is itself
 # stuck in the driver for TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC is ended by its monitor.
-export DEEPSPEED_TIMEOUT=${DEEPSPEED_TIMEOUT:-20}
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-3}   # 3: end the process at once
-export TORCH_NCCL_ENABLE_MONITORING=${TORCH_NCCL_ENABLE_MONITORING:-1}
-export TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC=${TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC:-600}
-export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}      # so many collectives
-export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+: "${DEEPSPEED_TIMEOUT:=20}" "${TORCH_NCCL_ENABLE_MONITORING:=1}" "${TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC:=600}"
+: "${TORCH_NCCL_ASYNC_ERROR_HANDLING:=3}"                      # 3: end the process at once
+: "${TORCH_FR_BUFFER_SIZE:=2000}" "${TORCH_NCCL_DUMP_ON_TIMEOUT:=1}"   # so many collectives are remembered
 
 # Where nodes keep fast local disks; recipes may name it in data.stage_dir.
 : "${NODE_SCRATCH:=${TMPDIR:-/tmp}}"

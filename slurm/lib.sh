@@ -60,6 +60,11 @@ if [ -n "$NETWORK_INTERFACE" ]; then
   [ -n "$MASTER_ADDR" ] || die "NETWORK_INTERFACE=$NETWORK_INTERFACE has no IPv4 address on $head: see ip addr there"
 fi
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}                          # silent unless something is wrong
+export DEEPSPEED_TIMEOUT TORCH_NCCL_ENABLE_MONITORING TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC TORCH_NCCL_ASYNC_ERROR_HANDLING
+export TORCH_FR_BUFFER_SIZE TORCH_NCCL_DUMP_ON_TIMEOUT
+for name in NCCL_IB_HCA NCCL_NET_GDR_LEVEL NCCL_IB_GID_INDEX FI_PROVIDER FI_EFA_USE_DEVICE_RDMA; do
+  [ -z "${!name:-}" ] || export "${name?}"                     # presets of FABRIC; an empty one would be a setting, too
+done
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}               # else each rank would start a thread per core of the node
 export TRAIN_DEADLINE_MARGIN TRAIN_SILENCE_SECONDS NODE_SCRATCH
 
