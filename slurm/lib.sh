@@ -37,6 +37,7 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)   # lists of m
 # --- Software ---------------------------------------------------------------------------------------------------------
 [ ! -d "$VENV/bin" ] || PATH=$(cd "$VENV" && pwd)/bin:$PATH
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONFAULTHANDLER=1   # stacks on stderr when native code crashes
+ulimit -S -c 0   # those who hang are ended by SIGABRT, which must not write all their memory to a file
 # shellcheck source=slurm/container.sh
 . "$root/slurm/container.sh" || exit 2
 

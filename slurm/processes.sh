@@ -19,14 +19,14 @@ launch() {
   case $LAUNCHER in
     # Since Slurm 22.05 srun does not inherit --cpus-per-task; without it all threads of a task share one core.
     srun) srun --nodes="$nodes" --ntasks="$world" --ntasks-per-node="$per_node" --cpus-per-task="$cpus" \
-            --cpu-bind="$CPU_BIND" --mem-bind="$MEM_BIND" --output="$LOG_STEM.%t.log" --open-mode=append "${options[@]}" "${extra[@]}" \
-            "${in_srun[@]}" "${process[@]}" 2> >(tee -a "$LOG_STEM.launcher" >&2) & ;;
+            --cpu-bind="$CPU_BIND" --mem-bind="$MEM_BIND" --output="$LOG_STEM.%t.log" --open-mode=append \
+            "${options[@]}" "${extra[@]}" "${in_srun[@]}" "${process[@]}" 2> >(tee -a "$LOG_STEM.launcher" >&2) & ;;
     mpirun) mpirun -np "$world" --map-by "ppr:$per_node:node" --bind-to none "${process[@]}" \
               2> >(tee -a "$LOG_STEM.launcher" >&2) & ;;
     *) die "LAUNCHER=$LAUNCHER is unknown: use srun or mpirun" ;;
   esac
   step=$! direct=no
-  [ "$told" = 0 ] || relay &                                   # the warning came before there was anyone to tell
+  if [ "$told" = 1 ]; then relay & fi                          # the warning came before there was anyone to tell
 }
 
 # beside COMMAND...: start it next to this script; a warning and Slurm's own TERM end it.
@@ -124,7 +124,7 @@ linger() {
   [ "$direct" = no ] || tell TERM
   [ "$(job_field Reason)" = TimeLimit ] || return
   pause=$(scontrol show config | sed -n 's/^KillWait *= *\([0-9]*\).*/\1/p')
-  gone $((${pause:-30} / 2)) || { say "the processes do not end: left to Slurm"; kill -s KILL "$step"; }
+  gone $((${pause:-30} / 2)) || { say "the processes do not end: going on without them"; kill -s KILL "$step"; }
 }
 
 warned() {

@@ -31,7 +31,7 @@ excluded() {
   if [ ! -e "$mine" ] && first=$(shown ExcNodeList); then      # what the user excluded stays excluded
     echo "${first#(null)}" >"$mine"
   fi
-  bad=$("${on_head[@]}" python -m trainer.cluster exclude "$1" --needed "$nodes" --available \
+  bad=$(timeout -k 5 60 "${on_head[@]}" python -m trainer.cluster exclude "$1" --needed "$nodes" --available \
     "$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -t idle,mix,alloc,comp -o %N | sort -u | paste -sd,)")
   paste -sd, <(cat "$mine" 2>/dev/null; echo "$bad") | sed 's/,,*/,/g; s/^,//; s/,$//'
 }

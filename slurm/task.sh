@@ -11,7 +11,6 @@ else
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
 fi
 [ "${WITHOUT_GPUS:-no}" = no ] || export CUDA_VISIBLE_DEVICES=''   # which srun has set again
-# SIGABRT makes Python write its stacks (processes.sh); to write all its memory, too, there is no time.
-ulimit -S -c 0
+ulimit -S -c 0                                                 # as lib.sh, where it is not passed on
 export TRAIN_INCIDENTS=$LOG_STEM.$RANK.jsonl                   # beside its log, see trainer/cluster/incidents.py
 exec "$@"

@@ -66,16 +66,8 @@ class Story:
         images = self.folder / f"images_{size}"
         data = ["data.source=shards", f"data.images={images}", f"data.latents={self.folder / f'latents_{size}'}",
                 f"data.image_size={size}"]  # fmt: skip
-        draw = [
-            "-m",
-            "trainer.data.demo.scene_shards",
-            "--out",
-            str(images),
-            "--num-images",
-            "32",
-            "--image-size",
-            str(size),
-        ]
+        words = ["--out", str(images), "--num-images", "32", "--image-size", str(size)]
+        draw = ["-m", "trainer.data.demo.scene_shards", *words]
         for command in (draw, ["-m", "trainer.data.encode", "debug", *data]):
             assert Launcher().run(*command).returncode == 0, command
         return data
@@ -120,6 +112,18 @@ def save_and_come_back(story: Story) -> None:
     story.reach(40)
     story.cluster.call("scancel", "--batch", "--signal=USR1", story.job)
     story.complete(restarts=1)
+
+
+def a_rank_hangs(story: Story) -> None:
+    """A process is frozen, and nobody notices before the job is warned: stacks, KILL, and back into the queue."""
+    story.train(STOP_SECONDS="10", TRAIN_SILENCE_SECONDS="600")
+    story.reach(50)
+    command = f"trainer.train .*run_dir={story.run}"
+    ranks = subprocess.run(["pgrep", "-f", command], capture_output=True, text=True, check=True).stdout.split()
+    subprocess.run(["kill", "-STOP", ranks[-1]], check=True)
+    story.cluster.call("scancel", "--batch", "--signal=USR1", story.job)
+    story.complete(restarts=1)
+    assert "ended as it hung in " in story.cluster.log(story.job)
 
 
 def time_limit_comes(story: Story) -> None:
@@ -342,10 +346,10 @@ def mixed_names_and_an_interface(story: Story) -> None:
 
 
 SCENARIOS: tuple[Callable[[Story], None], ...] = (
-    administrator_requeues, save_and_come_back, time_limit_comes, node_dies, head_dies, node_dies_while_saving,
-    controller_restarts, controller_is_down_when_a_job_leaves, shrink_and_grow, a_range_of_nodes,
-    scored_while_it_trains, launched_by_mpirun, launched_by_pmix, discovered_by_mpi4py, bad_node_is_left_out,
-    crashes_twice, chained_without_requeue, chained_by_an_array, array_of_runs, within_salloc,
+    administrator_requeues, save_and_come_back, a_rank_hangs, time_limit_comes, node_dies, head_dies,
+    node_dies_while_saving, controller_restarts, controller_is_down_when_a_job_leaves, shrink_and_grow,
+    a_range_of_nodes, scored_while_it_trains, launched_by_mpirun, launched_by_pmix, discovered_by_mpi4py,
+    bad_node_is_left_out, crashes_twice, chained_without_requeue, chained_by_an_array, array_of_runs, within_salloc,
     mixed_names_and_an_interface,
 )  # fmt: skip
 
