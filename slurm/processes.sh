@@ -49,7 +49,7 @@ ask() {
 # await: until the processes have ended; $code is the launcher's, which says little (srun may report a victim's).
 await() {
   while :; do
-    wait "$step"
+    { wait "$step"; } 2>/dev/null                              # or bash quotes a command that was killed
     # shellcheck disable=SC2034  # the scripts read it
     code=$?
     kill -0 "$step" 2>/dev/null || break                       # a trap ends `wait` early
