@@ -10,5 +10,7 @@ if [ "$LAUNCHER" = mpirun ]; then
 else
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
 fi
+[ "${WITHOUT_GPUS:-no}" = no ] || export CUDA_VISIBLE_DEVICES=''   # which srun has set again
+ulimit -S -c 0                                                 # as lib.sh, where it is not passed on
 export TRAIN_INCIDENTS=$LOG_STEM.$RANK.jsonl                   # beside its log, see trainer/cluster/incidents.py
 exec "$@"

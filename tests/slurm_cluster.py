@@ -71,10 +71,10 @@ class Cluster:
             "LOGS": str(self.folder / "log" / "jobs"),
         } | more  # fmt: skip
 
-    def call(self, *command: str, check: bool = True, **environment: str) -> str:
+    def call(self, *command: str, check: bool = True, cwd: Path = ROOT, **environment: str) -> str:
         """Standard output of a Slurm command."""
         done = subprocess.run(
-            command, capture_output=True, text=True, cwd=ROOT, env=self.environment(**environment), timeout=300,
+            command, capture_output=True, text=True, cwd=cwd, env=self.environment(**environment), timeout=300,
             check=False,
         )  # fmt: skip
         if check and done.returncode:

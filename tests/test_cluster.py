@@ -15,7 +15,7 @@ from trainer.cluster import bad_nodes
 from trainer.cluster.incidents import VARIABLE as INCIDENTS
 from trainer.cluster.incidents import Incident, failure, read_incidents, record_incident
 from trainer.cluster.outcome import VARIABLE, Outcome, Recorder
-from trainer.cluster.verdict import last_words, newest_step, settle, silent_nodes
+from trainer.cluster.verdict import last_words, newest_step, out_of_memory, settle, silent_nodes
 from trainer.config import ConfigError
 from trainer.loop.time_budget import TimeBudget
 
@@ -38,7 +38,8 @@ def action(run_dir: Path, kind: str | None, *, job: str = "7", told: bool = Fals
 
 def test_ends_that_are_no_failures(tmp_path: Path) -> None:
     assert action(tmp_path, "finished") == "done"
-    assert action(tmp_path, "refused") == "fail"
+    assert action(tmp_path, "halted") == "halt"
+    assert action(tmp_path, "refused") == "refused"
     assert [action(tmp_path, "stopped") for _ in range(9)] == ["again"] * 9
     assert not list(tmp_path.iterdir())
 
@@ -113,6 +114,28 @@ def test_last_words_name_the_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with (tmp_path / "7.0.1.jsonl").open("a") as file:
         file.write('{"kind": "fai')  # killed while it wrote
     assert last_words(logs) == words and read_incidents(logs[1]) == [broken]
+
+
+def test_last_words_of_a_process_that_hung_say_where(tmp_path: Path) -> None:
+    code = "import os, signal\ndef stuck():\n    os.kill(os.getpid(), signal.SIGABRT)\nstuck()\n"
+    (tmp_path / "program.py").write_text(code)
+    log = tmp_path / "7.0.0.log"
+    with log.open("w") as file:
+        command = ["bash", "-c", "ulimit -c 0; exec $0 -X faulthandler program.py", sys.executable]
+        subprocess.run(command, cwd=tmp_path, stderr=file, check=False)
+    (words,) = last_words([log])
+    assert words.startswith(f"{log}: ended as it hung in ") and words.endswith("line 3 in stuck")
+
+
+def test_a_kill_by_the_memory_limit_is_named(tmp_path: Path) -> None:
+    launcher, log = tmp_path / "7.0.launcher", tmp_path / "7.0.1.log"
+    log.write_text("step 1\n")
+    assert out_of_memory(launcher, [log]) == out_of_memory(None, []) == []
+    launcher.write_text("srun: error: n2: task 1: Out Of Memory\nsrun: error: n3: tasks 2-3: Out Of Memory\n")
+    (words,) = out_of_memory(launcher, [log])
+    assert words.startswith("out of memory: the kernel ended process 1 on n2, process 2-3 on n3 at the job's limit: ")
+    log.write_text("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\n")
+    assert "the kernel ended a process at" in out_of_memory(None, [log])[0]
 
 
 def test_nodes_that_fell_silent_are_named_but_not_processes_that_crashed(

@@ -75,6 +75,25 @@ def test_a_second_job_is_refused_and_ctrl_c_saves(launcher: Launcher, tmp_path: 
 
 
 @pytest.mark.slow
+def test_files_save_and_stop_a_run(launcher: Launcher, tmp_path: Path) -> None:
+    """For those who cannot signal it. Two processes, of which the first alone looks; both files are gone when done."""
+    run_dir = tmp_path / "run"
+    settings = (*TINY, "train.max_steps=100000", "train.checkpoint_every=0", "train.async_save=true")
+    process = launcher.start(*MODULE, f"run_dir={run_dir}", *settings, processes=2)
+    wait_for(lambda: metrics(run_dir))
+    (run_dir / "save").touch()
+    wait_for(lambda: not (run_dir / "save").exists())
+    (saved,) = (run_dir / "checkpoints").glob("step_????????")
+    wait_for(lambda: metrics(run_dir)[-1]["step"] > int(saved.name[5:]))
+    assert len(list((run_dir / "checkpoints").glob("step_*"))) == 1, "asked once, saved once"
+    (run_dir / "stop").touch()
+    assert process.wait(60) == 0 and not (run_dir / "stop").exists()
+    step = metrics(run_dir)[-1]["step"]
+    assert f"ended after step {step} of 100000 (RUN/stop)" in (run_dir / "train.log").read_text()
+    assert (run_dir / "checkpoints" / f"step_{step:08d}").is_dir()
+
+
+@pytest.mark.slow
 def test_signals_before_the_first_step(launcher: Launcher, tmp_path: Path) -> None:
     """A task that was started with the signal ignored, and is signalled from then on, ends by itself with code 0.
 

@@ -7,18 +7,20 @@ from trainer.loop.step import StepReport
 CPU = torch.device("cpu")
 
 
-def report(loss: float, *, stop: bool = False, failed: bool = False, router: tuple[float, ...] = ()) -> StepReport:
+def report(
+    loss: float, *, stop: bool = False, save: bool = False, failed: bool = False, router: tuple[float, ...] = ()
+) -> StepReport:
     return StepReport(
-        loss=torch.tensor(loss), stop=stop, failed=failed, lock_lost=False, router=torch.tensor(router)
+        loss=torch.tensor(loss), stop=stop, save=save, failed=failed, lock_lost=False, router=torch.tensor(router)
     )  # fmt: skip
 
 
 def test_a_report_is_read_as_it_was_written() -> None:
-    mine = report(0.1, stop=True, router=(0.5, 0.25, 3.0))
+    mine = report(0.1, save=True, router=(0.5, 0.25, 3.0))
     vector = mine.pack(CPU)
-    assert vector.dtype == torch.float32 and vector.shape == (1 + 3 + 3,)
+    assert vector.dtype == torch.float32 and vector.shape == (1 + 4 + 3,)
     read = StepReport.unpack(vector)
-    assert (read.stop, read.failed, read.lock_lost) == (True, False, False)
+    assert (read.stop, read.save, read.failed, read.lock_lost) == (False, True, False, False)
     assert torch.equal(read.loss, mine.loss) and torch.equal(read.router, mine.router)
     assert StepReport.unpack(report(1.0).pack(CPU)).router.shape == (0,), "a dense model has no router"
 

@@ -29,6 +29,8 @@ def check_config(config: TrainConfig, world_size: int, local_size: int) -> None:
         from trainer.loop.start_checks import check_start
 
         plan = check_start(config, World(rank=0, local_rank=0, size=world_size, local_size=local_size))
+        for note in plan.notes:  # what `parallel.elastic` chose belongs in the job's own log
+            print(note, file=sys.stderr)
         last = config.train.stop_at_step or config.train.max_steps
         done = plan.checkpoint is not None and newest_step(Path(config.run_dir)) >= last
     print(Path(config.run_dir).resolve(), config.data.images, *["done"] * done, sep="\n")

@@ -66,16 +66,8 @@ class Story:
         images = self.folder / f"images_{size}"
         data = ["data.source=shards", f"data.images={images}", f"data.latents={self.folder / f'latents_{size}'}",
                 f"data.image_size={size}"]  # fmt: skip
-        draw = [
-            "-m",
-            "trainer.data.demo.scene_shards",
-            "--out",
-            str(images),
-            "--num-images",
-            "32",
-            "--image-size",
-            str(size),
-        ]
+        words = ["--out", str(images), "--num-images", "32", "--image-size", str(size)]
+        draw = ["-m", "trainer.data.demo.scene_shards", *words]
         for command in (draw, ["-m", "trainer.data.encode", "debug", *data]):
             assert Launcher().run(*command).returncode == 0, command
         return data
@@ -120,6 +112,18 @@ def save_and_come_back(story: Story) -> None:
     story.reach(40)
     story.cluster.call("scancel", "--batch", "--signal=USR1", story.job)
     story.complete(restarts=1)
+
+
+def a_rank_hangs(story: Story) -> None:
+    """A process is frozen, and nobody notices before the job is warned: stacks, KILL, and back into the queue."""
+    story.train(STOP_SECONDS="10", TRAIN_SILENCE_SECONDS="600")
+    story.reach(50)
+    command = f"trainer.train .*run_dir={story.run}"
+    ranks = subprocess.run(["pgrep", "-f", command], capture_output=True, text=True, check=True).stdout.split()
+    subprocess.run(["kill", "-STOP", ranks[-1]], check=True)
+    story.cluster.call("scancel", "--batch", "--signal=USR1", story.job)
+    story.complete(restarts=1)
+    assert "ended as it hung in " in story.cluster.log(story.job)
 
 
 def time_limit_comes(story: Story) -> None:
@@ -172,6 +176,17 @@ def controller_restarts(story: Story) -> None:
     time.sleep(3)
     story.cluster.power_on()
     story.complete(restarts=0)
+
+
+def controller_is_down_when_a_job_leaves(story: Story) -> None:
+    """The run saves and ends while no slurmctld answers; the job waits for one and requeues itself."""
+    story.train()
+    story.reach(40)
+    story.cluster.call("scancel", "--batch", "--signal=USR1", story.job)
+    story.cluster.call("scontrol", "shutdown", "slurmctld")
+    story.cluster.until(lambda: "Slurm does not answer, trying again" in story.cluster.log(story.job), 120)
+    story.cluster.power_on()
+    story.complete(restarts=1)
 
 
 def shrink_and_grow(story: Story) -> None:
@@ -281,18 +296,33 @@ def chained_without_requeue(story: Story) -> None:
     story.compare(bitwise=True)
 
 
+def chained_by_an_array(story: Story) -> None:
+    """As before, the links being tasks of which one runs at a time."""
+    story.train(options=(*PAIR, "--array=1-3%1", f"--output={story.cluster.folder}/%A_%a.log"), REQUEUE="no")
+    jobs = [f"{story.job}_{number}" for number in (1, 2, 3)]
+    story.reach(40)
+    story.cluster.call("scancel", "--batch", "--signal=USR1", jobs[0], check=False)  # Slurm 22.05: sent, and code 229
+    assert story.cluster.wait(*jobs) == ["FAILED", "COMPLETED", "COMPLETED"]
+    assert "nothing to do" in story.cluster.log(jobs[2])
+    story.compare(bitwise=True)
+
+
 def array_of_runs(story: Story) -> None:
-    """Two runs in an array, one of them preempted."""
+    """Three runs in an array; only the last, whose SLURM_JOB_ID is the array's, is stopped and starts again."""
     base = story.run
     story.run = Path(f"{base}_%a")
-    story.train("seed=%a", "parallel.ep_size=1", options=("--array=0-1", "--nodes=1", *PAIR[1:3]))
-    story.run = Path(f"{base}_1")
+    one = ("--nodes=1", *PAIR[1:3], f"--output={story.cluster.folder}/%A_%a.log")
+    story.train("seed=%a", "parallel.ep_size=1", options=("--array=0-2", *one))
+    tasks = [f"{story.job}_{number}" for number in range(3)]
+    story.run = Path(f"{base}_2")
     story.reach(10)
-    story.cluster.call("scancel", "--batch", "--signal=USR1", f"{story.job}_1")
-    story.cluster.until(lambda: not story.cluster.call("squeue", "-h", "-j", story.job, check=False).strip(), 240)
-    for number in (0, 1):
+    story.cluster.call("scancel", "--batch", "--signal=USR1", tasks[2])
+    assert story.cluster.wait(*tasks) == ["COMPLETED"] * 3
+    assert [story.cluster.job(task)["Restarts"] for task in tasks] == ["0", "0", "1"]
+    assert "refused" not in "".join(map(story.cluster.log, tasks))
+    for number in range(3):
         assert len(metrics(Path(f"{base}_{number}"))) == STEPS
-    assert "seed: 1" in (Path(f"{base}_1") / "config.yaml").read_text()
+    assert "seed: 2" in (Path(f"{base}_2") / "config.yaml").read_text()
 
 
 def within_salloc(story: Story) -> None:
@@ -316,10 +346,11 @@ def mixed_names_and_an_interface(story: Story) -> None:
 
 
 SCENARIOS: tuple[Callable[[Story], None], ...] = (
-    administrator_requeues, save_and_come_back, time_limit_comes, node_dies, head_dies, node_dies_while_saving,
-    controller_restarts, shrink_and_grow, a_range_of_nodes, scored_while_it_trains, launched_by_mpirun,
-    launched_by_pmix, discovered_by_mpi4py, bad_node_is_left_out, crashes_twice, chained_without_requeue,
-    array_of_runs, within_salloc, mixed_names_and_an_interface,
+    administrator_requeues, save_and_come_back, a_rank_hangs, time_limit_comes, node_dies, head_dies,
+    node_dies_while_saving, controller_restarts, controller_is_down_when_a_job_leaves, shrink_and_grow,
+    a_range_of_nodes, scored_while_it_trains, launched_by_mpirun, launched_by_pmix, discovered_by_mpi4py,
+    bad_node_is_left_out, crashes_twice, chained_without_requeue, chained_by_an_array, array_of_runs, within_salloc,
+    mixed_names_and_an_interface,
 )  # fmt: skip
 
 

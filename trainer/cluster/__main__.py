@@ -1,7 +1,7 @@
 """What the batch scripts in slurm/ ask about a run: `python -m trainer.cluster COMMAND ...`.
 
-    verdict RUN --outcome FILE ...                 after a start: print done, again or fail; the reason goes to stderr;
-                                                   exit code 1 with fail, 2 if what failed is the user's to mend
+    verdict RUN --outcome FILE ...                 after a start: print done, again, halt, fail or refused, what
+                                                   trainer/cluster/verdict.py says; the reason goes to stderr
     exclude RUN --available NODE,... --needed N    print the nodes to leave out of the next start, with commas
     report RUN --facts FILE                        remember the nodes that trainer.doctor found bad
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from trainer.cluster import bad_nodes
 from trainer.cluster.outcome import Outcome
-from trainer.cluster.verdict import last_words, settle, silent_nodes
+from trainer.cluster.verdict import last_words, out_of_memory, settle, silent_nodes
 from trainer.config import command_parser
 
 SILENT_HOURS = 1.0
@@ -28,13 +28,11 @@ def verdict(args: argparse.Namespace) -> None:
     found = settle(args.run, outcome, job=args.job, told=bool(args.told or silent))
     print(found.sentence, file=sys.stderr)
     if outcome is None or outcome.kind == "failed":
-        for line in last_words(args.logs):
+        for line in (*out_of_memory(args.launcher, args.logs), *last_words(args.logs)):
             print(line, file=sys.stderr)
         for node in silent:  # Slurm may need minutes to notice
             bad_nodes.add(args.run, node, "fell silent", SILENT_HOURS)
     print(found.action)
-    if found.action == "fail":
-        sys.exit(2 if outcome is not None and outcome.kind == "refused" else 1)
 
 
 def exclude(args: argparse.Namespace) -> None:
@@ -61,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
             sub.add_argument("--outcome", type=Path, required=True)
             sub.add_argument("--job", required=True)
             sub.add_argument("--told", type=int, default=0)
+            sub.add_argument("--launcher", type=Path, help="what srun itself said")
             sub.add_argument("--logs", nargs="*", type=Path, default=[])
         if command is exclude:
             sub.add_argument("--available", required=True)

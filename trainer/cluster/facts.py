@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
+from trainer.cluster.binding import read_binding
 from trainer.config import ConfigError, TrainConfig, require
 from trainer.distributed import World
 from trainer.files import git_commit
@@ -37,6 +39,7 @@ class Facts:
     device: str
     driver: str = ""
     device_free: float = 0.0
+    bound: str = "none"
     memory: float = 0.0
     disk_free: float = 0.0
     write_speed: float = 0.0
@@ -53,6 +56,9 @@ def gather_facts(config: TrainConfig, world: World, check_run: Callable[[], tupl
     problems: list[str] = []
     warnings: list[str] = []
     device, driver, device_free = _device(world, problems)
+    binding = read_binding(_pci_address(world) if device_free else "")
+    if os.environ.get("SLURM_JOB_ID") and (words := binding.warning(world.local_size or world.size)):
+        warnings.append(words)
     shared: dict[str, float] = {}
     if world.local_rank == 0:
         shared["memory"] = psutil.virtual_memory().available / GIB
@@ -63,6 +69,7 @@ def gather_facts(config: TrainConfig, world: World, check_run: Callable[[], tupl
             shared["disk_free"], shared["write_speed"] = check_disk(Path(config.run_dir))
     return Facts(
         rank=world.rank, node=socket.gethostname(), device=device, driver=driver, device_free=device_free,
+        bound=str(binding),
         versions=_versions(), problems=problems, warnings=warnings, **shared,
     )  # fmt: skip
 
@@ -81,7 +88,8 @@ def _noting(problems: list[str], what: str) -> Iterator[None]:
 def _device(world: World, problems: list[str]) -> tuple[str, str, float]:
     """Name, driver and free memory of this process's GPU after a product on it; a CPU has none of these."""
     if not torch.cuda.is_available():
-        if os.environ.get("SLURM_GPUS_ON_NODE") and shutil.which("nvidia-smi"):
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""  # --gpus-per-node=0 on nodes that have some
+        if os.environ.get("SLURM_GPUS_ON_NODE") and not hidden and shutil.which("nvidia-smi"):
             problems.append("the job has GPUs that torch cannot use: see nvidia-smi on the node")
         return "cpu", "", 0.0
     if world.local_rank >= torch.cuda.device_count():
@@ -94,6 +102,12 @@ def _device(world: World, problems: list[str]) -> tuple[str, str, float]:
         free, _ = torch.cuda.mem_get_info()
         return torch.cuda.get_device_name(), _driver(world.local_rank, problems), free / GIB
     return "broken", "", 0.0
+
+
+def _pci_address(world: World) -> str:
+    """Of this process's GPU, as in /sys/bus/pci/devices."""
+    found: Any = torch.cuda.get_device_properties(world.local_rank)  # torch's stubs lack these fields
+    return f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
 
 
 def _driver(index: int, problems: list[str]) -> str:

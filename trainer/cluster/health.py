@@ -81,8 +81,8 @@ def judge_network(facts: Sequence[Facts], network: Network) -> Health:
 def table(facts: Sequence[Facts], network: Network | None, health: Health) -> list[str]:
     """One line per node."""
     rows = [
-        ("node", "ranks", "device", "driver", "free", "memory", "disk", "write", "clock", "pairs", "state"),
-        ("", "", "", "", "GiB", "GiB", "GiB", "MiB/s", "s", "GB/s", ""),
+        ("node", "ranks", "device", "driver", "bound", "free", "memory", "disk", "write", "clock", "pairs", "state"),
+        ("", "", "", "", "", "GiB", "GiB", "GiB", "MiB/s", "s", "GB/s", ""),
     ]
     middle = statistics.median(network.clock) if network else 0.0
     for number, node in enumerate(nodes_of(facts)):
@@ -90,13 +90,14 @@ def table(facts: Sequence[Facts], network: Network | None, health: Health) -> li
         ranks = [fact.rank for fact in mine]
         devices = ", ".join(f"{count} x {name}" for name, count in Counter(fact.device for fact in mine).items())
         free = f"{min(fact.device_free for fact in mine):.0f}" if mine[0].device_free else "-"
+        bound = "; ".join(dict.fromkeys(fact.bound for fact in mine))
         of_node = (max(getattr(fact, key) for fact in mine) for key in ("memory", "disk_free", "write_speed"))
         clock = f"{network.clock[ranks[0]] - middle:+.2f}" if network else "-"
         pairs = network.pair.get(number) if network else None
         speed = f"{statistics.median(pairs.values()):.2f}" if pairs else "-"
         state = "bad" if node in health.bad else "ok"
         memory, disk, write = (f"{value:.0f}" for value in of_node)
-        rows.append((node, f"{min(ranks)}-{max(ranks)}", devices, mine[0].driver or "-", free,
+        rows.append((node, f"{min(ranks)}-{max(ranks)}", devices, mine[0].driver or "-", bound, free,
                      memory, disk, write, clock, speed, state))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

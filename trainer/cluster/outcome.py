@@ -17,12 +17,13 @@ from trainer.errors import ConfigError
 from trainer.files import write_json
 
 VARIABLE = "TRAIN_OUTCOME"
-Kind = Literal["finished", "stopped", "refused", "failed"]
+Kind = Literal["finished", "stopped", "halted", "refused", "failed"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """`finished`: nothing is left to do. `stopped`: saved, to be continued. `refused`: the user must mend `reason`."""
+    """`finished`: nothing is left to do. `stopped`: saved, to be continued. `halted`: saved, and
+    to be continued only when the user submits it again. `refused`: the user must mend `reason`."""
 
     kind: Kind
     step: int = -1

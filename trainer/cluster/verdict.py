@@ -3,8 +3,9 @@
 | how the start ended                                              | verdict                                |
 |------------------------------------------------------------------|----------------------------------------|
 | finished                                                         | `done`                                 |
-| refused: a user error                                            | `fail`, never again                    |
+| refused: a user error                                            | `refused`, never again                 |
 | stopped by a signal or the time limit, saved                     | `again`                                |
+| halted by RUN/stop, saved                                        | `halt`, until the user submits again   |
 | failed or died, and a checkpoint is newer than at the failure before | `again`                            |
 | failed or died twice in a row at the same checkpoint             | `fail`                                 |
 | the same, but told to stop too late or by a lost node, five times    | `fail`                                 |
@@ -26,6 +27,9 @@ from trainer.files import write_json
 
 FILE_NAME = "failures.json"
 LIMIT, LIMIT_TOLD = 2, 5
+# The innermost frame of the main thread, as Python writes it at the SIGABRT of slurm/processes.sh.
+_HUNG = re.compile(r"^Fatal Python error: Aborted$.*^Current thread [^\n]*\n  File (?P<place>[^\n]*)", re.M | re.S)
+_OUT_OF_MEMORY = re.compile(r"(?P<node>\S+): tasks? (?P<task>[\d,-]+): Out Of Memory")  # srun's words
 _CHECKPOINT = re.compile(r"step_(\d{8,})")  # trainer/checkpoint/folder.py
 
 
@@ -33,7 +37,7 @@ _CHECKPOINT = re.compile(r"step_(\d{8,})")  # trainer/checkpoint/folder.py
 class Verdict:
     """What to do, and one sentence on why."""
 
-    action: Literal["done", "again", "fail"]
+    action: Literal["done", "again", "halt", "fail", "refused"]
     sentence: str
 
 
@@ -52,9 +56,13 @@ def settle(run_dir: Path, outcome: Outcome | None, *, job: str, told: bool) -> V
         case Outcome(kind="finished"):
             return Verdict(action="done", sentence=f"finished at step {outcome.step}")
         case Outcome(kind="refused"):
-            return Verdict(action="fail", sentence=outcome.reason)
+            return Verdict(action="refused", sentence=outcome.reason)
         case Outcome(kind="stopped"):
             return Verdict(action="again", sentence=f"stopped and saved at step {outcome.step}")
+        case Outcome(kind="halted"):
+            return Verdict(
+                action="halt", sentence=f"saved at step {outcome.step} and ended by RUN/stop: submit it again"
+            )
     path, step, count = run_dir / FILE_NAME, newest_step(run_dir), 1  # step is -1 before the first checkpoint
     if path.exists():
         before = json.loads(path.read_text())
@@ -74,6 +82,18 @@ def silent_nodes(logs: list[Path]) -> list[str]:
     return sorted({i.node for i in incidents if i.kind == "lost_peer" and i.reason == "silent" and i.rank > 0})
 
 
+def out_of_memory(launcher: Path | None, logs: list[Path]) -> list[str]:
+    """One sentence if Slurm says that the kernel ended processes at the memory limit; they cannot say it themselves."""
+    texts = [path.read_text(errors="replace") for path in (launcher, *logs) if path is not None and path.exists()]
+    told = dict.fromkeys(f"process {m['task']} on {m['node']}" for text in texts for m in _OUT_OF_MEMORY.finditer(text))
+    if not told and not any("oom_kill event" in text or "OOM Killed" in text for text in texts):
+        return []
+    who = ", ".join(told) or "a process"
+    return [
+        f"out of memory: the kernel ended {who} at the job's limit: submit with more --mem, or lower data.num_workers"
+    ]
+
+
 def last_words(logs: list[Path], most: int = 8) -> list[str]:
     """One line a process for the job's own output, `most` in all: its last record, or the end of its log as it is.
 
@@ -87,7 +107,10 @@ def last_words(logs: list[Path], most: int = 8) -> list[str]:
             sentence = " ".join((lost or incidents)[-1].sentence.split())  # an error may have many lines
             recorded.append(f"{log}: {sentence[:300]}")
             continue
-        lines = log.read_text(errors="replace").split("\n")
-        tail = next((line.strip()[:300] for line in reversed(lines) if line.strip()), "(the log is empty)")
+        text = log.read_text(errors="replace")
+        if (hung := _HUNG.search(text)) is not None:
+            recorded.append(f"{log}: ended as it hung in {hung['place']}")
+            continue
+        tail = next((line.strip()[:300] for line in reversed(text.split("\n")) if line.strip()), "(the log is empty)")
         silent.append(f"{log}: no record of its end, last line: {tail}")
     return (recorded + silent)[:most]

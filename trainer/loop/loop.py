@@ -35,6 +35,7 @@ from trainer.loop.sample_grid import GridSampler
 from trainer.loop.signals import StopSignal
 from trainer.loop.start_checks import CheckedRun
 from trainer.loop.step import StepReport, StepResult, gather_suspects, next_step, noised_batches, train_step
+from trainer.loop.switches import Switches
 from trainer.loop.time_budget import TimeBudget
 from trainer.telemetry.reporter import Reporter
 from trainer.telemetry.step_timer import StepTimer
@@ -72,6 +73,7 @@ class Trainer:
         self.upcoming: list[NoisedBatch] = []
         self.held = HeldErrors()
         self.budget = TimeBudget.from_environment()
+        self.switches, self.save_asked = Switches(Path(config.run_dir), is_main=world.is_main), False
         self.timer = StepTimer(device)
         self.arrivals = build_arrival_group()
         self.sound, self.agreed = True, False
@@ -79,7 +81,8 @@ class Trainer:
     def run(self) -> bool:
         """Steps until `max_steps`, `stop_at_step` or a stop; always ends with a checkpoint.
 
-        A stop is a signal, or too little time left before the deadline. Returns whether the last step was reached.
+        A stop is a signal, `RUN/stop`, or too little time left before the deadline. Returns whether the last step was
+        reached.
         """
         loop = self.config.train
         last = loop.stop_at_step or loop.max_steps
@@ -92,6 +95,8 @@ class Trainer:
             self._save_on_the_way_out(error)
             raise
         why = "last step" if not stopped else "time limit near" if self.budget.is_spent() else "stop signal"
+        why = "RUN/stop" if stopped and self.switches.stop else why
+        self.switches.fulfilled()
         self._say("ended after step %d of %d (%s)", self.state.step, loop.max_steps, why)
         return self.state.step >= last
 
@@ -108,8 +113,12 @@ class Trainer:
             if applied and loop.sample_every and (step % loop.sample_every == 0 or step == loop.max_steps):
                 self._draw_grid()
             final = stopping or step == last
-            if final or (applied and loop.checkpoint_every and step % loop.checkpoint_every == 0):
+            asked = self.save_asked
+            if final or asked or (applied and loop.checkpoint_every and step % loop.checkpoint_every == 0):
                 self._save(final=final)
+            if asked:
+                self.saver.finish()  # who asked sees by the file that the checkpoint is on disk
+                self.switches.fulfilled()
         # What failed on one rank after the last step's report, such as writing its grid, must not pass in silence.
         self._settle(self._read_and_report(more=False))
         return stopping
@@ -151,9 +160,11 @@ class Trainer:
                 self.upcoming = next_step(self.batches, self.config, number)
         if self.lock.lost and self.held.error is None:
             self.held.error = LockLostError(f"run_dir={self.config.run_dir} was taken over by another job")
+        self.switches.look()
         mine = StepReport(
             loss=torch.zeros(()) if result is None else result.losses.mean(),
-            stop=self.stop.received or self.budget.is_spent(),
+            stop=self.stop.received or self.budget.is_spent() or self.switches.stop,
+            save=self.switches.save,
             failed=self.held.error is not None,
             lock_lost=isinstance(self.held.error, LockLostError),
             router=result.router
@@ -168,6 +179,7 @@ class Trainer:
             # Who lost the lock must not write into the folder, and no rank can save without the others.
             self.sound, self.agreed = self.sound and not found.lock_lost, True
             self.held.raise_everywhere()
+        self.save_asked = found.save
         return found.stop
 
     @contextmanager

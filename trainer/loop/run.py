@@ -12,7 +12,7 @@ import torch
 from trainer.checkpoint.init_from import check_init_whole, init_notes
 from trainer.checkpoint.resume import choose_checkpoint
 from trainer.cluster.heartbeat import watch_peers
-from trainer.cluster.outcome import Outcome
+from trainer.cluster.outcome import Kind, Outcome
 from trainer.config import ConfigError, TrainConfig, save_config
 from trainer.distributed import World, barrier, check_devices, from_main, init_distributed
 from trainer.engine.determinism import make_deterministic
@@ -70,7 +70,9 @@ def _train_locked(checked: CheckedRun, device: torch.device, stop: StopSignal) -
             raise
         trainer.reporter.close()
         barrier()  # no rank gives the lock back, and exits, while another one still writes
-        return Outcome(kind="finished" if finished else "stopped", step=trainer.state.step)
+        # The main process's alone is recorded, which is the one that knows of RUN/stop.
+        kind: Kind = "finished" if finished else "halted" if trainer.switches.stop else "stopped"
+        return Outcome(kind=kind, step=trainer.state.step)
     finally:
         lock.release()
 

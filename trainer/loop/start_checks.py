@@ -17,10 +17,11 @@ from trainer.engine.deepspeed_config import load_deepspeed_config, zero_stage
 from trainer.engine.elastic import adapt
 from trainer.loop.run_lock import LOCK_NAME
 from trainer.loop.sample_grid import GridSampler
+from trainer.loop.switches import SAVE_NAME, STOP_NAME
 from trainer.settings.tokens import token_counts
 
-# Put there by batch scripts, or (the first) by a start of an older version that was killed.
-_LEFTOVERS = ("config.yaml.tmp", "logs", "failures.json", "bad_nodes")
+# Put there by batch scripts and users, or (the first) by a start of an older version that was killed.
+_LEFTOVERS = ("config.yaml.tmp", "logs", "failures.json", "bad_nodes", STOP_NAME, SAVE_NAME)
 
 
 @dataclass(frozen=True, kw_only=True)

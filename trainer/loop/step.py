@@ -120,11 +120,13 @@ class StepReport:
     """What the ranks tell each other after each step: one rank's before `exchange`, what all ranks know after it.
 
     `loss` is the mean of the step, `router` its statistics [router_size], zeros where none were collected. `stop`: a
-    rank was asked to end. `failed`: a rank holds an error. `lock_lost`: the error is that the run folder is another's.
+    rank was asked to end. `save`: one was asked to save and go on. `failed`: a rank holds an error. `lock_lost`: the
+    error is that the run folder is another's.
     """
 
     loss: Tensor
     stop: bool
+    save: bool
     failed: bool
     lock_lost: bool
     router: Tensor
@@ -135,12 +137,12 @@ class StepReport:
 
     def pack(self, device: torch.device) -> Tensor:
         """As one fp32 vector, so that a step needs one collective only."""
-        flags = torch.tensor([self.stop, self.failed, self.lock_lost], dtype=torch.float32)
+        flags = torch.tensor([self.stop, self.save, self.failed, self.lock_lost], dtype=torch.float32)
         return torch.cat([self.loss.float().reshape(1).to(device), flags.to(device), self.router.to(device)])
 
     @classmethod
     def unpack(cls, vector: Tensor) -> "StepReport":
         """Inverse of `pack`; of a mean of flags, what is above 0 is set somewhere."""
-        loss, flags, router = vector.split([1, 3, len(vector) - 4])
-        stop, failed, lock_lost = (flags > 0).tolist()
-        return cls(loss=loss.squeeze(), stop=stop, failed=failed, lock_lost=lock_lost, router=router)
+        loss, flags, router = vector.split([1, 4, len(vector) - 5])
+        stop, save, failed, lock_lost = (flags > 0).tolist()
+        return cls(loss=loss.squeeze(), stop=stop, save=save, failed=failed, lock_lost=lock_lost, router=router)
