@@ -93,7 +93,7 @@ def test_processes_start_as_asked_with_a_rendezvous(slurm: Path, tmp_path: Path)
     done = _script(slurm, start, **job, SRUN_ARGS="--mpi=pmix --gpu-bind=none", PYTHONPATH="/more")
     assert "code 9" in done.stdout
     assert (tmp_path / "calls.srun").read_text().splitlines() == [
-        "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--cpus-per-task=4", "--cpu-bind=cores",
+        "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--cpus-per-task=4", "--cpu-bind=cores", "--mem-bind=local",
         "--output=LOGS/77.3.%t.log", "--open-mode=append", "--kill-on-bad-exit=1", "--wait=60", "--mpi=pmix",
         "--gpu-bind=none", "bash", f"{ROOT}/slurm/task.sh", "python", "-m", "x", "a b",
     ]  # fmt: skip
