@@ -39,6 +39,6 @@ class BoundedDownloader(downloader.Downloader):  # type: ignore[misc]
             _current.end = min(now + self.download_seconds, tar_end)
             return _download(key_and_url, *options)
 
-        socket.SocketIO.readinto = _bounded_readinto  # type: ignore[method-assign]
+        socket.SocketIO.readinto = _bounded_readinto  # type: ignore[assignment, method-assign]
         downloader.download_image = download
         super().download_shard(row)

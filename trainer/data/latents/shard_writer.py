@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.config import DataConfig
-from trainer.data.images.decode import UNREADABLE, cover_crop, read_rgb
+from trainer.data.images.decode import BadPictureError, cover_crop, read_rgb
 from trainer.data.images.tar_scan import IndexRow
 from trainer.data.latents.format import INDEX_TENSORS, check_of, index_digest
 from trainer.encoders.protocols import ImageCodec, TextEncoder
@@ -74,7 +74,7 @@ def picture_batches(
             content = os.pread(tar.fileno(), row.size, row.offset)
             try:
                 image = read_rgb(content, row.orientation)
-            except UNREADABLE as error:
+            except BadPictureError as error:
                 raise RuntimeError(
                     f"{row.tar}: {row.key} changed since it was indexed and cannot be decoded any more"
                 ) from error
