@@ -78,9 +78,14 @@ def is_constant(image: Image.Image) -> bool:
     return max(ImageStat.Stat(image).stddev) < _MIN_STANDARD_DEVIATION
 
 
+def cover_scale(image_height: int, image_width: int, height: int, width: int) -> float:
+    """By what a picture's sides are multiplied until it covers a rectangle."""
+    return max(width / image_width, height / image_height)
+
+
 def cover_crop(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
     """Resize until the picture covers a rectangle, keep the middle: [height, width, 3]."""
-    scale = max(width / image.width, height / image.height)
+    scale = cover_scale(image.height, image.width, height, width)
     resized = max(width, round(image.width * scale)), max(height, round(image.height * scale))
     if resized != image.size:
         image = image.resize(resized, Image.Resampling.LANCZOS)
