@@ -15,7 +15,7 @@ from test_index import NOISE, PICTURE, build, encoded, read_index, scan, write_t
 from trainer.config import ConfigError
 from trainer.data import index as index_module
 from trainer.data.images.decode import BadPictureError, read_rgb
-from trainer.data.images.index_file import check_unchanged, open_index, tar_index_path
+from trainer.data.images.index_file import INDEX_NAME, check_unchanged, open_index, tar_index_path
 from trainer.data.images.tar_scan import stats_path
 from trainer.data.index import main
 
@@ -185,3 +185,18 @@ def test_mutated_tars_are_indexed_or_refused(tmp_path: Path) -> None:
         result = scan(tmp_path, "0.tar")
         assert result.rows or result.rejected
         build(tmp_path).summary().encode()
+
+
+def test_mutated_index_files_are_refused_or_say_the_same(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [(f"{i}.{s}", c) for i in range(9) for s, c in (("png", PICTURE), ("txt", b"noise"))])
+    build(tmp_path)
+    expected = read_index(tmp_path)
+    for path in (tmp_path / INDEX_NAME, tar_index_path(tmp_path, "0.tar")):
+        whole = path.read_bytes()
+        for seed in range(ROUNDS // 6):
+            path.write_bytes(mutated(whole, np.random.default_rng([3, seed])))
+            try:
+                assert read_index(tmp_path) == expected
+            except ConfigError as error:
+                assert "run python -m trainer.data.index" in str(error)
+        path.write_bytes(whole)

@@ -5,10 +5,10 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +17,7 @@ from trainer.config import ConfigError, require
 from trainer.data.images.tar_scan import IndexRow, stats_path, tar_digest, tar_stamp
 from trainer.files import remove_leftovers, replacing
 
+Row = TypeVar("Row")
 INDEX_NAME = "index.parquet"
 FORMAT_VERSION = 3
 _SURROGATE = re.compile("[\ud800-\udfff]")  # in a name: bytes that are not UTF-8
@@ -73,8 +74,9 @@ class Index:
     def rows_of(self, entry: TarEntry) -> list[IndexRow]:
         """The sound samples of one tar in the order of keys."""
         dropped = set(entry.repeated)
-        rows = _read_rows(tar_index_path(self.folder, entry.tar), f"run python -m trainer.data.index {self.folder}")
-        return [row for row in (IndexRow(**row) for row in rows) if row.key not in dropped]
+        remedy = f"run python -m trainer.data.index {self.folder}"
+        rows = _read_rows(tar_index_path(self.folder, entry.tar), remedy, lambda row: IndexRow(**row))
+        return [row for row in rows if row.key not in dropped]
 
     def rows(self) -> Iterator[IndexRow]:
         """All sound samples, sorted by (tar, key), one tar's in memory at a time."""
@@ -106,7 +108,7 @@ def write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema, note:
     schema = schema.with_metadata({_METADATA_KEY: json.dumps(content, sort_keys=True)})
     remove_leftovers(path)
     with replacing(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, schema), temporary)
+        pq.write_table(pa.Table.from_pylist(rows, schema), temporary, write_page_checksum=True)
 
 
 def read_note(path: Path) -> dict[str, Any]:
@@ -119,12 +121,11 @@ def read_note(path: Path) -> dict[str, Any]:
     return note if note.get("format_version") == FORMAT_VERSION else {}
 
 
-def _read_rows(path: Path, remedy: str) -> list[dict[str, Any]]:
-    """The rows of an index file that has a note; ConfigError if they are damaged."""
+def _read_rows(path: Path, remedy: str, build: Callable[[dict[str, Any]], Row]) -> list[Row]:
+    """What `build` makes of the rows of an index file that has a note; ConfigError if they are damaged."""
     try:
-        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
-        return rows
-    except (pa.ArrowException, OSError, ValueError) as error:
+        return list(map(build, pq.read_table(path, page_checksum_verification=True).to_pylist()))
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, MemoryError) as error:
         raise ConfigError(f"{path} cannot be read: delete it and {remedy}") from error
 
 
@@ -164,7 +165,7 @@ def open_index(folder: Path) -> Index:
     sizes = tar_sizes(folder)
     require(path.is_file(), f"data.images={folder} has no {INDEX_NAME}: {remedy}")
     require(bool(read_note(path)), f"{path} is not an index of image shards, or of another version: {remedy}")
-    entries = [TarEntry(**json.loads(row["entry"])) for row in _read_rows(path, remedy)]
+    entries = _read_rows(path, remedy, lambda row: TarEntry(**json.loads(row["entry"])))
     same = {entry.tar: entry.size for entry in entries} == sizes
     require(same, f"{path} was made from other tars than are there now: {remedy}")
     return Index(folder=folder, tars=entries)
