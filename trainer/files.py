@@ -39,7 +39,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")  # whatever the locale
 
 
 def check_writable(folder: Path, setting: str) -> None:
@@ -71,7 +71,7 @@ def keep_records(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             yield json.loads(line), line
         except json.JSONDecodeError:

@@ -32,6 +32,7 @@ from trainer.data.images.index_file import (
     write_table,
 )
 from trainer.data.images.tar_scan import REPEATED, IndexRow, scan_tar, tar_digest, tar_stamp
+from trainer.files import check_writable
 
 _MAX_EXAMPLES = 3
 
@@ -134,6 +135,8 @@ def build_index(
     `needs_stats`: reject tars without img2dataset's _stats.json, which it writes last.
     """
     tars = list(tar_sizes(folder))
+    for part in {(folder / tar).parent for tar in tars}:
+        check_writable(part, "data.images")
     finished = partial(_finished_entry, folder, needs_stats)
     todo = [tar for tar in tars[rank::world_size] if finished(tar) is None]
     scan = partial(index_tar, folder, needs_stats)

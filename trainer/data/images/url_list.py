@@ -97,19 +97,22 @@ def _records(file: Path, opened: TextIO) -> Iterator[list[str]]:
     width = 0
     try:
         for row in reader:
-            where = f"{file}, line {reader.line_num}"
             width = width or len(row)
-            require(len(row) in (0, width), f"{where}: {len(row)} fields where the header has {width}: mend the line")
-            quoted = next((field for field in row if _QUOTED.fullmatch(field)), None) if plain else None
-            require(
-                quoted is None,
-                f"{where}: {quoted} has doubled quotes, but no quotes are read in a .tsv whose header has none: "
-                "write the header in quotes, too, or the list as .csv or .parquet",
-            )
-            if row:
+            if len(row) == width and not (plain and '""' in "\t".join(row) and any(map(_QUOTED.fullmatch, row))):
                 yield row
+            elif row:
+                raise ConfigError(_bad_row(file, reader.line_num, row, width))
     except csv.Error as error:
         raise ConfigError(f"{file}, line {reader.line_num}: {error}: mend the quotes of the rows before it") from error
+
+
+def _bad_row(file: Path, line: int, row: list[str], width: int) -> str:
+    if len(row) != width:
+        return f"{file}, line {line}: {len(row)} fields where the header has {width}: mend the line"
+    return (
+        f"{file}, line {line}: {next(filter(_QUOTED.fullmatch, row))} has doubled quotes, but no quotes are read in a "
+        ".tsv whose header has none: write the header in quotes, too, or the list as .csv or .parquet"
+    )
 
 
 def _pieces(file: Path, columns: list[str]) -> Iterator[tuple[int, Callable[[], pa.Table]]]:
