@@ -17,7 +17,7 @@ LONG = "x" * 3_000_000
 READ: list[tuple[str, bytes, list[tuple[str | None, str | None]]]] = [
     ("plain.csv", b"url,caption\nhttp://a,one\nhttp://b,two\n", TWO),
     ("mark.csv", b"\xef\xbb\xbfurl,caption\r\nhttp://a,one\r\nhttp://b,two", TWO),
-    ("blank_lines.csv", b"caption,url\none,http://a\n\n\ntwo,http://b\n\n", TWO),
+    ("blank_lines.CSV", b"caption,url\none,http://a\n\n\ntwo,http://b\n\n", TWO),
     ("empty_fields.csv", b"url,caption\nhttp://a,\n,NA\n", [("http://a", None), (None, "NA")]),
     ("long.csv", b"url,caption\nhttp://a," + LONG.encode(), [("http://a", LONG)]),
     ("lines.csv", b'url,caption\nhttp://a,"one\n""two"""\n', [("http://a", 'one\n"two"')]),

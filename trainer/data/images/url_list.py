@@ -41,9 +41,9 @@ def open_url_list(path: Path, url_column: str, caption_column: str, extra_column
     """One file or a folder of them; ConfigError if there is none or a column is missing."""
     with _sentences(path):
         path.stat()
-        files = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES) if path.is_dir() else [path]
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES) if path.is_dir() else [path]
     require(
-        bool(files) and all(file.suffix in _SUFFIXES for file in files),
+        bool(files) and all(file.suffix.lower() in _SUFFIXES for file in files),
         f"{path} is no list of URLs: name a .parquet, .csv or .tsv file, or a folder of them",
     )
     columns = [url_column, caption_column, *extra_columns]
@@ -75,7 +75,7 @@ def _sentences(file: Path) -> Iterator[None]:
 
 def _schema(file: Path) -> pa.Schema:
     with _sentences(file):
-        if file.suffix == ".parquet":
+        if file.suffix.lower() == ".parquet":
             return pq.read_schema(file)
         with file.open(encoding="utf-8-sig", newline="") as opened:
             return pa.schema([(name, pa.string()) for name in next(_records(file, opened))])
@@ -87,10 +87,10 @@ def _records(file: Path, opened: TextIO) -> Iterator[list[str]]:
     first = opened.readline()
     require(bool(first.strip()), f"{file} is empty: its first line must name the columns")
     opened.seek(0)
-    plain = file.suffix == ".tsv" and not first.startswith('"')
+    plain = file.suffix.lower() == ".tsv" and not first.startswith('"')
     reader = csv.reader(
         opened,
-        delimiter="\t" if file.suffix == ".tsv" else ",",
+        delimiter="\t" if file.suffix.lower() == ".tsv" else ",",
         quoting=csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL,
         strict=True,
     )
@@ -117,7 +117,7 @@ def _bad_row(file: Path, line: int, row: list[str], width: int) -> str:
 
 def _pieces(file: Path, columns: list[str]) -> Iterator[tuple[int, Callable[[], pa.Table]]]:
     """Of each row group of parquet or batch of text: how many rows it has, and what gives (or first reads) them."""
-    if file.suffix == ".parquet":
+    if file.suffix.lower() == ".parquet":
         with pq.ParquetFile(file) as parquet:
             for group in range(parquet.num_row_groups):
                 rows = parquet.metadata.row_group(group).num_rows
