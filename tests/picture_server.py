@@ -56,6 +56,20 @@ def encoded(kind: str, seed: int) -> bytes:
     return content[: len(content) // 3] if kind == "cut.jpg" else content
 
 
+def _drip(handler: BaseHTTPRequestHandler, kind: str) -> None:
+    """A byte every 0.3 s, for 30 s, of the body or (drip-head) of the headers."""
+    if kind != "drip-head":
+        handler.send_response(200)
+        handler.send_header("Content-Length", "100")
+        handler.end_headers()
+    try:
+        for _ in range(100):
+            handler.wfile.write(b"x")
+            time.sleep(0.3)
+    except OSError:  # it has given up
+        return
+
+
 class PictureServer:
     """Serves /SEED/KIND and counts what was asked for."""
 
@@ -86,6 +100,9 @@ class PictureServer:
         status = {"missing": 404, "gone": 410, "broken": 500}.get(kind, 200)
         if kind == "reset":
             handler.connection.shutdown(socket.SHUT_RDWR)
+            return
+        if kind.startswith("drip"):  # never silent for long, never done
+            _drip(handler, kind)
             return
         body = {"html": b"<html>no picture here</html>", "empty": b""}.get(kind)
         if body is None:

@@ -85,7 +85,7 @@ def test_only_http_is_asked_for() -> None:
         (["nowhere.parquet"], "nowhere.parquet is not there: name a .parquet, .csv or .tsv file"),
         (["."], ". is no list of URLs"),
         (["list.parquet", "--url-column", "link"], "list.parquet has no column link: it has url, caption"),
-        (["broken.csv"], "broken.csv cannot be read as .csv"),
+        (["broken.csv"], "broken.csv, line 2: unexpected end of data: mend the quotes of the rows before it"),
         (["list.parquet", "--parts", "0"], "--parts is 0: use 1 or more"),
         (["list.parquet", "--parts", "3", "--part", "3"], "--part is 3: use 0 to 2"),
         (["list.parquet", "--keep-columns", "key"], "--keep-columns key: img2dataset fills a column of that name"),
@@ -180,7 +180,7 @@ def test_a_signal_while_img2dataset_starts_leaves_no_process(tmp_path: Path, mon
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with pytest.raises(SystemExit, match="143"), (tmp_path / "lock").open("w") as lock:
-            img2dataset.run(str(python), [], tmp_path / "log", lock.fileno(), lambda: None)
+            img2dataset.run(str(python), ["img2dataset.main"], tmp_path / "log", lock.fileno(), lambda: True)
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert [process.returncode for process in StruckPopen.started] == [-signal.SIGTERM]

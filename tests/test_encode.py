@@ -27,6 +27,7 @@ from trainer.data.latents.samples import Batch
 from trainer.data.latents.shard_writer import Encoder
 from trainer.data.loader import RawBatch, build_loader, encode_captions
 from trainer.data.position import DataState
+from trainer.data.vae_training import load_pictures
 from trainer.encoders.build import build_codec, build_text_encoder
 from trainer.encoders.pixel import PixelCodec
 from trainer.encoders.vae import SmallVae
@@ -324,6 +325,9 @@ def test_other_settings_are_refused_before_anything_is_written(images: Path, lat
         (["data.latents=somewhere"], "data.images is empty"),
         (["data.images=nowhere", "data.latents=x"], "data.images=nowhere is not a folder"),
         (["data.codec=jpeg", "data.images=x", "data.latents=y"], "data.codec=jpeg is not known"),
+        (["data.images=x", "data.latents=./x"], "data.latents=./x is the folder of data.images"),
+        (["data.images=x", "data.latents=/proc/1/x"], "data.latents=/proc/1/x: /proc/1 may not be written to"),
+        (["data.images=x", "data.latents=y", "data.enlarge_up_to=0.5"], "data.enlarge_up_to is 0.5: use 1 or more"),
     ],
 )
 def test_user_errors_exit_with_2(
@@ -347,3 +351,17 @@ def test_larger_pictures_are_resized_and_cropped(images: Path, tmp_path: Path) -
     drawn = torch.tensor(scenes.render(scenes.training_scene(0, 0), IMAGE_SIZE)).permute(2, 0, 1).float()
     mean = torch.nn.functional.avg_pool2d(drawn / 127.5 - 1, 2)  # what any antialiased filter comes near
     assert (latent[0].float() - mean).abs().mean() < 0.1
+
+
+def test_pictures_are_not_enlarged_without_a_word(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match=r"data\.image_size=64 would enlarge the pictures of .* 4 times .* now 1\.5"):
+        encode(encoder_for(images, tmp_path / "latents", image_size=64))
+    with pytest.raises(ConfigError, match=r"data\.buckets=\['32x24'\] would enlarge"):
+        encode(build_encoder(data_for(images, tmp_path / "latents", buckets=["32x24"])))
+    assert not list(tmp_path.iterdir())
+    assert encode(build_encoder(data_for(images, tmp_path, image_size=32, enlarge_up_to=2.0)))
+    assert f"00000: {SHARD_SIZE} pictures ({SHARD_SIZE} enlarged)" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"data\.image_size=64 would enlarge"):
+        load_pictures(data_for(images, tmp_path, image_size=64, buckets=["16x16"]))

@@ -198,11 +198,11 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     write_tar(tmp_path / "0.tar", sample("00", caption=""))
     with pytest.raises(SystemExit) as caught:
         main([str(tmp_path)])
-    assert caught.value.code == 1
+    assert caught.value.code == 2
     assert "1  tar without its _stats.json (download was killed), first 0.tar" in capsys.readouterr().out
     with pytest.raises(SystemExit) as caught:
         main([str(tmp_path), "--without-stats"])
-    assert caught.value.code == 1
+    assert caught.value.code == 2
     assert "1  empty caption, first 0.tar: 00" in capsys.readouterr().out
     write_tar(tmp_path / "0.tar", sample("00"))
     (tmp_path / "0_stats.json").write_text('{"successes": 1}')

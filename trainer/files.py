@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, require
 
 
 def flush(path: Path) -> None:
@@ -39,7 +39,17 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")  # whatever the locale
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """ConfigError unless a folder is there, or can be made, and may be written to."""
+    path = folder.absolute()
+    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    require(os.path.isdir(there), f"{setting}={folder}: {there} is not a folder: name another place")
+    require(
+        os.access(there, os.W_OK | os.X_OK), f"{setting}={folder}: {there} may not be written to: name another place"
+    )
 
 
 def remove_leftovers(path: Path) -> None:
@@ -61,7 +71,7 @@ def keep_records(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             yield json.loads(line), line
         except json.JSONDecodeError:
@@ -72,6 +82,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON in one step, as the one process that may write `path`."""
     remove_leftovers(path)
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file, or ConfigError."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+        return dict(content)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {remedy}") from error
 
 
 @cache

@@ -9,22 +9,20 @@ DIR/failed the URLs worth another try, itself a list of URLs; DIR/logs what img2
 
 import argparse
 import fcntl
-import json
 import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from trainer.config import ConfigError, command, command_parser, require
 from trainer.data.images import img2dataset
-from trainer.data.images.download_report import PartReport, finished_tars, remove_damaged, summarize, total
-from trainer.data.images.img2dataset import DISTRIBUTORS, DownloadSettings
+from trainer.data.images.download_report import PartReport, Progress, finished_tars, remove_damaged, summarize, total
+from trainer.data.images.img2dataset import DISTRIBUTORS, LIMITS, DownloadSettings
 from trainer.data.images.url_list import UrlList, open_url_list, read_slice, split_http, table_digest
-from trainer.files import replacing, write_json
+from trainer.files import check_writable, read_json, replacing, write_json
 
 # Columns that img2dataset fills itself.
 _RESERVED = (
@@ -67,14 +65,13 @@ class Part:
         return self.out / "reports" / f"{self.name}.json"
 
 
-def prepare(part: Part, urls: UrlList, settings: DownloadSettings) -> dict[str, Any]:
-    """Cut the slice and write it, or check that it and the settings are what the folder was begun with."""
+def prepare(part: Part, columns: list[str], table: pa.Table, refused: int, settings: DownloadSettings) -> None:
+    """Write the slice, or check that it and the settings are what the folder was begun with."""
     others = {path.stem.rpartition("-of-")[2] for path in part.record.parent.glob("part-*-of-*.json")}
     for other in others - {f"{part.count:05d}"}:
         raise ConfigError(f"{part.out} was begun with --parts {int(other)}, not {part.count}: name another --out")
-    table, refused = split_http(read_slice(urls, part.number, part.count), urls.columns[0])
     record = {
-        "columns": urls.columns,
+        "columns": columns,
         "settings": settings.of_content(),
         "num_http": table.num_rows,
         "num_refused": refused,
@@ -82,22 +79,27 @@ def prepare(part: Part, urls: UrlList, settings: DownloadSettings) -> dict[str, 
     }
     if part.record.is_file():
         # With another list or other settings img2dataset would skip rows without a word.
-        old, remedy = json.loads(part.record.read_text()), "restore it, or name another --out"
+        remedy = "restore it, or name another --out"
+        old = read_json(part.record, remedy)
         for name, value in record["settings"].items():
-            was, flag = old["settings"].get(name), f"--{name.replace('_', '-')}"
+            was, flag = old.get("settings", {}).get(name), f"--{name.replace('_', '-')}"
             require(was == value, f"{flag} is {value} but {part.folder} was begun with {was}: {remedy}")
-        same = all(old[name] == record[name] for name in ("columns", "num_http", "num_refused", "list_sha256"))
+        same = all(old.get(name) == record[name] for name in ("columns", "num_http", "num_refused", "list_sha256"))
         require(same, f"the list of URLs is not the one that {part.folder} was begun with: {remedy}")
-        if part.url_list.is_file():
-            return record
     with replacing(part.url_list) as temporary:
         pq.write_table(table, temporary)
     write_json(part.record, record)
-    return record
 
 
 def download_part(part: Part, urls: UrlList, settings: DownloadSettings, python: str) -> PartReport:
     """Download what is missing of one part and count what is there."""
+    table, num_refused = split_http(read_slice(urls, part.number, part.count), urls.columns[0])
+    num_http = table.num_rows
+    require(
+        num_http > 0 or num_refused == 0,
+        f"column {urls.columns[0]} of {urls.files[0]}: none of the {num_refused} rows is an http or https URL: "
+        "name another --url-column",
+    )
     for name in ("lists", "logs", "reports"):
         (part.out / name).mkdir(parents=True, exist_ok=True)
     with (part.out / "lists" / f"{part.name}.lock").open("a") as lock:
@@ -107,25 +109,30 @@ def download_part(part: Part, urls: UrlList, settings: DownloadSettings, python:
             raise ConfigError(
                 f"{part.folder} is being downloaded by another process: wait for it, or end it"
             ) from error
-        record = prepare(part, urls, settings)
+        prepare(part, urls.columns, table, num_refused, settings)
         part.folder.mkdir(exist_ok=True)
         for reason in remove_damaged(part.folder):
             print(f"{part.name}: {reason}: again")
-        num_http, num_refused = record["num_http"], record["num_refused"]
         num_tars = -(-num_http // settings.samples_per_tar)
         done = len(finished_tars(part.folder))
         print(f"{part.name}: {num_http} URLs, {done} of {num_tars} tars finished")
         if done < num_tars:
             options = img2dataset.arguments(part.url_list, part.folder, settings, urls.columns)
-            with tqdm(total=num_tars, initial=done, desc=part.name, unit="tar", disable=None) as bar:
-                img2dataset.run(
-                    python, options, part.out / "logs" / f"{part.name}.log", lock.fileno(),
-                    lambda: bar.update(len(finished_tars(part.folder)) - bar.n),
-                )  # fmt: skip
+            log = part.out / "logs" / f"{part.name}.log"
+            with Progress(part.folder, num_tars, settings.tar_seconds) as progress:
+                img2dataset.run(python, options, log, lock.fileno(), progress)
         failed = part.out / "failed" / f"{part.name}.parquet"
         report = summarize(part.folder, num_http, num_refused, num_tars, urls.columns, failed)
         write_json(part.report, asdict(report))
     return report
+
+
+def _read_report(path: Path) -> PartReport:
+    remedy = "delete it and run the download of that part again"
+    try:
+        return PartReport(**read_json(path, remedy))
+    except TypeError as error:
+        raise ConfigError(f"{path} is no report of a download: {remedy}") from error
 
 
 def download(out: Path, urls: UrlList, settings: DownloadSettings, parts: list[int], count: int, python: str) -> bool:
@@ -138,9 +145,12 @@ def download(out: Path, urls: UrlList, settings: DownloadSettings, parts: list[i
         if report.num_unfinished:
             whole = False
             print(f"{part.name} is not finished, see {part.out / 'logs' / part.name}.log: run the same command again")
+        elif report.num_urls and not report.num_pictures:
+            whole = False
+            print(f"{part.name}: no URL gave a picture: mend the network or the list, and run the same command again")
     reports = sorted((out / "reports").glob("part-*.json"))
     if count > 1 and len(reports) == count:
-        print("\n".join(["all parts", *total([PartReport(**json.loads(p.read_text())) for p in reports]).lines()]))
+        print("\n".join(["all parts", *total(list(map(_read_report, reports))).lines()]))
     if any((out / "failed").glob("*.parquet")):
         print(f"URLs worth another try: python -m trainer.data.download {out / 'failed'} --out {out}-again")
     return whole
@@ -166,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace) -> DownloadSettings:
-    for name in ("parts", "image_size", "samples_per_tar", "processes", "threads", "timeout"):
+    for name in ("parts", "image_size", "samples_per_tar", "processes", "threads", "timeout", *LIMITS):
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} is {getattr(args, name)}: use 1 or more")
     require(args.part is None or 0 <= args.part < args.parts, f"--part is {args.part}: use 0 to {args.parts - 1}")
     for column in args.keep_columns:
@@ -183,9 +193,10 @@ def _check(args: argparse.Namespace) -> DownloadSettings:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Command line; exit code 1 if tars are missing."""
+    """Command line; exit code 1 if tars are missing, or a slice gave no picture."""
     args = _parser().parse_args(argv)
     settings = _check(args)
+    check_writable(args.out, "--out")
     urls = open_url_list(args.urls, args.url_column, args.caption_column, tuple(args.keep_columns))
     img2dataset.check_environment(args.python, settings.distributor)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that img2dataset is ended too

@@ -31,14 +31,21 @@ from trainer.data.images.index_file import (
     tar_sizes,
     write_table,
 )
-from trainer.data.images.tar_scan import REPEATED, IndexRow, scan_tar, tar_digest
+from trainer.data.images.tar_scan import REPEATED, IndexRow, scan_tar, tar_digest, tar_stamp
+from trainer.files import check_writable
 
 _MAX_EXAMPLES = 3
 
 
 def index_tar(folder: Path, needs_stats: bool, tar: str) -> None:
-    """Scan one tar and write its list of samples."""
-    digest, size = tar_digest(folder / tar), (folder / tar).stat().st_size
+    """Scan one tar and write its list of samples; of one that was only copied or touched since, the stamp alone."""
+    path = tar_index_path(folder, tar)
+    stamp, size = tar_stamp(folder / tar), (folder / tar).stat().st_size  # before it is read
+    digest, old = tar_digest(folder / tar), _entry_of(folder, needs_stats, tar)
+    if old is not None and old.digest == digest:
+        rows = Index(folder=folder, tars=[]).rows_of(old)
+        _write(path, rows, needs_stats, replace(old, stamp=stamp))
+        return
     result = scan_tar(folder, tar, needs_stats)
     rejected: dict[str, list[str]] = {}
     for reason, where in result.rejected:
@@ -47,6 +54,7 @@ def index_tar(folder: Path, needs_stats: bool, tar: str) -> None:
         tar=tar,
         size=size,
         digest=digest,
+        stamp=stamp,
         num_kept=len(result.rows),
         source=source_of(result.rows),
         first_key=result.rows[0].key if result.rows else "",
@@ -54,17 +62,26 @@ def index_tar(folder: Path, needs_stats: bool, tar: str) -> None:
         rejected={reason: len(where) for reason, where in rejected.items()},
         examples={reason: where[:_MAX_EXAMPLES] for reason, where in rejected.items()},
     )
-    note = {"needs_stats": needs_stats, "entry": asdict(entry)}
-    write_table(tar_index_path(folder, tar), [asdict(row) for row in result.rows], ROW_SCHEMA, note)
+    _write(path, result.rows, needs_stats, entry)
 
 
-def _finished_entry(folder: Path, needs_stats: bool, tar: str) -> TarEntry | None:
-    """The entry of a tar that was scanned before and has not changed since."""
+def _write(path: Path, rows: list[IndexRow], needs_stats: bool, entry: TarEntry) -> None:
+    write_table(path, list(map(asdict, rows)), ROW_SCHEMA, {"needs_stats": needs_stats, "entry": asdict(entry)})
+
+
+def _entry_of(folder: Path, needs_stats: bool, tar: str) -> TarEntry | None:
+    """The entry of a tar that was scanned before."""
     note = read_note(tar_index_path(folder, tar))
     if not note or note["needs_stats"] != needs_stats:
         return None
     entry = TarEntry(**note["entry"])
-    return entry if entry.tar == tar and entry.digest == tar_digest(folder / tar) else None
+    return entry if entry.tar == tar else None
+
+
+def _finished_entry(folder: Path, needs_stats: bool, tar: str) -> TarEntry | None:
+    """The entry of a tar that was scanned before and not written to since."""
+    entry = _entry_of(folder, needs_stats, tar)
+    return entry if entry is not None and entry.stamp == tar_stamp(folder / tar) else None
 
 
 def _without_repeats(folder: Path, entries: list[TarEntry]) -> list[TarEntry]:
@@ -118,6 +135,8 @@ def build_index(
     `needs_stats`: reject tars without img2dataset's _stats.json, which it writes last.
     """
     tars = list(tar_sizes(folder))
+    for part in {(folder / tar).parent for tar in tars}:
+        check_writable(part, "data.images")
     finished = partial(_finished_entry, folder, needs_stats)
     todo = [tar for tar in tars[rank::world_size] if finished(tar) is None]
     scan = partial(index_tar, folder, needs_stats)
@@ -147,7 +166,7 @@ def index_or_open(folder: Path) -> Index:
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    """Command line: index a folder; exit code 1 if nothing in it can be kept."""
+    """Command line: index a folder; exit code 2 if nothing in it can be kept."""
     parser = command_parser("trainer.data.index", __doc__)
     parser.add_argument("images", type=Path, help="folder that holds the tars, also in subfolders")
     parser.add_argument("--num-workers", type=int, default=0, help="processes to read tars with (0: this one)")
@@ -165,8 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"rank {rank} of {world_size} is done; the index is written by the one that ends last")
         return
     print(index.summary())
-    if not index.num_kept:
-        raise SystemExit(1)
+    require(index.num_kept > 0, f"{args.images} holds no sound sample, for the reasons above: mend them")
 
 
 if __name__ == "__main__":

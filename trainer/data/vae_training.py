@@ -3,6 +3,7 @@
 Shapes: B pictures, 3 x H x W rgb in [-1, 1].
 """
 
+from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from trainer.config import DataConfig, require
 from trainer.data.index import index_or_open
+from trainer.data.latents.enlargement import check_enlargement
 from trainer.data.latents.shard_writer import picture_batches
 from trainer.encoders.vae import SmallVae
 from trainer.files import replacing
@@ -27,7 +29,9 @@ LOG_EVERY = 100
 def load_pictures(data: DataConfig) -> Tensor:
     """The first MAX_PICTURES pictures of the index as uint8 [N, 3, size, size]."""
     folder, size = Path(data.images), data.image_size
-    rows = islice(index_or_open(folder).rows(), MAX_PICTURES)
+    rows = list(islice(index_or_open(folder).rows(), MAX_PICTURES))
+    require(bool(rows), f"data.images={folder} has no sound sample: see python -m trainer.data.index")
+    check_enlargement(replace(data, buckets=[]), rows)
     batches = [
         batch
         for _, of_tar in groupby(rows, key=lambda row: row.tar)

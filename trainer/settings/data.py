@@ -44,6 +44,9 @@ class DataConfig:
     of 1. At 1 all channels are equally loud, at 0 as loud as in the picture; 0 to 1, below 1 only where measured."""
     buckets: list[str] = field(default_factory=list)
     """Picture sizes HEIGHTxWIDTH in pixels, each once; a picture goes to the nearest aspect ratio. None: squares."""
+    enlarge_up_to: float = 1.5
+    """How many times as large as it is the middle one of the pictures may be made to cover its crop; 1 or more.
+    Encoding refuses more: pictures smaller than their crop show nothing more when enlarged."""
     bucket_block: int = 0
     """Samples in a row of one bucket, from all folders by weight; with several buckets or folders a multiple of the
     global batch, otherwise unused; 0 or more."""
@@ -80,6 +83,7 @@ class DataConfig:
         require(len(set(self.buckets)) == len(self.buckets), f"data.buckets={self.buckets} names one twice")
         for folder, weight in self.mix.items():
             require(weight > 0, f"data.mix gives {folder} the weight {weight}: use more than 0, or leave it out")
+        require(self.enlarge_up_to >= 1, f"data.enlarge_up_to is {self.enlarge_up_to}: use 1 or more")
         require(self.bucket_block >= 0, f"data.bucket_block is {self.bucket_block}: use 0 or more")
         require(
             self.bucket_block > 0 or (len(self.buckets) < 2 and len(self.mix) < 2),

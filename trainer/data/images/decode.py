@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageStat
 
-# What Pillow raises for bytes that are no whole picture.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-
 # Grey, palette and colour, with or without transparency. Not among them: floats of unknown range, LAB, HSV.
 _MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "I")
 
+_MAX_ASPECT = 64  # beyond it the crop of a line of pixels would need gigabytes
 _MIN_STANDARD_DEVIATION = 2.0  # of 255; below it a picture is one colour (16-bit pictures saved wrongly are white)
 _EXIF_ORIENTATION = 0x0112
 # EXIF value -> what makes the picture upright, and the words img2dataset's metadata have for it.
@@ -31,28 +28,39 @@ _UPRIGHT = {
 }
 
 
-class UnsupportedModeError(ValueError):
-    """A picture of a mode that has no plain meaning as RGB."""
+class BadPictureError(ValueError):
+    """Bytes that cannot be trained on as a picture; the message says why."""
 
 
 def orientation_of(metadata: dict[str, Any]) -> int:
     """EXIF orientation of the original, from the `exif` column: re-encoding ignored it and dropped the tag."""
     try:
         words = json.loads(metadata.get("exif") or "{}").get("Image Orientation")
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         return 1
     return next((value for value, (_, known) in _UPRIGHT.items() if known == words), 1)
 
 
 def read_rgb(content: bytes, orientation: int = 1) -> Image.Image:
-    """Decode to upright 8-bit RGB: 16-bit grey is scaled, transparency becomes white.
+    """Decode to upright 8-bit RGB: 16-bit grey is scaled, transparency becomes white; or BadPictureError.
 
-    `orientation` is used when the file has no tag of its own. Raises one of UNREADABLE, also for other modes.
+    `orientation` is used when the file has no tag of its own.
     """
+    try:
+        return _read_rgb(content, orientation)
+    except BadPictureError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly every type for damaged bytes, RuntimeError too
+        raise BadPictureError("picture that cannot be decoded") from error
+
+
+def _read_rgb(content: bytes, orientation: int) -> Image.Image:
     image: Image.Image = Image.open(io.BytesIO(content))
+    if max(image.size) > _MAX_ASPECT * min(image.size):
+        raise BadPictureError(f"picture more than {_MAX_ASPECT} times as long as wide")
     image.load()
     if image.mode not in _MODES and not image.mode.startswith("I;16"):
-        raise UnsupportedModeError(image.mode)
+        raise BadPictureError("picture of a mode that is neither grey nor colour")
     orientation = image.getexif().get(_EXIF_ORIENTATION, orientation)
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.float64)
@@ -70,9 +78,14 @@ def is_constant(image: Image.Image) -> bool:
     return max(ImageStat.Stat(image).stddev) < _MIN_STANDARD_DEVIATION
 
 
+def cover_scale(image_height: int, image_width: int, height: int, width: int) -> float:
+    """By what a picture's sides are multiplied until it covers a rectangle."""
+    return max(width / image_width, height / image_height)
+
+
 def cover_crop(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
     """Resize until the picture covers a rectangle, keep the middle: [height, width, 3]."""
-    scale = max(width / image.width, height / image.height)
+    scale = cover_scale(image.height, image.width, height, width)
     resized = max(width, round(image.width * scale)), max(height, round(image.height * scale))
     if resized != image.size:
         image = image.resize(resized, Image.Resampling.LANCZOS)

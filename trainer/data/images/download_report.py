@@ -2,19 +2,24 @@
 
 import json
 import re
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from trainer.data.images.tar_scan import damage_of, stats_path
 from trainer.files import replacing
 
 _MAX_REASONS = 20
+_SAY_EVERY = 60  # seconds, where there is no terminal for a bar
+_GRACE = 600  # seconds beyond --tar-seconds in which pictures that have come are still resized and written
 _NO_HTTP = "not an http or https URL"
 # Asking again would give the same answer.
 _PERMANENT = "HTTP Error (401|403|404|410|451)|X-Robots-Tag"
@@ -52,15 +57,27 @@ def total(reports: list[PartReport]) -> PartReport:
 
 
 def remove_damaged(folder: Path) -> list[str]:
-    """Remove what img2dataset takes for finished and is not, so that it does it again; returns reasons."""
+    """Remove what img2dataset takes for finished and is not, so that it does it again; returns reasons.
+
+    That is what is damaged, and all of a folder in which no URL gave a picture, as without a network.
+    """
     found = []
     for tar in finished_tars(folder):
         reason = damage_of(tar, needs_stats=True) or _table_damage(tar)
         if reason:
             found.append(f"{tar.name}: {reason}")
-            for path in (stats_path(tar), tar, tar.with_suffix(".parquet")):
-                path.unlink(missing_ok=True)
+            _remove(tar)
+    whole = finished_tars(folder)
+    if whole and not any(json.loads(stats_path(tar).read_text())["successes"] for tar in whole):
+        found.append(f"{len(whole)} tars: no picture in any")
+        for tar in whole:
+            _remove(tar)
     return found
+
+
+def _remove(tar: Path) -> None:
+    for path in (stats_path(tar), tar, tar.with_suffix(".parquet")):
+        path.unlink(missing_ok=True)
 
 
 def _table_damage(tar: Path) -> str | None:
@@ -75,6 +92,38 @@ def _table_damage(tar: Path) -> str | None:
 def finished_tars(folder: Path) -> list[Path]:
     """Tars with their counts, which are written last."""
     return [path.with_name(path.name.replace("_stats.json", ".tar")) for path in sorted(folder.glob("*_stats.json"))]
+
+
+class Progress:
+    """Says what is finished, and whether it is worth waiting: not when no tar has been finished for too long."""
+
+    def __init__(self, folder: Path, num_tars: int, tar_seconds: int) -> None:
+        self.folder, self.tar_seconds = folder, tar_seconds
+        done = len(finished_tars(folder))
+        self.bar = tqdm(total=num_tars, initial=done, desc=folder.name, unit="tar", disable=None)
+        self.num_done, self.last_tar, self.last_said = done, time.monotonic(), time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.close()
+
+    def __call__(self) -> bool:
+        now, done = time.monotonic(), len(finished_tars(self.folder))
+        if done != self.num_done:
+            self.bar.update(done - self.num_done)
+            self.num_done, self.last_tar = done, now
+        if self.bar.disable and now - self.last_said >= _SAY_EVERY:
+            size = sum(path.stat().st_size for path in self.folder.glob("*.tar"))
+            print(f"{self.folder.name}: {done} of {self.bar.total} tars finished, {size / 1e6:.0f} MB", flush=True)
+            self.last_said = now
+        if now - self.last_tar <= self.tar_seconds + _GRACE:
+            return True
+        print(f"{self.folder.name}: no tar was finished in {now - self.last_tar:.0f} s: img2dataset is ended")
+        return False
 
 
 def summarize(

@@ -21,9 +21,21 @@ VERSION = "1.47.0"
 DISTRIBUTORS = ("multiprocessing", "pyspark", "ray")
 # Of DownloadSettings: what img2dataset calls otherwise; how tars are filled, not with what: these may change meanwhile.
 _OPTIONS = {"samples_per_tar": "number_sample_per_shard", "processes": "processes_count", "threads": "thread_count"}
-_SETTINGS_OF_THE_WAY = ("processes", "threads", "timeout", "retries", "distributor")
+LIMITS = ("download_seconds", "tar_seconds")  # ours, see download_limits.py
+_SETTINGS_OF_THE_WAY = ("processes", "threads", "timeout", "retries", "distributor", *LIMITS)
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 _START = "from img2dataset.main import main; main()"
+# Its processes get this path, last and so hiding nothing, and find the class there. On other machines, where ray and
+# pyspark work, they may not.
+_BOUNDED_START = """
+import functools, json, sys
+from img2dataset.main import main
+folder, limits = sys.argv.pop(1), json.loads(sys.argv.pop(1))
+sys.path.append(folder)
+from download_limits import BoundedDownloader
+sys.modules["img2dataset.main"].Downloader = functools.partial(BoundedDownloader, **limits)
+main()
+"""
 _PROBE = """
 import importlib.metadata, importlib.util, json, sys
 def version(name):
@@ -42,7 +54,8 @@ class DownloadSettings:
     """What is asked of img2dataset.
 
     The first group decides what a tar holds, and must stay the same for the life of a folder. Pictures larger than
-    `image_size` on their shorter side are reduced to it, never cropped, padded or enlarged.
+    `image_size` on their shorter side are reduced to it, never cropped, padded or enlarged. `timeout` bounds each read
+    of a connection, `download_seconds` one try, `tar_seconds` all that goes into a tar.
     """
 
     image_size: int = 320
@@ -56,6 +69,8 @@ class DownloadSettings:
     threads: int = 256
     timeout: int = 10
     retries: int = 2
+    download_seconds: int = 60
+    tar_seconds: int = 7200
     distributor: str = "multiprocessing"
 
     def of_content(self) -> dict[str, Any]:
@@ -94,7 +109,7 @@ def _environment(python: str) -> dict[str, str]:
 
 
 def arguments(url_list: Path, folder: Path, settings: DownloadSettings, columns: list[str]) -> list[str]:
-    """Command line of img2dataset for a parquet list with columns url, caption and further ones."""
+    """Program and command line of img2dataset for a parquet list with columns url, caption and further ones."""
     options = {
         "url_list": url_list.absolute(),  # it does not make paths absolute itself, and workers may be elsewhere
         "output_folder": folder.absolute(),
@@ -104,14 +119,18 @@ def arguments(url_list: Path, folder: Path, settings: DownloadSettings, columns:
         "caption_col": columns[1],
         "resize_mode": "keep_ratio",
         "resize_only_if_bigger": True,
-        **{_OPTIONS.get(name, name): value for name, value in asdict(settings).items()},
+        **{_OPTIONS.get(name, name): value for name, value in asdict(settings).items() if name not in LIMITS},
         "compute_hash": "sha256",
         "incremental_mode": "incremental",
         "enable_wandb": False,
     }
     if columns[2:]:
         options["save_additional_columns"] = json.dumps(columns[2:])
-    return [f"--{name}={value}" for name, value in options.items()]
+    start = [_START]
+    if settings.distributor == "multiprocessing":
+        limits = json.dumps({name: getattr(settings, name) for name in LIMITS})
+        start = [_BOUNDED_START, str(Path(__file__).parent), limits]
+    return [*start, *(f"--{name}={value}" for name, value in options.items())]
 
 
 @contextmanager
@@ -135,14 +154,14 @@ def _signals_held() -> Iterator[Callable[[], None]]:
         release()
 
 
-def run(python: str, options: list[str], log: Path, lock: int, watch: Callable[[], None]) -> None:
-    """Run img2dataset until it ends, its output in a log file, `watch` every second.
+def run(python: str, options: list[str], log: Path, lock: int, watch: Callable[[], bool]) -> None:
+    """Run img2dataset until it ends or `watch`, asked every second, is no longer content; its output in a log file.
 
     It inherits the descriptor `lock`, so that a lock on it is held as long as either of us lives.
     """
     with log.open("a") as output, _signals_held() as release:
         process = subprocess.Popen(
-            [python, "-I", "-c", _START, *options],
+            [python, "-I", "-c", *options],
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             env=_environment(python), pass_fds=(lock,), start_new_session=True,
         )  # fmt: skip
@@ -153,8 +172,9 @@ def run(python: str, options: list[str], log: Path, lock: int, watch: Callable[[
                     process.wait(timeout=1)
                     return
                 except subprocess.TimeoutExpired:
-                    watch()
+                    if not watch():
+                        return
         finally:
-            if process.poll() is None:  # we are being ended: take its processes with us
+            if process.poll() is None:  # it stands still, or we are being ended: take its processes with us
                 os.killpg(process.pid, signal.SIGTERM)
                 process.wait()

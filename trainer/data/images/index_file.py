@@ -3,21 +3,24 @@
 import hashlib
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.config import ConfigError, require
-from trainer.data.images.tar_scan import IndexRow, stats_path, tar_digest
+from trainer.data.images.tar_scan import IndexRow, stats_path, tar_digest, tar_stamp
 from trainer.files import remove_leftovers, replacing
 
+Row = TypeVar("Row")
 INDEX_NAME = "index.parquet"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_SURROGATE = re.compile("[\ud800-\udfff]")  # in a name: bytes that are not UTF-8
 _METADATA_KEY = b"ec_dit_index"
 ROW_SCHEMA = pa.schema(
     [(name, pa.string() if kind is str else pa.int64()) for name, kind in IndexRow.__annotations__.items()]
@@ -28,14 +31,15 @@ ROW_SCHEMA = pa.schema(
 class TarEntry:
     """What the index says of one tar.
 
-    `digest` is its `tar_digest`; `source` a hash of its kept samples, which changes when a shard made of them would.
-    `rejected` counts samples by reason, `examples` names the first few. `repeated` are keys that another tar of the
-    same part, earlier in the order of names, has too: they are not kept.
+    `digest` is its `tar_digest`, `stamp` its `tar_stamp` when it was read; `source` a hash of its kept samples, which
+    changes when a shard made of them would. `rejected` counts samples by reason, `examples` names the first few.
+    `repeated` are keys that another tar of the same part, earlier in the order of names, has too: they are not kept.
     """
 
     tar: str
     size: int
     digest: str
+    stamp: str
     num_kept: int
     source: str
     first_key: str
@@ -69,13 +73,9 @@ class Index:
 
     def rows_of(self, entry: TarEntry) -> list[IndexRow]:
         """The sound samples of one tar in the order of keys."""
-        path, dropped = tar_index_path(self.folder, entry.tar), set(entry.repeated)
-        try:
-            rows = [IndexRow(**row) for row in pq.read_table(path).to_pylist()]
-        except (pa.ArrowException, OSError, TypeError) as error:
-            raise ConfigError(
-                f"{path} cannot be read: delete it and run python -m trainer.data.index {self.folder}"
-            ) from error
+        dropped = set(entry.repeated)
+        remedy = f"run python -m trainer.data.index {self.folder}"
+        rows = _read_rows(tar_index_path(self.folder, entry.tar), remedy, lambda row: IndexRow(**row))
         return [row for row in rows if row.key not in dropped]
 
     def rows(self) -> Iterator[IndexRow]:
@@ -108,7 +108,7 @@ def write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema, note:
     schema = schema.with_metadata({_METADATA_KEY: json.dumps(content, sort_keys=True)})
     remove_leftovers(path)
     with replacing(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, schema), temporary)
+        pq.write_table(pa.Table.from_pylist(rows, schema), temporary, write_page_checksum=True)
 
 
 def read_note(path: Path) -> dict[str, Any]:
@@ -121,10 +121,39 @@ def read_note(path: Path) -> dict[str, Any]:
     return note if note.get("format_version") == FORMAT_VERSION else {}
 
 
+def _read_rows(path: Path, remedy: str, build: Callable[[dict[str, Any]], Row]) -> list[Row]:
+    """What `build` makes of the rows of an index file that has a note; ConfigError if they are damaged."""
+    try:
+        return list(map(build, pq.read_table(path, page_checksum_verification=True).to_pylist()))
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, MemoryError) as error:
+        raise ConfigError(f"{path} cannot be read: delete it and {remedy}") from error
+
+
+def _tars_below(folder: Path) -> Iterator[Path]:
+    """Every tar under a folder, links to folders followed, none of them twice."""
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(f"data.images={folder}: {error.filename} cannot be read: {error.strerror}") from error
+
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(parent, name) for name in names if name.endswith(".tar"))
+
+
 def tar_sizes(folder: Path) -> dict[str, int]:
     """Relative path -> bytes of every tar under the folder, by name; ConfigError if there is none."""
     require(folder.is_dir(), f"data.images={folder} is not a folder: name the one that holds the image shards")
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*.tar")}
+    sizes = {}
+    for path in _tars_below(folder):
+        name = path.relative_to(folder).as_posix()
+        require(path.is_file(), f"data.images={folder}: {name} is a link to nothing: mend it, or take it away")
+        require(not _SURROGATE.search(name), f"data.images={folder}: the name {name!a} is not UTF-8: rename it")
+        sizes[name] = path.stat().st_size
     require(bool(sizes), f"data.images={folder} holds no .tar: download or draw pictures into it first")
     return dict(sorted(sizes.items()))
 
@@ -136,20 +165,22 @@ def open_index(folder: Path) -> Index:
     sizes = tar_sizes(folder)
     require(path.is_file(), f"data.images={folder} has no {INDEX_NAME}: {remedy}")
     require(bool(read_note(path)), f"{path} is not an index of image shards, or of another version: {remedy}")
-    try:
-        entries = [TarEntry(**json.loads(text)) for text in pq.read_table(path).column("entry").to_pylist()]
-    except pa.ArrowException as error:
-        raise ConfigError(f"{path} is damaged: {remedy}") from error
+    entries = _read_rows(path, remedy, lambda row: TarEntry(**json.loads(row["entry"])))
     same = {entry.tar: entry.size for entry in entries} == sizes
     require(same, f"{path} was made from other tars than are there now: {remedy}")
     return Index(folder=folder, tars=entries)
 
 
+def is_unchanged(folder: Path, entry: TarEntry) -> bool:
+    """Whether a tar is the one that was indexed; only if it was written to or copied since, all of it is read."""
+    path = folder / entry.tar
+    return path.is_file() and (tar_stamp(path) == entry.stamp or tar_digest(path) == entry.digest)
+
+
 def check_unchanged(index: Index, entry: TarEntry) -> None:
     """ConfigError if a tar is not the one that was indexed."""
-    same = (index.folder / entry.tar).is_file() and tar_digest(index.folder / entry.tar) == entry.digest
     require(
-        same,
+        is_unchanged(index.folder, entry),
         f"{index.folder / entry.tar} (or {stats_path(Path(entry.tar)).name}) changed since it was indexed: "
         f"run python -m trainer.data.index {index.folder}",
     )

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from trainer.data.images.decode import UNREADABLE, UnsupportedModeError, is_constant, orientation_of, read_rgb
+from trainer.data.images.decode import BadPictureError, is_constant, orientation_of, read_rgb
+from trainer.errors import ConfigError
 
 REPEATED = "key seen before in the same folder"
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _END_OF_TAR = bytes(1024)
-_DIGEST_BYTES = 1 << 16  # at either end of the tar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,30 +49,40 @@ def stats_path(tar: Path) -> Path:
     return tar.with_name(f"{tar.stem}_stats.json")
 
 
+def tar_stamp(tar: Path) -> str:
+    """Changes whenever a tar or its counts are written to, and in copies of them: sizes and times of last change."""
+    paths = [path for path in (tar, stats_path(tar)) if path.exists()]
+    return " ".join(f"{state.st_size} {state.st_ctime_ns}" for state in map(Path.stat, paths))
+
+
 def tar_digest(tar: Path) -> str:
-    """Changes when a tar is downloaded again: its size, both ends (headers hold times), and its counts."""
-    size = tar.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with tar.open("rb") as file:
-        digest.update(file.read(_DIGEST_BYTES))
-        file.seek(max(0, size - _DIGEST_BYTES))
-        digest.update(file.read(_DIGEST_BYTES))
+    """Hash of every byte of a tar and of its counts; ConfigError if it cannot be read."""
     stats = stats_path(tar)
-    digest.update(stats.read_bytes() if stats.is_file() else b"no counts")
+    try:
+        with tar.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        digest.update(stats.read_bytes() if stats.is_file() else b"no counts")
+    except OSError as error:
+        raise ConfigError(f"{tar} cannot be read ({error.strerror}): make it readable, or take it away") from error
     return digest.hexdigest()[:16]
 
 
 @dataclass(kw_only=True)
 class _Members:
-    """Key -> suffix -> (offset, size) of the first file of that name; the names that came again."""
+    """Key -> suffix -> (offset, size) of the first file of that name; names that came again, or of no plain file."""
 
     files: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     repeated: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
     num_pictures: int = 0
 
     def add(self, member: tarfile.TarInfo) -> None:
+        if not member.isfile():
+            self.links += [] if member.isdir() else [member.name]
+            return
         folder, slash, name = member.name.removeprefix("./").rpartition("/")
         key, _, suffix = name.partition(".")
+        suffix = suffix.lower()
         files = self.files.setdefault(folder + slash + key, {})
         picture = suffix in IMAGE_SUFFIXES
         self.num_pictures += picture
@@ -94,13 +104,14 @@ def _read_members(path: Path, needs_stats: bool) -> _Members | str:
     if needs_stats and not stats.is_file():
         return "tar without its _stats.json (download was killed)"
     try:
-        with tarfile.open(path, "r:") as tar, path.open("rb") as file:
-            for member in filter(tarfile.TarInfo.isfile, tar):
+        # A name in another encoding is only a name: its odd bytes are written out.
+        with tarfile.open(path, "r:", encoding="utf-8", errors="backslashreplace") as tar, path.open("rb") as file:
+            for member in tar:
                 found.add(member)
             file.seek(tar.offset)  # tarfile also stops without a word at the first header that is cut off
             if file.read(len(_END_OF_TAR)) != _END_OF_TAR:
                 return "tar without its end (download was killed)"
-    except (tarfile.TarError, OSError, EOFError):
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError):  # of damaged headers
         return "tar that cannot be read"
     if stats.is_file() and _json_object(stats.read_bytes()).get("successes") != found.num_pictures:
         return "tar with other samples than its _stats.json says (two downloads in one folder)"
@@ -111,7 +122,7 @@ def _json_object(content: bytes) -> dict[str, Any]:
     """A JSON object; an empty one for anything else."""
     try:
         found = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -131,17 +142,23 @@ def _check_sample(file: BinaryIO, key: str, files: dict[str, tuple[int, int]], t
         metadata = _json_object(_read(file, files["json"]))
         if not metadata:
             return "metadata that is no JSON object"
-    text = _read(file, files["txt"]).decode(errors="replace") if "txt" in files else metadata.get("caption")
-    caption = str(text or "").strip()
+    caption, scene = metadata.get("caption") or "", str(metadata.get("scene") or "")
+    try:
+        if "txt" in files:
+            caption = _read(file, files["txt"]).decode()
+        if not isinstance(caption, str):
+            return "caption that is no text"
+        (caption + scene).encode()
+    except UnicodeError:  # another encoding, or half of a surrogate pair
+        return "caption or scene that is not UTF-8"
+    caption = caption.strip()
     if not caption:
         return "empty caption"
     orientation = orientation_of(metadata)
     try:
         image = read_rgb(_read(file, files[suffix]), orientation)
-    except UnsupportedModeError:
-        return "picture of a mode that is neither grey nor colour"
-    except UNREADABLE:
-        return "picture that cannot be decoded"
+    except BadPictureError as error:
+        return str(error)
     if is_constant(image):
         return "picture of one colour"
     return IndexRow(
@@ -154,7 +171,7 @@ def _check_sample(file: BinaryIO, key: str, files: dict[str, tuple[int, int]], t
         orientation=orientation,
         width=image.width,
         height=image.height,
-        scene=str(metadata.get("scene") or ""),
+        scene=scene,
     )
 
 
@@ -164,6 +181,7 @@ def scan_tar(folder: Path, tar: str, needs_stats: bool = True) -> ScanResult:
     if isinstance(members, str):
         return ScanResult(rejected=[(members, tar)])
     result = ScanResult(rejected=[(REPEATED, f"{tar}: {key}") for key in members.repeated])
+    result.rejected += [("link or other member that is no plain file", f"{tar}: {name}") for name in members.links]
     with (folder / tar).open("rb") as file:
         for key, files in sorted(members.files.items()):
             foreign = [suffix for suffix in files if suffix not in (*IMAGE_SUFFIXES, "txt", "json")]

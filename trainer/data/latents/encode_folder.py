@@ -21,13 +21,15 @@ from trainer.data.images.decode import nearest_bucket
 from trainer.data.images.index_file import Index, TarEntry, check_unchanged, open_index
 from trainer.data.images.tar_scan import IndexRow
 from trainer.data.index import index_or_open
+from trainer.data.latents.enlargement import check_enlargement
 from trainer.data.latents.format import CROP, DATASET_NAME, FORMAT_VERSION, SETTINGS, encoding_fingerprint, signed_json
 from trainer.data.latents.shard_writer import Encoder, write_shard
 from trainer.encoders.build import build_codec, build_text_encoder
 from trainer.encoders.protocols import TextEncoder
-from trainer.files import git_commit, replacing, write_json
+from trainer.files import check_writable, git_commit, replacing, write_json
 
 _EMPTY_NAME = "empty.safetensors"
+_MAX_LOOKED_AT = 16  # tars whose sizes of pictures are looked at before anything is encoded
 _TOKEN_MULTIPLE = 8  # text is padded to a multiple of this length
 Sidecar = dict[str, Any]
 
@@ -36,6 +38,11 @@ def build_encoder(data: DataConfig, num_threads: int = 1) -> Encoder:
     """Check the settings and build the encoders; writes nothing."""
     require(bool(data.images), "data.images is empty: name the folder of image shards to encode")
     require(bool(data.latents), "data.latents is empty: name the folder to write latent shards to")
+    require(
+        Path(data.images).resolve() != Path(data.latents).resolve(),
+        f"data.latents={data.latents} is the folder of data.images: name another for the latents",
+    )
+    check_writable(Path(data.latents), "data.latents")
     codec = build_codec(data.codec)
     text_encoder = build_text_encoder(data.text_encoder) if data.text == "cache" else None
     setting = "data.buckets" if data.buckets else "data.image_size"
@@ -190,6 +197,8 @@ def encode(encoder: Encoder, *, rank: int = 0, world_size: int = 1) -> bool:
     index = index_or_open(encoder.images) if world_size == 1 else open_index(encoder.images)
     tars = shard_names(index)
     require(bool(tars), f"data.images={encoder.images} has no sound sample: see python -m trainer.data.index")
+    spread = list(tars.values())[:: -(-len(tars) // _MAX_LOOKED_AT)]
+    check_enlargement(encoder.data, (row for entry in spread for row in index.rows_of(entry)))
     finished = {name: read_sidecar(encoder, name, entry) is not None for name, entry in tars.items()}
     todo = [name for name in list(tars)[rank::world_size] if not finished[name]]
     print(f"{len(tars)} tars, {sum(finished.values())} finished, {len(todo)} to encode")
@@ -198,8 +207,9 @@ def encode(encoder: Encoder, *, rank: int = 0, world_size: int = 1) -> bool:
         start = time.perf_counter()
         shards = encode_tar(encoder, index, name, tars[name])["shards"]
         pictures, captions = (sum(shard[key] for shard in shards) for key in ("num_samples", "num_captions"))
+        enlarged = sum(shard["num_enlarged"] for shard in shards)
         seconds = time.perf_counter() - start
-        tqdm.write(f"{name}: {pictures} pictures, {captions} captions, {seconds:.1f} s")
+        tqdm.write(f"{name}: {pictures} pictures ({enlarged} enlarged), {captions} captions, {seconds:.1f} s")
     # Other processes may have ended meanwhile: whoever finds every sidecar writes the list. Several may, and write the
     # same bytes, so they need not talk to each other.
     sidecars = [read_sidecar(encoder, name, entry) for name, entry in tars.items()]

@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.config import DataConfig
-from trainer.data.images.decode import UNREADABLE, cover_crop, read_rgb
+from trainer.data.images.decode import BadPictureError, cover_crop, read_rgb
 from trainer.data.images.tar_scan import IndexRow
+from trainer.data.latents.enlargement import scale_of
 from trainer.data.latents.format import INDEX_TENSORS, check_of, index_digest
 from trainer.encoders.protocols import ImageCodec, TextEncoder
 from trainer.files import remove_leftovers, replacing, write_json
@@ -74,7 +75,7 @@ def picture_batches(
             content = os.pread(tar.fileno(), row.size, row.offset)
             try:
                 image = read_rgb(content, row.orientation)
-            except UNREADABLE as error:
+            except BadPictureError as error:
                 raise RuntimeError(
                     f"{row.tar}: {row.key} changed since it was indexed and cannot be decoded any more"
                 ) from error
@@ -183,6 +184,7 @@ def write_shard(encoder: Encoder, name: str, rows: Sequence[IndexRow], height: i
         "file": path.name,
         "num_samples": len(rows),
         "num_captions": len(captions),
+        "num_enlarged": sum(scale_of(encoder.data, row) > 1 for row in rows),
         "max_tokens": max(len(text) for text in texts) if encoder.text_encoder else 0,
         "latent_shape": list(tensors["latent"].shape[1:]),
         "latent_sum": sums.tolist(),
