@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from trainer.config import ConfigError, command, command_parser, require
+from trainer.data.images.decode import UNREADABLE, read_rgb
 from trainer.files import replacing, write_text
 
 
@@ -54,8 +55,7 @@ def build_list(annotations: dict[str, Any], count: int, seed: int) -> list[dict[
 
 
 def crop_square(image: Image.Image, size: int) -> Image.Image:
-    """RGB picture of size x size pixels: the short side resized (bicubic, antialiased), the centre cut out."""
-    image = image.convert("RGB")
+    """Picture of size x size pixels: the short side resized (bicubic, antialiased), the centre cut out."""
     scale = size / min(image.size)
     width, height = (max(size, round(length * scale)) for length in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -77,9 +77,8 @@ def write_pictures(rows: list[dict[str, Any]], folder: Path, out: Path, size: in
         if target.is_file():
             return False
         try:
-            with Image.open(folder / row["file"]) as image:
-                cropped = crop_square(image, size)
-        except (UnidentifiedImageError, OSError) as error:
+            cropped = crop_square(read_rgb((folder / row["file"]).read_bytes()), size)
+        except (OSError, *UNREADABLE) as error:
             raise ConfigError(f"picture {folder / row['file']} cannot be read ({error}): copy it again") from error
         with replacing(target) as temporary:
             cropped.save(temporary, format="PNG")

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageStat
 
-# What Pillow raises for bytes that are no whole picture.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-
 # Grey, palette and colour, with or without transparency. Not among them: floats of unknown range, LAB, HSV.
-_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "I")
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "I")
 
 _MIN_STANDARD_DEVIATION = 2.0  # of 255; below it a picture is one colour (16-bit pictures saved wrongly are white)
 _EXIF_ORIENTATION = 0x0112
@@ -31,8 +27,15 @@ _UPRIGHT = {
 }
 
 
-class UnsupportedModeError(ValueError):
+class UnreadableError(ValueError):
+    """Bytes that are no whole picture."""
+
+
+class UnsupportedModeError(UnreadableError):
     """A picture of a mode that has no plain meaning as RGB."""
+
+
+UNREADABLE = (UnreadableError,)
 
 
 def orientation_of(metadata: dict[str, Any]) -> int:
@@ -47,17 +50,27 @@ def orientation_of(metadata: dict[str, Any]) -> int:
 def read_rgb(content: bytes, orientation: int = 1) -> Image.Image:
     """Decode to upright 8-bit RGB: 16-bit grey is scaled, transparency becomes white.
 
-    `orientation` is used when the file has no tag of its own. Raises one of UNREADABLE, also for other modes.
+    Of an animation the first frame. `orientation` is used when the file has no tag of its own. Raises UnreadableError,
+    also for other modes.
     """
+    try:
+        return _read_rgb(content, orientation)
+    except (MemoryError, UnsupportedModeError):
+        raise
+    except Exception as error:  # which types decoders raise for damaged bytes is nowhere written
+        raise UnreadableError(str(error) or type(error).__name__) from error
+
+
+def _read_rgb(content: bytes, orientation: int) -> Image.Image:
     image: Image.Image = Image.open(io.BytesIO(content))
     image.load()
     if image.mode not in _MODES and not image.mode.startswith("I;16"):
-        raise UnsupportedModeError(image.mode)
+        raise UnsupportedModeError(f"mode {image.mode} is neither grey nor colour")
     orientation = image.getexif().get(_EXIF_ORIENTATION, orientation)
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.float64)
         image = Image.fromarray((grey * (255 / 65535)).round().clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if orientation in _UPRIGHT:

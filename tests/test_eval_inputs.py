@@ -1,0 +1,100 @@
+"""Pictures, prompts and results as people have them: read right, or refused in a sentence."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eval.pages.sections import _thumbnail
+from eval.pictures.image_files import folder_files, left_out, read_picture
+from trainer.config import ConfigError
+from trainer.data.images.decode import UnreadableError, read_rgb
+
+RAMP = np.arange(0, 256, dtype=np.uint8).reshape(8, 32)
+
+
+def upright(value: int) -> tuple[Image.Image, Image.Exif]:
+    """A picture and the EXIF data that turn it."""
+    tagged = Image.Exif()
+    tagged[0x0112] = value
+    return Image.fromarray(RAMP).convert("RGB"), tagged
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp", "avif", "gif", "jp2"])
+def test_scores_read_pictures_as_training_does(suffix: str, tmp_path: Path) -> None:
+    exact = suffix not in ("webp", "avif", "jp2")
+    wide = Image.fromarray(RAMP).convert("RGB")
+    path = tmp_path / f"a.{suffix}"
+    wide.save(path, **({} if exact else {"quality": 100}))  # type: ignore[arg-type]
+    picture = read_picture(path)
+    assert picture.shape == (8, 32, 3)
+    assert np.abs(picture[..., 0].numpy().astype(int) - RAMP).max() <= (0 if exact else 12)
+    assert np.array_equal(picture.numpy(), np.asarray(read_rgb(path.read_bytes())))
+
+
+def test_deep_clear_and_turned_pictures_are_scored_as_they_look(tmp_path: Path) -> None:
+    deep, clear, turned = (tmp_path / name for name in ("deep.png", "clear.png", "turned.jpg"))
+    Image.fromarray(RAMP.astype(np.uint16) * 257).save(deep)
+    assert read_picture(deep)[..., 1].float().mean() == pytest.approx(RAMP.mean())
+    Image.new("RGBA", (4, 4), (200, 0, 0, 0)).save(clear)
+    assert bool((read_picture(clear) == 255).all())
+    picture, tagged = upright(6)
+    picture.save(turned, exif=tagged, quality=100)
+    assert read_picture(turned).shape == (32, 8, 3) and _thumbnail(turned)[1] == (8, 32)
+    assert int(read_picture(turned)[0, -1, 0]) < 8  # a quarter turn to the right: the first pixel is top right
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged tags
+@pytest.mark.parametrize("suffix", ["png", "jpeg", "tiff", "webp", "avif", "gif", "bmp", "tga", "dds", "psd", "ico"])
+def test_damaged_pictures_of_any_kind_are_one_error(suffix: str, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(RAMP).convert("RGB").save(buffer, "png" if suffix == "psd" else suffix)
+    content = bytearray(buffer.getvalue())
+    draw = np.random.default_rng(0)
+    for number in range(40):
+        changed = content.copy()
+        for place in draw.integers(0, len(changed), 6):
+            changed[place] = draw.integers(256)
+        cut = bytes(changed[: draw.integers(1, len(changed))] if number % 2 else changed)
+        try:
+            assert read_rgb(cut).mode == "RGB"
+        except UnreadableError as error:
+            assert str(error)
+    (tmp_path / f"a.{suffix}").write_bytes(b"\0" * 40)
+    with pytest.raises(ConfigError, match=rf"picture .*a\.{suffix} cannot be read \(.+\): delete it"):
+        read_picture(tmp_path / f"a.{suffix}")
+
+
+def test_a_folder_is_read_whole_and_what_is_left_out_is_named(tmp_path: Path) -> None:
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "pictures"
+    for path in (elsewhere, folder / "b"):
+        path.mkdir(parents=True)
+    for name in ("a.TIF", "b/c.gif", "b/d.avif", "../elsewhere/e.jfif", "b/f.png"):
+        Image.fromarray(RAMP).convert("RGB").save(folder / name, "png")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "g.png").symlink_to(elsewhere / "e.jfif")
+    for name in ("captions.txt", "h.heic", "b/i.HEIC", "plain", ".hidden.png"):
+        (folder / name).touch()
+    names = [path.relative_to(folder).as_posix() for path in folder_files(folder)]
+    assert names == ["a.TIF", "b/c.gif", "b/d.avif", "b/f.png", "g.png", "linked/e.jfif"]
+    (said,) = left_out(folder)
+    assert said.endswith("no pictures by their suffixes: 2 .heic, 1 .txt, 1 no suffix.")
+    assert left_out(folder / "b" / "..") and not left_out(elsewhere)
+    (folder / "b" / "up").symlink_to(folder)
+    with pytest.raises(ConfigError, match="b/up is a link to a folder that it lies in"):
+        folder_files(folder)
+    (folder / "b" / "up").unlink()
+    if os.geteuid():
+        (folder / "b").chmod(0)
+        with pytest.raises(ConfigError, match="b cannot be listed"):
+            folder_files(folder)
+        (folder / "b").chmod(0o700)
+
+
+def test_a_single_colour_is_read_as_it_is(tmp_path: Path) -> None:
+    Image.new("P", (3, 2), 0).save(tmp_path / "a.png")
+    assert torch.equal(read_picture(tmp_path / "a.png"), torch.zeros(2, 3, 3, dtype=torch.uint8))
