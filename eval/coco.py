@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from eval.pictures.prompt_files import json_rows
 from trainer.config import ConfigError, command, command_parser, require
 from trainer.data.images.decode import UNREADABLE, read_rgb
 from trainer.files import replacing, write_text
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     require(given.list.is_file(), f"{given.list} is not a file: make it by eval.coco list")
     require(given.size >= 1, f"--size is {given.size}: use 1 or more")
-    rows = [json.loads(line) for line in given.list.read_text().splitlines()]
+    rows = [row for _, row in json_rows(given.list)]
     print(f"{write_pictures(rows, given.folder, given.out, given.size)} pictures written to {given.out}")
 
 

@@ -2,7 +2,9 @@
 
 import io
 import os
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +13,12 @@ from PIL import Image
 
 from eval.pages.sections import _thumbnail
 from eval.pictures.image_files import folder_files, left_out, read_picture
+from eval.pictures.prompt_files import read_prompts
 from trainer.config import ConfigError
 from trainer.data.images.decode import UnreadableError, read_rgb
 
+INPUTS = Path(__file__).parent / "inputs"
+BAD_PROMPTS = tomllib.loads((INPUTS / "prompts.toml").read_text())["refused"]
 RAMP = np.arange(0, 256, dtype=np.uint8).reshape(8, 32)
 
 
@@ -98,3 +103,35 @@ def test_a_folder_is_read_whole_and_what_is_left_out_is_named(tmp_path: Path) ->
 def test_a_single_colour_is_read_as_it_is(tmp_path: Path) -> None:
     Image.new("P", (3, 2), 0).save(tmp_path / "a.png")
     assert torch.equal(read_picture(tmp_path / "a.png"), torch.zeros(2, 3, 3, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("case", BAD_PROMPTS, ids=lambda case: case["file"])
+def test_bad_prompt_files_are_one_sentence(case: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / case["file"]
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(case["content"].encode(case.get("encoding", "utf-8")))
+    with pytest.raises(ConfigError) as refusal:
+        read_prompts(str(path if path.parent == tmp_path else path.parent))
+    assert case["says"] in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_prompts_that_cannot_be_had_are_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "long.csv").write_text(f"prompt\n{'a' * 131_073}\n")
+    for spec, message in (
+        (str(tmp_path / "long.csv"), r"line 2 ends no row of a table \(field larger than field limit"),
+        (str(tmp_path / "absent.txt"), "is not a file"),
+        (str(tmp_path), "is empty: give at least one"),
+        ("geneval:x", "the seed must be a number"),
+        ("geneval:\u00b2", "the seed must be a number"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_prompts(spec)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv", "a.jsonl"])
+def test_marks_and_rare_line_breaks_do_not_change_prompts(name: str, tmp_path: Path) -> None:
+    texts = ["a cat\u2028on a mat", "caf\u00e9\u0085\U0001f600", "\u732b"]
+    header, row = {"txt": ("", "{}"), "jsonl": ("", '{{"prompt": "{}"}}')}.get(name[2:], ("prompt\n", "{}"))
+    path = tmp_path / name
+    path.write_bytes((header + "".join(row.format(text) + "\r\n" for text in texts)).encode("utf-8-sig"))
+    assert [prompt.text for prompt in read_prompts(str(path))] == texts
