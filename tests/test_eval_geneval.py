@@ -53,7 +53,8 @@ def slow_judge(metadata: dict[str, Any], detections: list[Detection], rules: Rul
     threshold = rules.counting_score if metadata["tag"] == "counting" else rules.score
     objects: dict[str, list[Detection]] = {}
     for name in NAMES:
-        found = sorted((d for d in detections if d.name == name), key=lambda d: d.score, reverse=True)
+        found = [d for d in detections if d.name == name]
+        found = [found[i] for i in np.argsort([d.score for d in found], kind="stable")[::-1]]  # the last of equal ones
         found = [d for d in found if d.score > threshold][: rules.max_objects]
         while rules.max_overlap < 1 and found:
             best = found.pop(0)
@@ -104,12 +105,14 @@ def random_case(rng: random.Random) -> tuple[dict[str, Any], list[Detection]]:
     metadata: dict[str, Any] = {"tag": tag, "include": include, "prompt": "a prompt"}
     if tag == "counting":
         metadata["exclude"] = [{"class": a, "count": count + 1}]
-    detections = []
+    detections, digits = [], rng.choice((1, 9))  # scores of one digit tie
     for _ in range(rng.randint(0, 6)):
         x, y, w, h = rng.randint(0, 20), rng.randint(0, 20), rng.randint(1, 12), rng.randint(1, 12)
         box = (float(x), float(y), float(x + w), float(y + h))
         detections.append(
-            Detection(name=rng.choice(NAMES), score=rng.random() ** 0.3, box=box, color=rng.choice(COLORS))
+            Detection(
+                name=rng.choice(NAMES), score=round(rng.random() ** 0.3, digits), box=box, color=rng.choice(COLORS)
+            )
         )
     return metadata, detections
 

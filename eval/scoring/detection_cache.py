@@ -78,7 +78,7 @@ def to_line(identity: str, picture_HW3: Tensor, found: Sequence[FoundObject]) ->
     objects = [
         [
             item.class_number,
-            round(item.score, 6),
+            round(item.score, 9),  # as many digits as keep two fp32 scores apart: ties count
             *(round(value, 3) for value in item.box),
             None if item.mask_HW is None else encode_mask(item.mask_HW.numpy()),
         ]

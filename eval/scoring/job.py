@@ -61,8 +61,8 @@ class ScoreConfig:
     """Detector of GenEval: a name of eval/networks/detectors.py, or `embedded` for the one of the built-in scenes."""
     colors: str = "clip"
     """Judge of the colours of detected objects: clip, or nearest (no weights, for checks only)."""
-    num_neighbours: int = 5
-    """k of precision, recall, density and coverage; 1 or more."""
+    num_neighbours: int = 3
+    """k of precision, recall, density and coverage; 1 or more. 3 is that of arXiv 1904.06991 and torch-fidelity."""
     rules: Rules = field(default_factory=Rules)
     """Thresholds of GenEval's judge."""
 
