@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from eval.files import check_file, check_folder
 from eval.pictures.prompt_files import json_rows
 from trainer.config import ConfigError, command, command_parser, require
 from trainer.data.images.decode import UNREADABLE, read_rgb
@@ -107,12 +108,14 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     if given.command == "list":
         require(given.count >= 1, f"--count is {given.count}: use 1 or more")
+        check_file(given.out, "--out")
         rows = build_list(read_annotations(given.annotations), given.count, given.seed)
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_text(given.out, text)
         print(f"{len(rows)} captions, sha256 {hashlib.sha256(text.encode()).hexdigest()}: {given.out}")
         return
     require(given.list.is_file(), f"{given.list} is not a file: make it by eval.coco list")
+    check_folder(given.out, "--out")
     require(given.size >= 1, f"--size is {given.size}: use 1 or more")
     rows = [row for _, row in json_rows(given.list)]
     print(f"{write_pictures(rows, given.folder, given.out, given.size)} pictures written to {given.out}")

@@ -11,10 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from eval import coco, report, run, score, watch
+from eval.files import training_records
 from eval.pages.sections import _thumbnail
 from eval.pictures.image_files import folder_files, left_out, read_picture
 from eval.pictures.prompt_files import read_prompts
-from trainer.config import ConfigError
+from eval.pictures.protocol import sampling_card
+from eval.suites import reference_statistics
+from trainer.config import ConfigError, load_config
 from trainer.data.images.decode import UnreadableError, read_rgb
 
 INPUTS = Path(__file__).parent / "inputs"
@@ -135,3 +139,62 @@ def test_marks_and_rare_line_breaks_do_not_change_prompts(name: str, tmp_path: P
     path = tmp_path / name
     path.write_bytes((header + "".join(row.format(text) + "\r\n" for text in texts)).encode("utf-8-sig"))
     assert [prompt.text for prompt in read_prompts(str(path))] == texts
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["null", "[]", "3", '{"loss": 1}', '{"step": null}', '{"step": 2, "loss": null}', '{"step": 2, "loss": "x"}'],
+)
+def test_damaged_metrics_are_one_sentence(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "loss": 0.5}}\n{line}\n{{"step": 3')
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl has a damaged line .*: delete it"):
+        training_records(tmp_path)
+    path.write_text('{"step": 1, "loss": NaN}\n{"step": 3')
+    assert [record["step"] for record in training_records(tmp_path)] == [1]
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        training_records(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "null", "[]", "{}", '{"run": "a", "step": 1, "results": null}', '{"run": "a", "step": "x", "results": {}}',
+     '{"run": "a", "step": null, "results": {}}', '{"run": "a", "step": 1, "results": {"fid": [1]}}',
+     '{"run": "a", "step": 1, "results": {"fid": {"card": 3}}}'],
+)  # fmt: skip
+def test_damaged_reports_are_one_sentence(content: str, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"report\.json is no report of eval\.run"):
+        report.read_scores(tmp_path)
+
+
+def test_results_cannot_go_where_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "eval").touch()
+    file, folder, other = (str(tmp_path / name) for name in ("file", "run", "run/eval"))
+    for main, argv, says in (
+        (score.main, [folder, "--suite", "clip", "--out", file], f"--out {file}: {file} is not a folder"),
+        (score.main, [folder, "--suite", "clip", "--out", f"{file}/a/b"], f"{file} is not a folder"),
+        (run.main, [folder], f"{other}: {other} is not a folder"),
+        (watch.main, [folder], f"{other}/watch: {other} is not a folder"),
+        (report.main, ["compare", folder, folder, "--out", folder], f"--out {folder} is a folder: name a file"),
+        (coco.main, ["list", file, "--out", folder], f"--out {folder} is a folder: name a file"),
+        (coco.main, ["pictures", file, folder, "--out", file], f"--out {file}: {file} is not a folder"),
+        (reference_statistics.main, [folder, "--out", f"{file}/a.npz"], f"{file} is not a folder"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and says in error and error.count("\n") == 1
+
+
+def test_the_sampling_card_names_router_and_times() -> None:
+    card = sampling_card(load_config("debug", ["diffusion.sampling_steps=25"]), 1, "ema", [], 1)
+    assert card["time_grid"] == "equal: 1, 0.96 ... 0.04, 0" and card["router"] == "expert_choice in pools of image"
+    settings = ["moe.router=diffmoe", "moe.pool=batch", "moe.sampling_choice=gate", "diffusion.time_grid=diffusers"]
+    card = sampling_card(load_config("debug", settings), 1, "ema", [], 1)
+    assert card["router"] == "diffmoe in pools of batch, tokens by gate" and card["time_grid"].endswith("... 0.001, 0")
+    with pytest.raises(ConfigError, match=r"is for moe\.router=diffmoe, but moe\.router is"):
+        load_config("debug", ["moe.sampling_choice=gate"])

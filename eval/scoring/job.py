@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from eval.demo.prompts import write_training_pictures, write_true_pictures
+from eval.files import check_folder
 from eval.metrics.geneval import Rules
 from eval.networks.clip import CMMD_CLIP, DEFAULT_CLIP
 from eval.networks.protocols import ImageEncoder
@@ -70,6 +71,7 @@ class ScoreConfig:
         for suite in self.suites:
             require(suite in SUITES, f"--suite {suite} is unknown: choose from {', '.join(SUITES)}")
         require(bool(self.suites), f"--suite is empty: choose from {', '.join(SUITES)}")
+        check_folder(self.out, "--out")
         check_convention(self.convention)
         require(self.colors in ("clip", "nearest"), f"--colors is {self.colors}: use clip or nearest")
         for name in ("num_samples", "num_neighbours"):

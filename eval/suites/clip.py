@@ -69,7 +69,7 @@ SUITE = Suite(
     title="Agreement with the captions",
     names={
         "score/cosine": "CLIP cosine",
-        "score/score100": "CLIP score, 100 x",
+        "score/score100": "CLIP score, 100 x, each picture's at least 0",
         "r_precision/value": "R-precision",
         "truncated_captions": "captions longer than CLIP reads",
     },
