@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
+from eval.files import check_file, check_folder
+from eval.pictures.prompt_files import json_rows
 from trainer.config import ConfigError, command, command_parser, require
+from trainer.data.images.decode import BadPictureError, read_rgb
 from trainer.files import replacing, write_text
 
 
@@ -54,8 +57,7 @@ def build_list(annotations: dict[str, Any], count: int, seed: int) -> list[dict[
 
 
 def crop_square(image: Image.Image, size: int) -> Image.Image:
-    """RGB picture of size x size pixels: the short side resized (bicubic, antialiased), the centre cut out."""
-    image = image.convert("RGB")
+    """Picture of size x size pixels: the short side resized (bicubic, antialiased), the centre cut out."""
     scale = size / min(image.size)
     width, height = (max(size, round(length * scale)) for length in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -77,9 +79,8 @@ def write_pictures(rows: list[dict[str, Any]], folder: Path, out: Path, size: in
         if target.is_file():
             return False
         try:
-            with Image.open(folder / row["file"]) as image:
-                cropped = crop_square(image, size)
-        except (UnidentifiedImageError, OSError) as error:
+            cropped = crop_square(read_rgb((folder / row["file"]).read_bytes()), size)
+        except (OSError, BadPictureError) as error:
             raise ConfigError(f"picture {folder / row['file']} cannot be read ({error}): copy it again") from error
         with replacing(target) as temporary:
             cropped.save(temporary, format="PNG")
@@ -107,14 +108,16 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     if given.command == "list":
         require(given.count >= 1, f"--count is {given.count}: use 1 or more")
+        check_file(given.out, "--out")
         rows = build_list(read_annotations(given.annotations), given.count, given.seed)
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_text(given.out, text)
         print(f"{len(rows)} captions, sha256 {hashlib.sha256(text.encode()).hexdigest()}: {given.out}")
         return
     require(given.list.is_file(), f"{given.list} is not a file: make it by eval.coco list")
+    check_folder(given.out, "--out")
     require(given.size >= 1, f"--size is {given.size}: use 1 or more")
-    rows = [json.loads(line) for line in given.list.read_text().splitlines()]
+    rows = [row for _, row in json_rows(given.list)]
     print(f"{write_pictures(rows, given.folder, given.out, given.size)} pictures written to {given.out}")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.files import check_file
 from eval.pages.numbers import flat_numbers
 from trainer.config import ConfigError, command, command_parser, require
 from trainer.files import write_text
@@ -52,8 +53,9 @@ def read_scores(path: Path) -> ReportScores:
         results: Mapping[str, Any] = report["results"]
         cards = {name: dict(result.get("card", {})) for name, result in results.items()}
         cards["sampling"] = dict(report.get("sampling", {}))
-        return ReportScores(name=report["run"], step=report["step"], numbers=flat_numbers(results), cards=cards)
-    except (ValueError, KeyError, AttributeError) as error:
+        name, step = str(report["run"]), int(report["step"])
+        return ReportScores(name=name, step=step, numbers=flat_numbers(results), cards=cards)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"{file} is no report of eval.run ({error!r}): run the evaluation again") from error
 
 
@@ -112,6 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="also write a page to this file")
     given = parser.parse_args(argv)
     require(len(given.runs) >= 2, "compare needs two reports or more")
+    if given.out is not None:
+        check_file(given.out, "--out")
     scores = [read_scores(path) for path in given.runs]
     print(comparison_text(scores))
     if given.out is not None:

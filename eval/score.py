@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Command line of scoring."""
     given = build_parser().parse_args(argv)
-    from eval.pictures.image_files import folder_files, geneval_files, unpack_npz
+    from eval.pictures.image_files import folder_files, geneval_files, left_out, unpack_npz
     from eval.pictures.prompt_files import read_prompts
     from eval.scoring.job import ScoringJob, check_all, score_config
     from eval.scoring.score_and_report import ScoredSubject, score_and_report
@@ -40,18 +40,19 @@ def main(argv: list[str] | None = None) -> None:
     config = score_config(given, split_names(given.suite), given.out, given.samples)
     prompts = read_prompts(given.prompts) if given.prompts else []
     check_all(config, prompts)
+    unused: tuple[str, ...] = ()
     if prompts:
         files = geneval_files(given.pictures, len(prompts), config.num_samples)
     elif given.pictures.suffix == ".npz":
         files = unpack_npz(given.pictures, config.out / "unpacked")
     else:
-        files = folder_files(given.pictures)
+        files, unused = folder_files(given.pictures), left_out(given.pictures)
     world = detect_world()
     if world.size > 1:
         init_distributed(world)
     job = ScoringJob(config=config, prompts=prompts, files=files, world=world)
     summary = f"{len(files)} pictures of {given.prompts or 'no prompts'}"
-    score_and_report(job, ScoredSubject(name=given.pictures.resolve().name, summary=summary))
+    score_and_report(job, ScoredSubject(name=given.pictures.resolve().name, summary=summary, unused=unused))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eval.files import check_folder, whole_records
 from eval.scoring.options import SUITES, add_score_options, split_names
 from trainer.config import ConfigError, command, command_parser, require
-from trainer.files import read_records, write_text
+from trainer.files import write_text
 
 if TYPE_CHECKING:
     from eval.pictures.prompts import Prompt
@@ -52,6 +53,7 @@ class WatchConfig:
         for name in ("num_samples", "batch_size"):
             flag = "--loss-samples" if name == "num_samples" else "--batch-size"
             require(getattr(self, name) >= 1, f"{flag} is {getattr(self, name)}: use 1 or more")
+        check_folder(log_file(self.run).parent, "results in")
         require(self.seconds > 0, f"--seconds is {self.seconds}: use more than 0")
 
 
@@ -60,9 +62,13 @@ def log_file(run: Path) -> Path:
     return run / "eval" / "watch" / "watch.jsonl"
 
 
+def _records(run: Path) -> list[dict[str, Any]]:
+    return whole_records(log_file(run), lambda record: isinstance(record.get("step"), int))
+
+
 def finished_steps(run: Path) -> set[int]:
     """Steps in the list; a line that a kill cut off does not count."""
-    return {int(record["step"]) for record in read_records(log_file(run))}
+    return {record["step"] for record in _records(run)}
 
 
 def evaluate_checkpoint(config: WatchConfig, checkpoint: Path) -> dict[str, float]:
@@ -92,7 +98,7 @@ def evaluate_checkpoint(config: WatchConfig, checkpoint: Path) -> dict[str, floa
         draw_and_score(evaluation)
         results |= json.loads((evaluation.score.out / "report.json").read_text())["results"]
     numbers = flat_numbers(results)
-    records = [*read_records(log_file(config.run)), {"step": step, **numbers}]
+    records = [*_records(config.run), {"step": step, **numbers}]
     write_text(log_file(config.run), "".join(json.dumps(record) + "\n" for record in records))
     return numbers
 

@@ -42,6 +42,10 @@ class MoeConfig:
     as a mixture (trainer/checkpoint/upcycle.py)."""
     top_k: int = 2
     """Experts that a token asks for; 1 to `num_experts`. Token choice only."""
+    sampling_choice: Literal["prediction", "gate"] = "prediction"
+    """Tokens that an expert takes when sampling, DiffMoE only: those whose prediction is above its threshold
+    (`prediction`), so that pictures drawn together do not touch; or as many as these of the whole pool, those with the
+    highest affinities, as the authors' code does (`gate`)."""
     gate: Literal["softmax", "sigmoid", "identity"] = "softmax"
     """What turns a token's logits into affinities, which become the weights of the experts' outputs."""
     normalize_gates: bool = False

@@ -15,7 +15,7 @@ from trainer.diffusion.flow import interpolate, noise_batch, shift_time, trainin
 from trainer.diffusion.layers import patchify
 from trainer.diffusion.model import ModelShape
 from trainer.diffusion.sampling import draw
-from trainer.diffusion.solver import guided, initial_noise, solve_euler, solve_heun, time_grid
+from trainer.diffusion.solver import guided, initial_noise, solve, solve_euler, solve_heun, time_grid
 from trainer.engine.optim import learning_rate
 from trainer.settings.tokens import num_kept_tokens
 
@@ -65,6 +65,26 @@ def test_time_shift_adds_to_the_logit() -> None:
     t = torch.tensor([0.1, 0.5, 0.9])
     torch.testing.assert_close(torch.logit(shift_time(t, 3.0)), torch.logit(t) + math.log(3.0))
     assert time_grid(4, 3.0)[0] == 1 and time_grid(4, 3.0)[-1] == 0
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (2, 3.0), (25, 1.0), (25, 3.0), (28, 0.5)])
+def test_the_grid_of_diffusers_is_theirs(steps: int, shift: float) -> None:
+    theirs = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler(shift=shift)
+    theirs.set_timesteps(steps)
+    assert time_grid(steps, shift, "diffusers") == pytest.approx(theirs.sigmas.tolist(), abs=1e-6)
+    assert time_grid(steps, shift)[-2] == pytest.approx(float(shift_time(1 / steps, shift)))
+
+
+def test_the_time_grid_setting_reaches_the_solver() -> None:
+    seen: list[float] = []
+
+    def velocity(x: torch.Tensor, t: float) -> torch.Tensor:
+        seen.append(t)
+        return x
+
+    config = replace(CONFIG, sampling_steps=4, time_shift=2.0, time_grid="diffusers")
+    solve(torch.ones(1), velocity, config)
+    assert seen == time_grid(4, 2.0, "diffusers")[:-1] and seen[-1] < 0.01
 
 
 def test_loss_covers_the_kept_tokens_only() -> None:

@@ -3,10 +3,13 @@
 import json
 import math
 import random
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from eval.metrics.geneval import (
     TAGS,
@@ -23,7 +26,12 @@ from eval.metrics.geneval import (
     summarize,
     wilson_interval,
 )
+from eval.networks.protocols import FoundObject
 from eval.pictures.geneval_names import Box
+from eval.pictures.geneval_prompts import geneval_prompts
+from eval.scoring.detection_cache import from_line, to_line
+from eval.scoring.job import ScoreConfig
+from eval.suites.geneval import PRECISION, departures
 
 NAMES = ("cat", "dog", "cup")
 COLORS = ("red", "blue")
@@ -56,7 +64,8 @@ def slow_judge(metadata: dict[str, Any], detections: list[Detection], rules: Rul
     threshold = rules.counting_score if metadata["tag"] == "counting" else rules.score
     objects: dict[str, list[Detection]] = {}
     for name in NAMES:
-        found = sorted((d for d in detections if d.name == name), key=lambda d: d.score, reverse=True)
+        found = [d for d in detections if d.name == name]
+        found = [found[i] for i in np.argsort([d.score for d in found], kind="stable")[::-1]]  # the last of equal ones
         found = [d for d in found if d.score > threshold][: rules.max_objects]
         while rules.max_overlap < 1 and found:
             best = found.pop(0)
@@ -107,12 +116,14 @@ def random_case(rng: random.Random) -> tuple[dict[str, Any], list[Detection]]:
     metadata: dict[str, Any] = {"tag": tag, "include": include, "prompt": "a prompt"}
     if tag == "counting":
         metadata["exclude"] = [{"class": a, "count": count + 1}]
-    detections = []
+    detections, digits = [], rng.choice((1, 9))  # scores of one digit tie
     for _ in range(rng.randint(0, 6)):
         x, y, w, h = rng.randint(0, 20), rng.randint(0, 20), rng.randint(1, 12), rng.randint(1, 12)
         box = (float(x), float(y), float(x + w), float(y + h))
         detections.append(
-            Detection(name=rng.choice(NAMES), score=rng.random() ** 0.3, box=box, color=rng.choice(COLORS))
+            Detection(
+                name=rng.choice(NAMES), score=round(rng.random() ** 0.3, digits), box=box, color=rng.choice(COLORS)
+            )
         )
     return metadata, detections
 
@@ -141,6 +152,24 @@ def test_judge_equals_the_literal_rules_in_many_cases() -> None:
         assert judge(metadata, detections, rules).correct == expected, (metadata, detections)
         positive += expected
     assert positive > 5000
+
+
+def test_the_last_of_equal_scores_comes_first_also_from_the_cache() -> None:
+    objects = [FoundObject(class_number=15, score=score, box=(x, 0.0, x + 1, 1.0)) for x, score in
+               ((0.0, 0.9000002), (1.0, 0.9000001), (2.0, 0.8), (3.0, 0.8))]  # fmt: skip
+    line = json.loads(json.dumps(to_line("a", torch.zeros(4, 4, 3), objects)))
+    kept = [Detection(name=item.name, score=item.score, box=item.box) for item in from_line(line)]
+    assert [item.box[0] for item in select_objects(kept, "counting", Rules(counting_score=0.5))["cat"]] == [0, 1, 3, 2]
+    metadata = {"tag": "single_object", "include": [{"class": "cat", "count": 1, "color": "red"}]}
+    tied = [Detection(name="cat", score=0.5, box=(0, 0, 1, 1), color=color) for color in ("blue", "red")]
+    assert judge(metadata, tied).correct and not judge(metadata, tied[::-1]).correct
+
+
+def test_the_official_protocol_departs_in_precision_only(tmp_path: Path) -> None:
+    config, prompts = ScoreConfig(suites=("geneval",), out=tmp_path, num_samples=4), geneval_prompts()
+    assert departures(config, prompts, "official") == [PRECISION] and "0.03" in PRECISION
+    assert departures(config, [p for p in prompts if p.tag == "counting"], "official") == ["other prompts"]
+    assert departures(replace(config, colors="nearest"), prompts, "official") == ["colours by nearest"]
 
 
 def test_relations_equal_the_array_version() -> None:

@@ -73,8 +73,17 @@ def test_kid_is_unbiased_and_equals_a_loop() -> None:
     within = sum(k[i][j] + k[6 + i][6 + j] for i, j in pairs if i != j) / 30
     across = sum(k[i][6 + j] for i, j in pairs) / 36
     assert polynomial_mmd(a, b) == pytest.approx(within - 2 * across, rel=1e-12)
-    with pytest.raises(ValueError, match="2 or more"):
-        kid(a[:1], b)
+    with pytest.raises(ValueError, match="4 or more"):
+        kid(a[:3], b)
+
+
+@pytest.mark.parametrize(("counts", "size"), [((30, 30), 15), ((30, 90), 15), ((1000, 1200), 500)])
+def test_kid_of_small_sets_has_the_spread_of_halves(counts: tuple[int, int], size: int) -> None:
+    a, b = _features(counts[0], 4, 6), _features(counts[1], 4, 7, 0.5)
+    found = kid(a, b, subsets=40)
+    assert found.subset_size == size and found.std > 1e-3
+    whole = polynomial_mmd(a, b[: len(a)])
+    assert found.mean == pytest.approx(whole, abs=4 * found.std)
 
 
 def test_cmmd_equals_a_loop_and_is_zero_for_equal_sets() -> None:

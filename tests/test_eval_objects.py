@@ -335,7 +335,7 @@ def test_results_of_others_are_read_if_complete(tmp_path: Path, capsys: pytest.C
     with pytest.raises(ConfigError, match=r"1 prompts have not 2 pictures each, first .*1104 rows where 1106 are due"):
         results.check_complete(results.read_results(path), "geneval", 2)
     path.write_text(path.read_text()[:-9])
-    with pytest.raises(ConfigError, match="line 1104 is no JSON object"):
+    with pytest.raises(ConfigError, match="line 1104 is no JSON"):
         results.read_results(path)
     write([])
     with pytest.raises(ConfigError, match="is empty"):

@@ -15,6 +15,7 @@ from browser import DESK, PHONE, find_browser, width_in_browser
 from eval.demo.background import background_score, border_colors
 from eval.demo.detector import RULES, detect
 from eval.demo.prompts import demo_prompts, render_prompts
+from eval.files import training_records
 from eval.metrics.controls import judge_all, permuted_scores, with_overall
 from eval.metrics.geneval import Detection, judge
 from eval.pages.charts import coverage_layers
@@ -30,7 +31,6 @@ from eval.scoring.score_and_report import ScoredSubject, score_and_report
 from trainer.config import ConfigError, load_config
 from trainer.data.demo.scenes import CATEGORIES
 from trainer.data.latents.samples import LatentInfo
-from trainer.files import read_records
 from trainer.pipeline import Pipeline
 
 PER_TAG = 2
@@ -150,11 +150,11 @@ def _write_run(folder: Path) -> None:
 
 def test_metrics_of_a_killed_run_are_read(tmp_path: Path) -> None:
     _write_run(tmp_path)
-    rows = read_records(tmp_path / "metrics.jsonl")
+    rows = training_records(tmp_path)
     assert len(rows) == 10
     assert list(coverage_layers(rows)) == ["moe/1", "moe/3"]
     assert [row["loss"] for row in rows] == [100 / step for step in range(10, 110, 10)]
-    assert read_records(tmp_path / "none" / "metrics.jsonl") == []
+    assert training_records(tmp_path / "none") == []
 
 
 def _write_set(folder: Path, pictures: torch.Tensor) -> list[Path]:

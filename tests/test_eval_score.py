@@ -54,31 +54,6 @@ def test_published_prompt_files_are_read(tmp_path: Path) -> None:
     assert read_prompts(str(lines))[1].id == before["two"]
 
 
-def test_bad_prompt_files_are_one_sentence(tmp_path: Path) -> None:
-    cases = {
-        "empty.txt": ("\n", "is empty: give at least one"),
-        "twice.txt": ("a cat\na dog\na cat\n", "row 3 repeats row 1"),
-        "table.csv": ("name,words\nx,y\n", "has the columns name, words: name one of them prompt"),
-        "hole.csv": ("prompt,tag\n,x\n", "row 2 has no prompt"),
-        "other.csv": ("id,prompt\n1,a\n1,b\n", r"row 3 repeats row 2 \(1\)"),
-        "half.jsonl": ('{"prompt": "a"}\n{"prompt":', "line 2 is no JSON"),
-        "list.jsonl": ("[1]\n", "line 1 is no JSON object"),
-        "set.yaml": ("a", "use .txt, .csv"),
-    }
-    for name, (content, message) in cases.items():
-        (tmp_path / name).write_text(content)
-        with pytest.raises(ConfigError, match=message):
-            read_prompts(str(tmp_path / name))
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    for spec, message in (
-        (str(tmp_path / "latin.txt"), "is not UTF-8"),
-        (str(tmp_path / "absent.txt"), "is not a file"),
-        ("geneval:x", "the seed must be a number"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            read_prompts(spec)
-
-
 def test_coco_list_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "val"
     folder.mkdir()

@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "token_choice_top_1_in_batch": {"router": "token_choice", "top_k": 1, "capacity_factor": 1.5, "pool": "batch"},
     "token_choice_sigmoid": {"router": "token_choice", "gate": "sigmoid", "capacity_factor": 1.0},
     "diffmoe": {"router": "diffmoe", "pool": "batch"},
+    "diffmoe_by_gate": {"router": "diffmoe", "pool": "batch", "sampling_choice": "gate"},
     "diffmoe_groups": {"router": "diffmoe", "pool": "group(2)", "capacity_factor": 1.0},
     "race": {"router": "expert_race", "gate": "identity", "pool": "batch"},
     "race_per_image": {"router": "expert_race", "capacity_factor": 1.0},

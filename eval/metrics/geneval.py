@@ -78,10 +78,13 @@ def box_iou(a: Box, b: Box) -> float:
 
 
 def select_objects(detections: Sequence[Detection], tag: str, rules: Rules) -> dict[str, list[Detection]]:
-    """Detections by class, best first: score threshold, at most `max_objects`, optional overlap filter."""
+    """Detections by class, best first: score threshold, at most `max_objects`, optional overlap filter.
+
+    Of equal scores the last comes first: the official order is an ascending one turned round.
+    """
     threshold = rules.counting_score if tag == "counting" else rules.score
     by_class: dict[str, list[Detection]] = {}
-    for detection in sorted(detections, key=lambda item: -item.score):
+    for detection in sorted(reversed(detections), key=lambda item: -item.score):
         if detection.score > threshold:
             by_class.setdefault(detection.name, []).append(detection)
     if rules.max_overlap >= 1:

@@ -39,13 +39,15 @@ def polynomial_mmd(a_ND: Tensor, b_ND: Tensor) -> float:
 
 
 def kid(a_ND: Tensor, b_MD: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = SEED) -> Kid:
-    """KID of two feature sets; sets smaller than `subset_size` use subsets of the smaller set's size.
+    """KID of two feature sets; where one has no more than `subset_size`, subsets are half the smaller set.
 
-    Raises ValueError below two pictures on a side.
+    A subset of all would have no spread, and the mean does not depend on the size. Raises ValueError below four
+    pictures on a side.
     """
-    size = min(subset_size, len(a_ND), len(b_MD))
-    if size < 2:
-        raise ValueError(f"{len(a_ND)} and {len(b_MD)} pictures: need 2 or more on each side")
+    smaller = min(len(a_ND), len(b_MD))
+    if smaller < 4:
+        raise ValueError(f"{len(a_ND)} and {len(b_MD)} pictures: need 4 or more on each side")
+    size = subset_size if smaller > subset_size else smaller // 2
     a_ND, b_MD = a_ND.double(), b_MD.double()
     draw = np.random.RandomState(seed)
     values = []

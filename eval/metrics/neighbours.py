@@ -60,7 +60,7 @@ def neighbour_radii(x_ND: Tensor, k: int) -> Tensor:
     return torch.cat(radii)
 
 
-def neighbours(generated_ND: Tensor, real_MD: Tensor, *, k: int = 5) -> Neighbours:
+def neighbours(generated_ND: Tensor, real_MD: Tensor, *, k: int = 3) -> Neighbours:
     """Precision, recall, density and coverage; raises ValueError when a set has k or fewer pictures."""
     generated_ND, real_MD = generated_ND.double(), real_MD.double()
     real_radius_M, generated_radius_N = neighbour_radii(real_MD, k), neighbour_radii(generated_ND, k)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from eval.pictures.geneval_names import CLASSES, Box
+from eval.pictures.image_files import DECODING
 from trainer.encoders.pretrained import encoder_device
 
 Comparable = Literal["official", "approximate"]
@@ -27,7 +28,8 @@ class ImageEncoder(ABC):
 
     def __init__(self, model: Any, dim: int, *, network: str, weights_sha256: str, preprocess: str) -> None:
         self.dim = dim
-        self.key = {"network": network, "weights_sha256": weights_sha256, "preprocess": preprocess, "precision": "fp32"}
+        self.key = {"network": network, "weights_sha256": weights_sha256, "decoding": DECODING,
+                    "preprocess": preprocess, "precision": "fp32"}  # fmt: skip
         self.device = encoder_device()
         self.model = model.eval().requires_grad_(False).to(self.device)
 

@@ -8,7 +8,7 @@ from trainer.files import write_text
 
 # Parts of a result that are no measurements.
 _LEFT_OUT = {"card", "verdicts", "skipped", "seconds", "counts", "values", "closest", "seed", "splits", "subsets",
-             "subset_size", "k", "quantile", "distractors", "faults"}  # fmt: skip
+             "subset_size", "quantile", "distractors", "faults"}  # fmt: skip
 
 
 def flat_numbers(content: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from eval.files import training_records
 from eval.pages.allocation import word_lines
 from eval.pages.charts import compute_chart, coverage_chart, moved_chart, region_chart, training_chart
 from eval.pages.compute_map import ComputeMaps, compute_by_region
-from trainer.files import read_records
 from trainer.formats.page import escape, file_uri, image
 
 SHOWN_GRIDS = 6
@@ -19,7 +19,7 @@ SHOWN_GRIDS = 6
 
 def training_section(run_dir: Path, prompts: Sequence[str]) -> list[str]:
     """Curves of the run, grids that it drew from these prompts, expert coverage; nothing for what is no run."""
-    rows = read_records(run_dir / "metrics.jsonl")
+    rows = training_records(run_dir)
     if not rows:
         return []
     parts = ["<h2>Training</h2>", image(training_chart(rows), "loss, learning rate, gradient norm, speed")]

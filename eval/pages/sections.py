@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from eval.pages.numbers import flat_numbers
+from eval.pictures.image_files import read_picture
 from eval.pictures.prompts import Prompt
 from trainer.formats.page import card, escape, figure_grid, file_uri, page, png_uri, table
 
@@ -39,11 +39,12 @@ def number_section(
 
 
 def _thumbnail(path: Path) -> tuple[str, tuple[int, int]]:
-    """A picture as a data URI, and its size as stored."""
-    with Image.open(path) as image:
-        size, picture = image.size, image.convert("RGB")
+    """A picture as a data URI, and its width and height."""
+    pixels = read_picture(path).numpy()
+    picture = Image.fromarray(pixels)
+    size = picture.size
     if max(size) <= SIDE:
-        return png_uri(np.asarray(picture)), size
+        return png_uri(pixels), size
     picture.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=85)

@@ -63,6 +63,8 @@ def draw_set(
     Pictures that were drawn otherwise lie in another folder, so none of them is taken for these.
     """
     card = sampling_card(pipeline.config, pipeline.step, pipeline.origin, prompts, num_samples)
+    if pipeline.config.moe.every and pipeline.config.moe.pool != "image":
+        card["drawn_together"] = batch_size  # tokens of these may compete
     folder = parent / f"{pipeline.origin.replace(' ', '_')}_{fingerprint(card)}"
     if world.is_main:
         write_text(folder / "evaluation_metadata.jsonl", metadata_lines(prompts))

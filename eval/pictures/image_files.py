@@ -2,22 +2,28 @@
 
 A set is a folder in GenEval's layout (DIR/00000/samples/0000.png), any other folder of pictures (read in the order
 of their names), or the batch file of ADM's evaluator (an npz with `arr_0`, uint8 [N, H, W, 3]), which is unpacked.
-Nothing is dropped silently: a missing, empty or damaged picture is an error that names it.
+Nothing is dropped silently: a missing, empty or damaged picture is an error that names it, and files that are no
+pictures by their name are counted on the report.
 """
 
+import os
 import re
 import zipfile
+from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from trainer.config import ConfigError, require
+from trainer.data.images.decode import BadPictureError, read_rgb
 from trainer.files import replacing
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+DECODING = "upright, 16 bits scaled, on white"
+"""How `read_picture` reads: part of what features and detections are kept by."""
 _NUMBERED = re.compile(r"\d+\.png")
 
 
@@ -34,11 +40,10 @@ def write_picture(path: Path, picture_HWC: Tensor) -> None:
 
 
 def read_picture(path: Path) -> Tensor:
-    """A picture as uint8 [H, W, 3]; transparency and palettes become RGB. ConfigError if it cannot be decoded."""
+    """A picture as uint8 [H, W, 3], read as for training. ConfigError if it cannot be decoded."""
     try:
-        with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB")))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        return torch.from_numpy(np.array(read_rgb(path.read_bytes())))
+    except (OSError, BadPictureError) as error:
         raise ConfigError(f"picture {path} cannot be read ({error}): delete it and draw or copy it again") from error
 
 
@@ -74,14 +79,40 @@ def geneval_files(folder: Path, num_prompts: int, num_samples: int) -> list[Path
     return files
 
 
+@cache
+def _suffixes() -> set[str]:
+    """Of all files that Pillow opens."""
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+
+
+def _all_files(folder: Path) -> list[Path]:
+    """Everything under a folder but hidden files, through links too; ConfigError for what cannot be listed."""
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(f"{error.filename} cannot be listed ({error.strerror}): make it readable, or move it")
+
+    found = []
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        for path in (Path(root, name) for name in folders):
+            circle = path.is_symlink() and Path(root).resolve().is_relative_to(path.resolve())
+            require(not circle, f"{path} is a link to a folder that it lies in: remove it")
+        found += [Path(root, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
 def folder_files(folder: Path) -> list[Path]:
     """All pictures under a folder in the order of their names; ConfigError if there are fewer than two."""
     require(folder.is_dir(), f"pictures {folder} do not exist: give a folder of pictures")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    require(
-        len(files) >= 2, f"{folder} has {len(files)} pictures ({', '.join(sorted(SUFFIXES))}): 2 or more are needed"
-    )
+    files = [path for path in _all_files(folder) if path.suffix.lower() in _suffixes()]
+    require(len(files) >= 2, f"{folder} has {len(files)} pictures, by their suffixes: 2 or more are needed")
     return files
+
+
+def left_out(folder: Path) -> tuple[str, ...]:
+    """A sentence on the files under a folder that `folder_files` takes for no pictures; nothing if there are none."""
+    found = Counter(path.suffix.lower() or "no suffix" for path in _all_files(folder))
+    others = [f"{count} {suffix}" for suffix, count in sorted(found.items()) if suffix not in _suffixes()]
+    return (f"Left out of {folder}, no pictures by their suffixes: {', '.join(others)}.",) if others else ()
 
 
 def unpack_npz(path: Path, folder: Path) -> list[Path]:

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from eval.files import whole_records
 from eval.networks.protocols import FoundObject
 from eval.pictures.image_files import read_picture
 from eval.scoring.feature_store import ALONE, bar_is_hidden, missing_pictures, num_workers, prefetched
 from eval.scoring.rle import decode_mask, encode_mask
 from trainer.distributed import World
-from trainer.files import read_records, write_text
+from trainer.files import write_text
 
 _AHEAD = 16  # pictures read before they are asked for
 FLOOR = 0.05  # objects below this score are not kept; the judge's thresholds lie above
@@ -41,7 +42,8 @@ class LineCache:
 
     def read(self) -> dict[str, Line]:
         """All whole lines by id."""
-        return {line["id"]: line for path in sorted(self.folder.glob("part_*.jsonl")) for line in read_records(path)}
+        parts = (whole_records(path, lambda line: "id" in line) for path in sorted(self.folder.glob("part_*.jsonl")))
+        return {line["id"]: line for part in parts for line in part}
 
     @contextmanager
     def appending(self) -> Iterator[Callable[[Line], None]]:
@@ -78,7 +80,7 @@ def to_line(identity: str, picture_HW3: Tensor, found: Sequence[FoundObject]) ->
     objects = [
         [
             item.class_number,
-            round(item.score, 6),
+            round(item.score, 9),  # as many digits as keep two fp32 scores apart: ties count
             *(round(value, 3) for value in item.box),
             None if item.mask_HW is None else encode_mask(item.mask_HW.numpy()),
         ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.demo.detector import detect
+from eval.files import training_records
 from eval.pages.compute_map import object_patches, trace_compute
 from eval.pages.run_sections import compute_section, training_section
 from eval.pictures.generate import draw_set
@@ -56,6 +57,7 @@ def draw_and_score(config: EvalConfig) -> None:
         config.checkpoint.exists(),
         f"checkpoint {config.checkpoint} does not exist: give a run folder, a step folder in it or an export",
     )
+    training_records(config.run_dir)  # refuses a damaged file now, not after the pictures
     world = detect_world()
     if world.size > 1:
         init_distributed(world)

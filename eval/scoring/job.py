@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from eval.demo.prompts import write_training_pictures, write_true_pictures
+from eval.files import check_folder
 from eval.metrics.geneval import Rules
 from eval.networks.clip import CMMD_CLIP, DEFAULT_CLIP
 from eval.networks.protocols import ImageEncoder
@@ -61,8 +62,8 @@ class ScoreConfig:
     """Detector of GenEval: a name of eval/networks/detectors.py, or `embedded` for the one of the built-in scenes."""
     colors: str = "clip"
     """Judge of the colours of detected objects: clip, or nearest (no weights, for checks only)."""
-    num_neighbours: int = 5
-    """k of precision, recall, density and coverage; 1 or more."""
+    num_neighbours: int = 3
+    """k of precision, recall, density and coverage; 1 or more. 3 is that of arXiv 1904.06991 and torch-fidelity."""
     rules: Rules = field(default_factory=Rules)
     """Thresholds of GenEval's judge."""
 
@@ -70,6 +71,7 @@ class ScoreConfig:
         for suite in self.suites:
             require(suite in SUITES, f"--suite {suite} is unknown: choose from {', '.join(SUITES)}")
         require(bool(self.suites), f"--suite is empty: choose from {', '.join(SUITES)}")
+        check_folder(self.out, "--out")
         check_convention(self.convention)
         require(self.colors in ("clip", "nearest"), f"--colors is {self.colors}: use clip or nearest")
         for name in ("num_samples", "num_neighbours"):

@@ -33,7 +33,7 @@ def add_score_options(parser: argparse.ArgumentParser) -> None:
     add("--colors", help="judge of colours: clip (default), or nearest (no weights, for checks)")
     add("--min-score", type=float, help="GenEval's least detection score (default 0.3)")
     add("--min-counting-score", type=float, help="the same for counts (default 0.9)")
-    add("--neighbours", dest="num_neighbours", type=int, help="k of precision, recall, density, coverage (default 5)")
+    add("--neighbours", dest="num_neighbours", type=int, help="k of precision, recall, density, coverage (default 3)")
 
 
 def split_names(names: str) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from eval.pages.numbers import headline_lines, log_numbers, write_csv
 from eval.pages.sections import number_section, render_report
+from eval.pictures.image_files import left_out
 from eval.pictures.protocol import package_versions
 from eval.scoring.job import Result, ScoringJob, find_suite, prepare_all, score_all
 from trainer.distributed import barrier
@@ -24,7 +25,8 @@ class ScoredSubject:
     """What is scored, for the report: a name, a sentence, and what there is to say of the run behind the pictures.
 
     `sampling` is the sampling card, `model` describes the model by name and value, `config` is the run's, and
-    `run_sections` are ready parts of the page. With `run_dir` the numbers go to that run's TensorBoard.
+    `run_sections` are ready parts of the page, `unused` sentences on files that were not scored. With `run_dir` the
+    numbers go to that run's TensorBoard.
     """
 
     name: str
@@ -34,6 +36,7 @@ class ScoredSubject:
     model: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     run_sections: tuple[str, ...] = ()
     run_dir: Path | None = None
 
@@ -46,6 +49,8 @@ def score_and_report(job: ScoringJob, subject: ScoredSubject) -> None:
         barrier()
     if not job.world.is_main:
         return
+    reference = job.config.reference
+    unused = (*subject.unused, *(left_out(reference) if reference is not None and reference.is_dir() else ()))
     report: dict[str, Any] = {
         "run": subject.name,
         "summary": subject.summary,
@@ -58,12 +63,12 @@ def score_and_report(job: ScoringJob, subject: ScoredSubject) -> None:
         "versions": package_versions(),
         "config": dict(subject.config),
         "seconds": time.perf_counter() - start,
-        "notes": list(subject.notes),
+        "notes": [*subject.notes, *unused],
     }
     write_report(job, report, subject.run_sections)
     if subject.run_dir is not None:
         log_numbers(subject.run_dir, report)
-    print_summary(report["results"], job.config.out)
+    print_summary(report["results"], job.config.out, unused)
 
 
 def write_report(job: ScoringJob, report: Mapping[str, Any], run_sections: tuple[str, ...]) -> None:
@@ -83,8 +88,8 @@ def write_report(job: ScoringJob, report: Mapping[str, Any], run_sections: tuple
     write_text(out / "report.html", page)
 
 
-def print_summary(results: Mapping[str, Result], out: Path) -> None:
-    """The main numbers, what has none and why, and where the report is, for the terminal."""
+def print_summary(results: Mapping[str, Result], out: Path, unused: tuple[str, ...] = ()) -> None:
+    """The main numbers, what has none and why, sentences on what was not used, and where the report is."""
     for name, result in results.items():
         suite = find_suite(name)
         closed = "controls" in result
@@ -93,4 +98,6 @@ def print_summary(results: Mapping[str, Result], out: Path) -> None:
             print(line)
         for metric, why in result["skipped"].items():
             print(f"{name}: {metric} not computed, {why}")
+    for sentence in unused:
+        print(sentence)
     print(f"report: {out / 'report.html'}")

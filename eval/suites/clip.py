@@ -57,6 +57,7 @@ def score(job: ScoringJob) -> Result:
     attempt(result, "r_precision", lambda: dict(zip(found, r_precision(images_ND, texts_ND, captions), strict=True)))
     result["truncated_captions"] = sum(clip.is_truncated(prompt.text) for prompt in job.prompts)
     card = {"metric": "clip-score-1", "model": job.config.clip, **clip.key, "pictures": len(job.files),
+            "score100": "mean of 100 max(cosine, 0); torchmetrics has 100 max(mean cosine, 0)",
             "prompts_sha256": prompts_sha256(job.prompts)}  # fmt: skip
     return {**result, "card": card}
 
@@ -68,7 +69,7 @@ SUITE = Suite(
     title="Agreement with the captions",
     names={
         "score/cosine": "CLIP cosine",
-        "score/score100": "CLIP score, 100 x",
+        "score/score100": "CLIP score, 100 x, each picture's at least 0",
         "r_precision/value": "R-precision",
         "truncated_captions": "captions longer than CLIP reads",
     },

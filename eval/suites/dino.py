@@ -28,7 +28,7 @@ def score(job: ScoringJob) -> Result:
     result: Result = {"fd_dinov2": distance, "skipped": {}}
     attempt(result, "neighbours", lambda: neighbours(features_ND, real_MD, k=job.config.num_neighbours))
     card = {"metric": "fd-dinov2-1", **encoder.key, "pictures": len(job.files), "reference": job.reference_name,
-            "reference_pictures": len(job.reference_files)}  # fmt: skip
+            "reference_pictures": len(job.reference_files), "neighbours": job.config.num_neighbours}  # fmt: skip
     return {**result, "card": card}
 
 
@@ -43,6 +43,7 @@ SUITE = Suite(
         "neighbours/recall": "recall",
         "neighbours/density": "density",
         "neighbours/coverage": "coverage",
+        "neighbours/k": "neighbours (k) of these four",
     },
     headlines=("fd_dinov2",),
 )

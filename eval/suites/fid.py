@@ -88,7 +88,8 @@ def score(job: ScoringJob) -> Result:
     card = {
         "metric": "fid-2", "convention": config.convention, **encoder.key, "pictures": len(names),
         "reference": job.reference_name, "reference_pictures": reference_count or "not stated",
-        "pictures_of_set_metrics": len(features_ND),
+        "pictures_of_set_metrics": len(features_ND), "neighbours": config.num_neighbours,
+        "kid": f"{result['kid']['subsets']} subsets of {result['kid']['subset_size']}" if "kid" in result else "none",
     }  # fmt: skip
     return {**result, "card": card}
 
@@ -154,6 +155,7 @@ SUITE = Suite(
         "neighbours/recall": "recall",
         "neighbours/density": "density",
         "neighbours/coverage": "coverage",
+        "neighbours/k": "neighbours (k) of these four",
         "inception_score/mean": "Inception score",
         "memorisation/share": "memorised",
     },

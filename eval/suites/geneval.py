@@ -113,12 +113,17 @@ def prepare(job: ScoringJob) -> None:
     open_source(job.config, job.prompts).prepare(job)
 
 
+# Published scores were computed so on GPUs; alone it leaves a score comparable.
+PRECISION = "colours in fp32, where the official judge runs under autocast (probabilities differ by up to 0.03)"
+
+
 def departures(config: ScoreConfig, prompts: list[Prompt], comparable: str) -> list[str]:
-    """In what a score differs from the official protocol; empty for a comparable one."""
-    judge = config.clip if config.colors == "clip" else config.colors
+    """In what a score differs from the official protocol; nothing but PRECISION for a comparable one."""
+    judge, by_network = config.clip if config.colors == "clip" else config.colors, config.detector != EMBEDDED
     differs = {
         f"detector {config.detector}": comparable != "official",
         f"colours by {judge}": judge != DEFAULT_CLIP,
+        PRECISION: judge == DEFAULT_CLIP and by_network and any(asked_colors(prompt.metadata) for prompt in prompts),
         "other thresholds": config.rules != Rules(),
         "other prompts": prompts_sha256(prompts) != OFFICIAL_SHA256,
         f"{config.num_samples} pictures per prompt": config.num_samples != OFFICIAL_SAMPLES,
@@ -202,7 +207,7 @@ def score(job: ScoringJob) -> Result:
     differs = departures(config, prompts, source.comparable)
     card = {
         "metric": VERSION,
-        "comparable": "approximate" if differs else "official",
+        "comparable": "official" if set(differs) <= {PRECISION} else "approximate",
         "departures": differs or "none",
         **source.card,
         "rules": asdict(rules),

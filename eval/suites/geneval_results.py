@@ -4,14 +4,13 @@ The file has one JSON object per picture with filename, tag, prompt and correct.
 prompts (553 for the official set, four pictures each), so that a run that lost prompts is not taken for a score.
 """
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from eval.metrics.geneval import Fault, PictureVerdict, Summary, summarize
-from eval.pictures.prompt_files import read_prompts
-from trainer.config import ConfigError, command, command_parser, require
+from eval.pictures.prompt_files import json_rows, read_prompts
+from trainer.config import command, command_parser, require
 
 _KEYS = ("filename", "tag", "prompt", "correct")
 
@@ -20,15 +19,8 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     """Rows of a results file; ConfigError for a missing, empty or damaged one."""
     require(path.is_file(), f"{path} is not a file: give a results.jsonl of GenEval")
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            complete = all(key in row for key in _KEYS)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(
-                f"{path} line {number} is no JSON object: was the program that wrote it ended?"
-            ) from error
-        require(complete, f"{path} line {number} lacks one of {', '.join(_KEYS)}")
+    for number, row in json_rows(path):
+        require(all(key in row for key in _KEYS), f"{path} line {number} lacks one of {', '.join(_KEYS)}")
         rows.append(row)
     require(bool(rows), f"{path} is empty")
     return rows

@@ -14,7 +14,7 @@ from eval.metrics.geneval import Detection
 from eval.networks.colors import ColorJudge
 from eval.networks.protocols import ObjectDetector
 from eval.pictures.geneval_names import COLORS
-from eval.pictures.image_files import read_picture
+from eval.pictures.image_files import DECODING, read_picture
 from eval.pictures.prompts import Prompt
 from eval.scoring.detection_cache import FLOOR, Line, LineCache, from_line, to_line
 from eval.scoring.feature_store import ALONE, bar_is_hidden, hash_files
@@ -24,7 +24,7 @@ from trainer.distributed import World
 
 def open_detections(folder: Path, detector_card: Mapping[str, str]) -> LineCache:
     """The cache of a detector."""
-    return LineCache(folder / "detections", {**detector_card, "floor": FLOOR})
+    return LineCache(folder / "detections", {**detector_card, "decoding": DECODING, "floor": FLOOR})
 
 
 def detect_files(cache: LineCache, detector: ObjectDetector, files: Sequence[Path], world: World = ALONE) -> int:

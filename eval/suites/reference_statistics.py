@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from eval.files import check_file, check_folder
 from trainer.config import ConfigError, command, command_parser, require
 from trainer.files import replacing
 
@@ -126,12 +127,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--features", type=Path, help="folder of cached features (default beside --out)")
     given = parser.parse_args(argv)
     from eval.networks.resize import check_convention
+    from eval.pictures.image_files import left_out
 
     check_convention(given.convention)
     require(given.out.suffix == ".npz", f"--out {given.out} must end in .npz")
+    check_file(given.out, "--out")
     store = given.features or given.out.parent / "features"
+    check_folder(store, "--features")
     write_statistics(given.out, build_statistics(given.pictures, store, given.convention))
-    print(given.out)
+    print(*(left_out(given.pictures) if given.pictures.is_dir() else ()), given.out, sep="\n")
 
 
 if __name__ == "__main__":

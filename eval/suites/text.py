@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from eval.metrics.geneval import share_score
+from eval.pictures.image_files import DECODING
 from eval.pictures.prompts import Prompt, prompts_sha256
 from eval.scoring.detection_cache import Line, LineCache
 from eval.scoring.feature_store import hash_files
@@ -63,7 +64,8 @@ def check(config: ScoreConfig, prompts: list[Prompt]) -> None:
 
 
 def _card() -> dict[str, str]:
-    return {"metric": "text-1", "ocr": PACKAGE, "version": importlib.metadata.version(PACKAGE.replace("_", "-"))}
+    version = importlib.metadata.version(PACKAGE.replace("_", "-"))
+    return {"metric": "text-1", "ocr": PACKAGE, "version": version, "decoding": DECODING}
 
 
 def reading_order(found: Sequence[Any]) -> str:

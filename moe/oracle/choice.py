@@ -111,7 +111,11 @@ def _diffmoe(pool: ScoredPool, config: MoeConfig, training: bool) -> Chosen:
     affinity, predicted, threshold = pool.affinity(config), pool.predicted(), pool.threshold()
     T, E = affinity.shape
     if not training:
-        return Chosen([[e for e in range(E) if predicted[t, e] > threshold[e]] for t in range(T)], affinity)
+        taken = [[t for t in range(T) if predicted[t, e] > threshold[e]] for e in range(E)]
+        if config.sampling_choice == "gate":
+            best = [sorted(range(T), key=lambda t: -float(affinity[t, e].detach())) for e in range(E)]
+            taken = [best[e][: len(taken[e])] for e in range(E)]
+        return Chosen([[e for e in range(E) if t in taken[e]] for t in range(T)], affinity)
     chosen = _expert_choice(pool, config, training)
     for t in range(T):
         for e in range(E):

@@ -81,6 +81,8 @@ class RouterTraits:
     not named follow the model's rule: biases 0, matrices 1 / sqrt(fan in)."""
     example: Mapping[str, Any]
     """Settings of `MoeConfig` with which benchmarks show the router, where the defaults do not suit it."""
+    has_sampling_choice: bool = False
+    """Whether the router knows `moe.sampling_choice: gate`."""
 
 
 class Router(ABC):
@@ -97,6 +99,11 @@ class Router(ABC):
             raise ValueError(
                 f"moe.tie_break={config.tie_break} is for moe.router=expert_choice, but moe.router is {config.router}: "
                 "use moe.tie_break=any"
+            )
+        if not self.traits.has_sampling_choice and config.sampling_choice != "prediction":
+            raise ValueError(
+                f"moe.sampling_choice={config.sampling_choice} is for moe.router=diffmoe, but moe.router is "
+                f"{config.router}: use moe.sampling_choice=prediction"
             )
         self.config = config
         self.check()

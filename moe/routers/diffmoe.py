@@ -15,13 +15,14 @@ from moe.routing import chosen_mask
 class DiffMoe(Router):
     """Expert choice in training; when sampling, token s goes to expert e if its prediction is above e's threshold.
 
-    So a picture's output does not depend on its batch mates, as the paper's fixed count per batch would make it.
+    So a picture's output does not depend on its batch mates. In the authors' code it does (`sampling_choice: gate`):
+    predictions only say how many tokens of the pool an expert takes, and affinities which.
     Sampling has no equal splits: every expert gets as many rows as the fullest one of its group.
     """
 
     traits = RouterTraits(
         has_equal_splits=True, has_tie_break=False, initial_std={"threshold.value": 0.0},
-        example={"pool": "batch"},
+        example={"pool": "batch"}, has_sampling_choice=True,
     )  # fmt: skip
 
     def check(self) -> None:
@@ -41,7 +42,11 @@ class DiffMoe(Router):
         """The loss: the predictor's cross entropy against what the experts took, and the thresholds' distance."""
         predicted_BSE, threshold_E = seen.learned["predictor"](seen.x_BSD), seen.learned["threshold"]()
         if not seen.training:
-            index_BEC, valid_BEC = seen.packed(predicted_BSE > threshold_E)
+            mask_BSE = predicted_BSE > threshold_E
+            if self.config.sampling_choice == "gate":
+                order_BSE = seen.affinity_BSE.argsort(dim=1, descending=True, stable=True)
+                mask_BSE = order_BSE.argsort(dim=1) < mask_BSE.sum(1, keepdim=True)
+            index_BEC, valid_BEC = seen.packed(mask_BSE)
             return Choice(index_BEC=index_BEC, valid_BEC=valid_BEC, affinity_BSE=seen.affinity_BSE)
         num_tokens, best_BEC = seen.x_BSD.shape[1], seen.memory.index_BEC
         if best_BEC is None:

@@ -21,6 +21,7 @@ RULES: dict[str, tuple[bool, str]] = {
     "train.precision": (False, "losses before and after would not compare"),
     "parallel": (True, "any topology reads any checkpoint"),
     "moe": (False, "the experts and their routing are part of what was learned"),
+    "moe.sampling_choice": (True, "sampling has no influence on training"),
     "model": (False, "the weights have its shapes and meaning"),
     "optim": (True, "rates, decay and schedule are the user's to change, from the next step on"),
     "optim.name": (False, "the moments belong to one optimizer"),

@@ -21,9 +21,13 @@ def initial_noise(seeds: list[int], shape: tuple[int, int, int]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=keyed_generator(seed, "sample")) for seed in seeds])
 
 
-def time_grid(num_steps: int, shift: float = 1.0) -> list[float]:
-    """Times from 1 (noise) to 0 (data), `num_steps` + 1 of them: equal steps, then shifted."""
-    return [shift_time(1 - i / num_steps, shift) for i in range(num_steps + 1)]
+def time_grid(num_steps: int, shift: float = 1.0, kind: str = "equal") -> list[float]:
+    """Times from 1 (noise) to 0 (data), `num_steps` + 1 of them; `kind` as `diffusion.time_grid` says."""
+    if kind == "equal":
+        return [shift_time(1 - i / num_steps, shift) for i in range(num_steps + 1)]
+    last = shift_time(1 / 1000, shift)
+    shares = [i / max(1, num_steps - 1) for i in range(num_steps)]
+    return [*(shift_time(1 - share * (1 - last), shift) for share in shares), 0.0]
 
 
 def solve_euler(x: Tensor, velocity: Velocity, times: list[float]) -> Tensor:
@@ -69,4 +73,5 @@ def guided(model: Callable[[Tensor, Tensor, slice], Tensor], config: DiffusionCo
 
 def solve(x_NCHW: Tensor, velocity: Velocity, config: DiffusionConfig) -> Tensor:
     """Noise -> latents with the configured solver and number of steps."""
-    return SOLVERS[config.sampler](x_NCHW, velocity, time_grid(config.sampling_steps, config.time_shift))
+    times = time_grid(config.sampling_steps, config.time_shift, config.time_grid)
+    return SOLVERS[config.sampler](x_NCHW, velocity, times)

@@ -72,6 +72,10 @@ class DiffusionConfig:
     """Solver: first order, or second order with two evaluations of the model per step (arXiv 2206.00364)."""
     sampling_steps: int = 25
     """Solver steps from noise to picture; 1 or more."""
+    time_grid: Literal["equal", "diffusers"] = "equal"
+    """Times of the steps: n equal steps from 1 to 0, shifted once, so that the last step begins at 1 / n (`equal`); or
+    those of diffusers' FlowMatchEulerDiscreteScheduler, n - 1 equal steps from 1 to 1 / 1000, which is shifted itself,
+    shifted again, and one to 0 (`diffusers`)."""
     guidance_scale: float = 3.0
     """Classifier-free guidance (arXiv 2207.12598): 1 is off, more follows the caption closer; any number. Where
     it acts, an evaluation of the model costs twice."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageStat
 
 # Grey, palette and colour, with or without transparency. Not among them: floats of unknown range, LAB, HSV.
-_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "I")
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "I")
 
 _MAX_ASPECT = 64  # beyond it the crop of a line of pixels would need gigabytes
 _MIN_STANDARD_DEVIATION = 2.0  # of 255; below it a picture is one colour (16-bit pictures saved wrongly are white)
@@ -29,7 +29,7 @@ _UPRIGHT = {
 
 
 class BadPictureError(ValueError):
-    """Bytes that cannot be trained on as a picture; the message says why."""
+    """Bytes that cannot be used as a picture; the message says why, its cause what the decoder said."""
 
 
 def orientation_of(metadata: dict[str, Any]) -> int:
@@ -44,11 +44,11 @@ def orientation_of(metadata: dict[str, Any]) -> int:
 def read_rgb(content: bytes, orientation: int = 1) -> Image.Image:
     """Decode to upright 8-bit RGB: 16-bit grey is scaled, transparency becomes white; or BadPictureError.
 
-    `orientation` is used when the file has no tag of its own.
+    Of an animation the first frame. `orientation` is used when the file has no tag of its own.
     """
     try:
         return _read_rgb(content, orientation)
-    except BadPictureError:
+    except (BadPictureError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise nearly every type for damaged bytes, RuntimeError too
         raise BadPictureError("picture that cannot be decoded") from error
@@ -65,7 +65,7 @@ def _read_rgb(content: bytes, orientation: int) -> Image.Image:
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.float64)
         image = Image.fromarray((grey * (255 / 65535)).round().clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if orientation in _UPRIGHT:
