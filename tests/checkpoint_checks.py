@@ -52,7 +52,7 @@ def start(world: World, run_dir: Path, ep_size: str, stage: str, overrides: list
         ],
     )  # fmt: skip
     plan = check_start(config, world)
-    checkpoint, _ = choose_checkpoint(config, plan.topology, plan.dataset.info.fingerprint, world)
+    checkpoint, _ = choose_checkpoint(config, plan.topology, plan.dataset.info, world)
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)  # the lock does it in the command line
         prepare_run_folder(plan)

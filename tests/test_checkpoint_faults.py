@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_samples import TOPOLOGY, sample_config, sample_pieces, sample_state, write_sample
+from checkpoint_samples import INFO, TOPOLOGY, sample_config, sample_pieces, sample_state, write_sample
 
 from trainer.checkpoint.agree import CheckpointError
 from trainer.checkpoint.folder import clean, fault, list_checkpoints, newest_whole, prune
@@ -81,15 +81,15 @@ def test_resume_takes_the_newest_whole_one_and_cleans_up(tmp_path: Path) -> None
     flip(bad / "rank_00003.safetensors")
     config = sample_config(tmp_path)
     assert find_candidate(tmp_path) == bad, "sizes are right"
-    found, notes = choose_checkpoint(config, TOPOLOGY, "same", WORLD)
+    found, notes = choose_checkpoint(config, TOPOLOGY, INFO, WORLD)
     assert found == good and notes == [f"passed over checkpoint {bad}: rank_00003.safetensors has a wrong checksum"]
     assert not stale.exists()
     (good / "state.json").unlink()
     assert find_candidate(tmp_path) == bad
     with pytest.raises(ConfigError, match=r"has checkpoints and none is whole \(.*state.json is missing.*\): restore"):
-        choose_checkpoint(config, TOPOLOGY, "same", WORLD)
+        choose_checkpoint(config, TOPOLOGY, INFO, WORLD)
     shutil.rmtree(tmp_path / "checkpoints")
-    assert choose_checkpoint(config, TOPOLOGY, "same", WORLD) == (None, [])
+    assert choose_checkpoint(config, TOPOLOGY, INFO, WORLD) == (None, [])
 
 
 def test_retention_keeps_the_last_and_each_nth(tmp_path: Path) -> None:

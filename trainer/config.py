@@ -77,9 +77,9 @@ class TrainConfig:
         return self.train.micro_batch_size * self.train.gradient_accumulation_steps * world_size
 
 
-def _known_keys(cls: type) -> dict[str, Any]:
-    """Nested {key: None or dict} of a dataclass tree, for the check of names."""
-    return {f.name: _known_keys(f.type) if is_dataclass(f.type) else None for f in fields(cls)}  # type: ignore[arg-type]
+def known_keys(cls: type) -> dict[str, Any]:
+    """Nested {key: None or dict} of a dataclass tree: a section is a dict, a setting None."""
+    return {f.name: known_keys(f.type) if is_dataclass(f.type) else None for f in fields(cls)}  # type: ignore[arg-type]
 
 
 def _check_keys(given: Any, known: dict[str, Any], path: str, origin: str) -> None:
@@ -110,7 +110,7 @@ def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ())
         _read(f"override {item!r}", partial(OmegaConf.from_dotlist, [item]))
     from_file = _read(path.name, partial(OmegaConf.load, path))
     from_cli = _read("command line", partial(OmegaConf.from_dotlist, list(overrides)))
-    known = _known_keys(TrainConfig)
+    known = known_keys(TrainConfig)
     for origin, layer in ((path.name, from_file), ("command line", from_cli)):
         content = OmegaConf.to_container(layer)
         require(isinstance(content, dict), f"{origin}: expected a mapping of keys to values")
@@ -148,16 +148,17 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
 
 def config_from_dict(content: dict[str, Any]) -> TrainConfig:
     """Inverse of `config_to_dict`; raises ConfigError like `load_config`."""
-    _check_keys(content, _known_keys(TrainConfig), "", "saved config")
+    _check_keys(content, known_keys(TrainConfig), "", "saved config")
     return _build(content)
 
 
-def leaves(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested dicts by their dotted names."""
+def leaves(content: dict[str, Any], known: dict[str, Any] | None = None, prefix: str = "") -> dict[str, Any]:
+    """The values of nested dicts by their dotted names; a dict that `known_keys` says is one setting stays whole."""
     found: dict[str, Any] = {}
     for key, value in content.items():
-        name = f"{prefix}{key}"
-        found |= leaves(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        name, below = f"{prefix}{key}", (known or {}).get(key, {})
+        is_section = isinstance(value, dict) and below is not None
+        found |= leaves(value, below, f"{name}.") if is_section else {name: value}
     return found
 
 

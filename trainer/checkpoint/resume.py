@@ -9,7 +9,8 @@ from typing import Any
 from trainer.checkpoint.agree import agree, refused, shared_fault
 from trainer.checkpoint.folder import clean, fault, list_checkpoints
 from trainer.checkpoint.state import STATE, Topology, read_state
-from trainer.config import TrainConfig, config_to_dict, leaves, require
+from trainer.config import TrainConfig, config_to_dict, known_keys, leaves, require
+from trainer.data.latents.samples import LatentInfo
 from trainer.distributed import World
 
 # Setting or section -> (may it change between save and resume, why). The longest name that fits a setting counts.
@@ -43,7 +44,7 @@ def find_candidate(run_dir: Path) -> Path | None:
 
 
 def choose_checkpoint(
-    config: TrainConfig, topology: Topology, fingerprint: str, world: World
+    config: TrainConfig, topology: Topology, info: LatentInfo, world: World
 ) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of the run, or None if it has none; and what to tell the user. Collective.
 
@@ -67,7 +68,7 @@ def choose_checkpoint(
     for path in reversed(paths):
         problem = shared_fault(path, world)
         if not problem:
-            return path, notes + check_resumable(path, config, topology, fingerprint)
+            return path, notes + check_resumable(path, config, topology, info)
         notes.append(f"passed over checkpoint {path}: {problem}")
     require(
         not paths,
@@ -77,7 +78,7 @@ def choose_checkpoint(
     return None, notes
 
 
-def check_resumable(checkpoint: Path, config: TrainConfig, topology: Topology, fingerprint: str) -> list[str]:
+def check_resumable(checkpoint: Path, config: TrainConfig, topology: Topology, info: LatentInfo) -> list[str]:
     """Refuse a checkpoint that this configuration cannot continue; return the changes that it may have.
 
     Raises ConfigError naming the first breaking difference, its old and new value and the remedy.
@@ -97,18 +98,32 @@ def check_resumable(checkpoint: Path, config: TrainConfig, topology: Topology, f
         f"train.micro_batch_size is {micro} but {checkpoint} was trained with {old_micro}, and with moe.pool=batch "
         "that many images share their experts: restore it, or use a new run_dir",
     )
-    require(
-        saved["data_info"]["fingerprint"] == fingerprint,
-        f"data.latents={config.data.latents} is not the data set that {checkpoint} was trained on: restore it, "
-        "or use a new run_dir",
-    )
+    _check_data(checkpoint, config, LatentInfo(**saved["data_info"]), info, notes)
     old = Topology(**saved["topology"])
     return notes if old == topology else [f"topology: {old} -> {topology}", *notes]
 
 
+def _check_data(checkpoint: Path, config: TrainConfig, was: LatentInfo, info: LatentInfo, notes: list[str]) -> None:
+    """Refuse other values (the fingerprint: encoding, mix, blocks) and other samples; `notes` say what was changed."""
+    data = config.data
+    setting = next((f"data.{name}={getattr(data, name)}" for name in ("mix", "latents") if getattr(data, name)), "data")
+    changes = "; ".join(note for note in notes if note.startswith("data."))
+    changed, remedy = f" ({changes})" if changes else "", "restore it, or use a new run_dir"
+    same = was.fingerprint == info.fingerprint
+    require(same, f"{setting} is not the data set that {checkpoint} was trained on{changed}: {remedy}")
+    # Checkpoints of older versions do not say which samples they were trained on.
+    same = was.samples in ("", info.samples)
+    require(
+        same,
+        f"{setting} has other samples than {checkpoint} was trained on, or in another order{changed}, and its position "
+        f"in them would be wrong: {remedy}",
+    )
+
+
 def compare_configs(old: dict[str, Any], new: dict[str, Any], checkpoint: str) -> list[str]:
     """Lines like `train.log_every: 1 -> 5` for settings that may change; ConfigError for one that may not."""
-    before, after, defaults = leaves(old), leaves(new), leaves(config_to_dict(TrainConfig()))
+    known = known_keys(TrainConfig)
+    before, after, defaults = (leaves(content, known) for content in (old, new, config_to_dict(TrainConfig())))
     notes = []
     for key, value in after.items():
         was = before.get(key, defaults[key])  # a setting that did not exist then had its default's effect

@@ -53,7 +53,7 @@ def _train_locked(checked: CheckedRun, device: torch.device, stop: StopSignal) -
     from_main(world, lock.acquire)
     try:
         # Chosen again under the lock, and verified whole: another job may have written while `check_start` looked.
-        checkpoint, notes = choose_checkpoint(config, checked.topology, info.fingerprint, world)
+        checkpoint, notes = choose_checkpoint(config, checked.topology, info, world)
         checked = replace(checked, checkpoint=checkpoint)
         if checked.init_from is not None:
             check_init_whole(checked.init_from, world)
