@@ -11,7 +11,7 @@ from tqdm import tqdm
 from trainer.checkpoint.export import CONFIG, ExportOptions, check_target, export
 from trainer.checkpoint.export_reader import is_export
 from trainer.checkpoint.folder import fault, find_checkpoint, list_checkpoints, read_manifest
-from trainer.checkpoint.state import Topology, read_state
+from trainer.checkpoint.state import read_state
 from trainer.errors import require
 
 _HEADER = ("STEP", "SAVED", "SIZE", "TOPOLOGY", "STATE")
@@ -62,8 +62,8 @@ def _row(path: Path, checksums: bool) -> tuple[str, ...]:
     try:
         saved = read_state(path)
         size = sum(entry.size for entry in read_manifest(path).values())
-        when = datetime.fromisoformat(saved["saved_at"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        facts = (when, _human(size), str(Topology(**saved["topology"])))
+        when = datetime.fromisoformat(saved.saved_at).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        facts = (when, _human(size), str(saved.topology))
     except (OSError, ValueError) as error:  # the row says so; the table goes on
         return (step, "-", "-", "-", problem or str(error))
     return (step, *facts, problem or "whole")

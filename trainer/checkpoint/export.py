@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 
@@ -106,14 +106,17 @@ def _write(source: Path, folder: Path, options: ExportOptions) -> int:
     total = sum(sizes.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     state = read_state(source)
-    config = {key: state[key] for key in ("step", "data_info", "config")} | {
+    config = {
+        "step": state.step,
+        "data_info": {k: v for k, v in asdict(state.data_info).items() if k != "samples"},  # which only a resume needs
+        "config": state.config,
         "architectures": ["EcDit"],
         "model_type": "ec_dit",
         "torch_dtype": str(dtype).removeprefix("torch."),
         "format": FORMAT,
         "weights": options.weights,
         "dtype": options.dtype,
-        "git_commit": state.get("git_commit", ""),
+        "git_commit": state.git_commit,
     }
     for file, content in {INDEX: index, CONFIG: config}.items():
         files[file] = write_durable(folder / file, json.dumps(content, indent=2, sort_keys=True) + "\n")

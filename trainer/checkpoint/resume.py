@@ -85,21 +85,21 @@ def check_resumable(checkpoint: Path, config: TrainConfig, topology: Topology, i
     """
     # The global batch is compared, not the micro-batch: other processes divide it up in another way.
     saved = read_state(checkpoint)
-    old_batch, batch = saved["global_batch_size"], config.global_batch_size(topology.world_size)
+    old_batch, batch = saved.global_batch_size, config.global_batch_size(topology.world_size)
     require(
         old_batch == batch,
         f"{checkpoint} was trained with a global batch of {old_batch}, this run has {batch}: adapt "
         "train.micro_batch_size or train.gradient_accumulation_steps, or start a new run_dir",
     )
-    notes = compare_configs(saved["config"], config_to_dict(config), str(checkpoint))
-    old_micro, micro = saved["config"]["train"]["micro_batch_size"], config.train.micro_batch_size
+    notes = compare_configs(saved.config, config_to_dict(config), str(checkpoint))
+    was, micro = leaves(saved.config).get("train.micro_batch_size"), config.train.micro_batch_size
     require(
-        old_micro == micro or not config.moe.every or config.moe.pool != "batch",
-        f"train.micro_batch_size is {micro} but {checkpoint} was trained with {old_micro}, and with moe.pool=batch "
+        was in (None, micro) or not config.moe.every or config.moe.pool != "batch",
+        f"train.micro_batch_size is {micro} but {checkpoint} was trained with {was}, and with moe.pool=batch "
         "that many images share their experts: restore it, or use a new run_dir",
     )
-    _check_data(checkpoint, config, LatentInfo(**saved["data_info"]), info, notes)
-    old = Topology(**saved["topology"])
+    _check_data(checkpoint, config, saved.data_info, info, notes)
+    old = saved.topology
     return notes if old == topology else [f"topology: {old} -> {topology}", *notes]
 
 
@@ -123,6 +123,9 @@ def _check_data(checkpoint: Path, config: TrainConfig, was: LatentInfo, info: La
 def compare_configs(old: dict[str, Any], new: dict[str, Any], checkpoint: str) -> list[str]:
     """Lines like `train.log_every: 1 -> 5` for settings that may change; ConfigError for one that may not."""
     known = known_keys(TrainConfig)
+    for name in (name for name, below in known.items() if below is not None):
+        section = old.get(name, {})
+        require(isinstance(section, dict), f"{checkpoint} is damaged: its setting {name} is no section: {section!r}")
     before, after, defaults = (leaves(content, known) for content in (old, new, config_to_dict(TrainConfig())))
     notes = []
     for key, value in after.items():

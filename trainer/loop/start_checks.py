@@ -64,7 +64,7 @@ def check_start(config: TrainConfig, world: World) -> CheckedRun:
     notes: list[str] = []
     if config.parallel.elastic:
         newest = find_candidate(Path(config.run_dir))
-        saved_batch = None if newest is None else int(read_state(newest)["global_batch_size"])
+        saved_batch = None if newest is None else read_state(newest).global_batch_size
         config, notes = adapt(config, world_size=world.size, local_size=world.local_size, saved_batch=saved_batch)
     ep_size = config.parallel.ep_size
     require(
