@@ -1,6 +1,7 @@
 """`state.json`: everything of a checkpoint that is not a tensor, readable by a person and without torch."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,7 +79,7 @@ class SavedState:
     """What is read of `state.json`; `trainer.checkpoint.snapshot` writes it, and more for people."""
 
     step: NonNegativeInt
-    saved_at: str
+    saved_at: datetime
     interval_loss: float
     data: DataState
     data_info: LatentInfo

@@ -4,11 +4,12 @@ Read here and not by the library, which maps files into memory: all that was rea
 process, and a failing disk would be a signal that kills it instead of an error.
 """
 
+import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import NonNegativeInt, TypeAdapter
 
@@ -70,7 +71,8 @@ def read_header(handle: int) -> SafetensorsHeader:
 
 def _parse(text: bytes) -> tuple[SafetensorsHeader, int]:
     """The header and where the data of the last tensor end; ValueError if it makes no sense."""
-    entries = _HEADER.validate_json(text, strict=True)
+    entries = _HEADER.validate_json(text, strict=True)  # before `json`, which neither is strict nor limits the depth
+    json.loads(text, object_pairs_hook=_unique)
     metadata = entries.pop("__metadata__", {})
     tensors = [(*entry.data_offsets, name, entry) for name, entry in entries.items() if isinstance(entry, _Entry)]
     if isinstance(metadata, _Entry) or len(tensors) < len(entries) or not text.startswith(b"{"):
@@ -84,3 +86,8 @@ def _parse(text: bytes) -> tuple[SafetensorsHeader, int]:
         places[name] = TensorPlace(dtype=entry.dtype, shape=entry.shape, start=start)
         start += num_bytes
     return SafetensorsHeader(text=text, metadata=metadata, places=places), start
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> None:
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("a name is there twice")
