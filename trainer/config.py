@@ -23,6 +23,7 @@ from moe.config import MoeConfig as MoeConfig
 from moe.routers.registry import build_router
 from trainer.errors import ConfigError as ConfigError
 from trainer.errors import require as require
+from trainer.files import remove_leftovers, write_text
 from trainer.settings.data import DataConfig as DataConfig
 from trainer.settings.model import DiffusionConfig as DiffusionConfig
 from trainer.settings.model import ModelConfig as ModelConfig
@@ -163,8 +164,9 @@ def leaves(content: dict[str, Any], known: dict[str, Any] | None = None, prefix:
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML; `load_config` of that file gives an equal tree."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config))))
+    """Write the resolved configuration as YAML, as the one process that may; `load_config` of it gives an equal one."""
+    remove_leftovers(path)
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config))))
 
 
 def run_cli(main: Callable[[], None], errors: TextIO | None = None) -> None:

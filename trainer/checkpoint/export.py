@@ -26,7 +26,7 @@ from trainer.checkpoint.folder import check_written, write_durable, write_manife
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.state import read_state
 from trainer.checkpoint.tensorfile import Source, Written, write_tensors
-from trainer.errors import ConfigError, require
+from trainer.errors import ConfigError, require, sentence_of
 from trainer.files import flush
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -79,7 +79,7 @@ def export(source: Path, out: Path, options: ExportOptions) -> int:
         os.replace(temporary, out)
         flush(out.parent)
     except OSError as error:
-        raise ConfigError(f"{out} could not be written: {error.strerror or error}") from error
+        raise ConfigError(f"{out} could not be written: {sentence_of(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return size

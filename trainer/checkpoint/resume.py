@@ -3,11 +3,12 @@
 The topology may differ: every rank reads the ranges it needs. What may not differ is in `RULES`.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint.agree import agree, refused, shared_fault
-from trainer.checkpoint.folder import clean, fault, list_checkpoints
+from trainer.checkpoint.folder import clean, fault, list_checkpoints, prune
 from trainer.checkpoint.state import STATE, Topology, read_state
 from trainer.config import TrainConfig, config_to_dict, known_keys, leaves, require
 from trainer.data.latents.samples import LatentInfo
@@ -48,9 +49,9 @@ def choose_checkpoint(
 ) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of the run, or None if it has none; and what to tell the user. Collective.
 
-    The ranks share the verification: each file is read once. Removes what dead jobs left unfinished, so the
-    caller must own the run folder. Raises ConfigError when the checkpoint does not fit the configuration, or
-    when there are checkpoints and none is whole.
+    The ranks share the verification: each file is read once. Removes what dead jobs left unfinished and what
+    `train.keep_last` no longer keeps, so the caller must own the run folder. Raises ConfigError when the checkpoint
+    does not fit the configuration, or when there are checkpoints and none is whole.
     """
     folder = Path(config.run_dir) / "checkpoints"
 
@@ -68,7 +69,10 @@ def choose_checkpoint(
     for path in reversed(paths):
         problem = shared_fault(path, world)
         if not problem:
-            return path, notes + check_resumable(path, config, topology, info)
+            notes += check_resumable(path, config, topology, info)
+            with refused(f"{folder} cannot be prepared"):
+                agree(partial(_make_room, path, config, world))
+            return path, notes
         notes.append(f"passed over checkpoint {path}: {problem}")
     require(
         not paths,
@@ -76,6 +80,12 @@ def choose_checkpoint(
         "or delete them to start over, or use a new run_dir",
     )
     return None, notes
+
+
+def _make_room(checkpoint: Path, config: TrainConfig, world: World) -> None:
+    """Delete what is kept no longer before the next save needs the space; `checkpoint` was just verified."""
+    if world.is_main:
+        prune(checkpoint.parent, checkpoint, keep_last=config.train.keep_last, keep_every=config.train.keep_every)
 
 
 def check_resumable(checkpoint: Path, config: TrainConfig, topology: Topology, info: LatentInfo) -> list[str]:
