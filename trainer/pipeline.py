@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe.layer import MoeLayer
 from moe.routing import RoutingStats
-from trainer.checkpoint.export_reader import ExportConfig, is_export, read_export, read_export_config
+from trainer.checkpoint.export_reader import SavedExport, is_export, read_export, read_export_config
 from trainer.checkpoint.folder import find_checkpoint
 from trainer.checkpoint.reader import check_same_model, read_ema
 from trainer.checkpoint.state import SavedState, read_state
@@ -49,7 +49,7 @@ class Pipeline:
         An export has the weights that were chosen when it was made; `ema` stands for those.
         """
         folder = Path(checkpoint)
-        state: ExportConfig | SavedState
+        state: SavedExport | SavedState
         if is_export(folder):
             state = exported = read_export_config(folder, checksums=True)
             rounded = "" if exported.dtype == "fp32" else f" {exported.dtype}"

@@ -19,7 +19,7 @@ _STORED = ("BF16", "F32")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class SavedExport:
     """What is read of `config.json`."""
 
     step: NonNegativeInt
@@ -34,7 +34,7 @@ class _Index:
     weight_map: dict[str, FileName]
 
 
-_ANY, _CONFIG, _INDEX = TypeAdapter(dict[str, Any]), TypeAdapter(ExportConfig), TypeAdapter(_Index)
+_ANY, _CONFIG, _INDEX = TypeAdapter(dict[str, Any]), TypeAdapter(SavedExport), TypeAdapter(_Index)
 
 
 def is_export(path: Path) -> bool:
@@ -42,7 +42,7 @@ def is_export(path: Path) -> bool:
     return (path / INDEX).is_file()
 
 
-def read_export_config(folder: Path, *, checksums: bool) -> ExportConfig:
+def read_export_config(folder: Path, *, checksums: bool) -> SavedExport:
     """Content of `config.json` of a whole export; ConfigError saying what is wrong with another.
 
     Without `checksums` only the sizes of the large files are compared.
