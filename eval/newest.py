@@ -30,8 +30,8 @@ def last_is_there(run: Path) -> bool:
         state = read_state(found)
     except FileNotFoundError:  # pruned between the two looks: there is a newer one
         return False
-    settings = config_from_dict(state["config"]).train
-    return bool(state["step"] >= (settings.stop_at_step or settings.max_steps))
+    settings = config_from_dict(state.config).train
+    return state.step >= (settings.stop_at_step or settings.max_steps)
 
 
 def _report(run: Path, checkpoint: Path) -> Path:

@@ -21,7 +21,7 @@ from named_checks import run_named
 from trainer.checkpoint.resume import choose_checkpoint
 from trainer.checkpoint.save import write_checkpoint
 from trainer.checkpoint.snapshot import group_settings, take_snapshot
-from trainer.checkpoint.state import Topology, read_state
+from trainer.checkpoint.state import STATE, Topology, read_state
 from trainer.checkpoint.tensorfile import TensorFile
 from trainer.config import load_config
 from trainer.distributed import World, barrier
@@ -52,7 +52,7 @@ def start(world: World, run_dir: Path, ep_size: str, stage: str, overrides: list
         ],
     )  # fmt: skip
     plan = check_start(config, world)
-    checkpoint, _ = choose_checkpoint(config, plan.topology, plan.dataset.info.fingerprint, world)
+    checkpoint, _ = choose_checkpoint(config, plan.topology, plan.dataset.info, world)
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)  # the lock does it in the command line
         prepare_run_folder(plan)
@@ -92,7 +92,7 @@ def load(world: World, folder: Path, origin: str, ep_size: str, stage: str, *ove
     barrier()
     trainer = start(world, run_dir, ep_size, stage, list(overrides))
     assert trainer.state.step == SAVED
-    saved = read_state(folder / origin / step)
+    saved = json.loads((folder / origin / step / STATE).read_text())
     check_optimizer(trainer, saved)
     again = replace(trainer.config, run_dir=str(run_dir / "again"))
     plan = trainer.checked
@@ -105,7 +105,7 @@ def load(world: World, folder: Path, origin: str, ep_size: str, stage: str, *ove
     if not world.is_main:
         return
     unbroken, resumed = losses(folder / origin), losses(run_dir)
-    same = saved["topology"] == read_state(path)["topology"]
+    same = Topology(**saved["topology"]) == read_state(path).topology
     if same and stage != "offload":
         assert resumed == unbroken, (resumed, unbroken)
         last = f"checkpoints/step_{LAST:08d}"
@@ -145,7 +145,7 @@ def check_places(path: Path, topology: Topology) -> None:
                 written.add((file.path.name, name, places[name][0], file.length(f"weight/{name}")))
     expected = {
         (f"rank_{rank:05d}.safetensors", place.name, place.offset, place.length)
-        for rank, places in enumerate(layout_places(read_state(path)["parameters"], topology))
+        for rank, places in enumerate(layout_places(json.loads((path / STATE).read_text())["parameters"], topology))
         for place in places
     }
     assert written == expected, sorted(written ^ expected)[:5]

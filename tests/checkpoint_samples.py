@@ -28,6 +28,12 @@ PARAMETERS: list[dict[str, Any]] = [
 ]
 
 
+INFO = LatentInfo(
+    channels=3, height=8, width=8, text_dim=384, max_tokens=24, codec="pixel", text_encoder="minilm",
+    fingerprint="same", mean=[0.1] * 3, std=[0.5] * 3,
+)  # fmt: skip
+
+
 def sample_config(run_dir: Path, **train: Any) -> TrainConfig:
     return replace(TrainConfig(), run_dir=str(run_dir), train=TrainLoopConfig(**train))
 
@@ -50,20 +56,26 @@ def sample_pieces(topology: Topology, rank: int, step: int) -> list[Piece]:
     ]  # fmt: skip
 
 
-def sample_state(topology: Topology, step: int, config: TrainConfig) -> dict[str, Any]:
+def sample_state(topology: Topology, step: int, config: TrainConfig, info: LatentInfo = INFO) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "saved_at": "2030-01-02T03:04:05+00:00",
         "step": step,
+        "interval_loss": 0.0,
+        "data": {"seed": 0, "epoch": 0, "consumed": 0, "samples_seen": 0},
+        "engine": {"global_steps": step, "global_samples": step, "skipped_steps": 0},
+        "optimizer": {"step": step, "moments": ["exp_avg", "exp_avg_sq"], "groups": []},
         "topology": asdict(topology),
         "global_batch_size": config.global_batch_size(topology.world_size),
-        "data_info": {"fingerprint": "same"},
+        "data_info": asdict(info),
         "parameters": PARAMETERS,
         "config": config_to_dict(config),
     }
 
 
-def write_sample(run_dir: Path, step: int, topology: Topology = TOPOLOGY, config: TrainConfig | None = None) -> Path:
+def write_sample(
+    run_dir: Path, step: int, topology: Topology = TOPOLOGY, config: TrainConfig | None = None, info: LatentInfo = INFO
+) -> Path:
     """A checkpoint of all ranks, without a process group."""
     config = config or sample_config(run_dir)
     final = checkpoint_dir(run_dir, step)
@@ -73,7 +85,9 @@ def write_sample(run_dir: Path, step: int, topology: Topology = TOPOLOGY, config
         rank_file(rank): write_pieces(temporary / rank_file(rank), sample_pieces(topology, rank, step), {})
         for rank in range(topology.world_size)
     }
-    files["state.json"] = write_durable(temporary / "state.json", json.dumps(sample_state(topology, step, config)))
+    files["state.json"] = write_durable(
+        temporary / "state.json", json.dumps(sample_state(topology, step, config, info))
+    )
     write_manifest(temporary, files)
     publish(temporary, final)
     return final
@@ -111,7 +125,7 @@ def write_checkpoint(
             for place in places
         ]  # fmt: skip
         files[rank_file(rank)] = write_pieces(temporary / rank_file(rank), pieces, {})
-    state = sample_state(TOPOLOGY, step, config) | {"parameters": parameters, "data_info": asdict(info)}
+    state = sample_state(TOPOLOGY, step, config, info) | {"parameters": parameters}
     files["state.json"] = write_durable(temporary / "state.json", json.dumps(state))
     write_manifest(temporary, files)
     publish(temporary, final)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from checkpoint_layout import layout_places, tensor_hashes
-from checkpoint_samples import PARAMETERS, TOPOLOGY, sample_config, sample_tensor, write_sample
+from checkpoint_samples import INFO, PARAMETERS, TOPOLOGY, sample_config, sample_tensor, write_sample
 
 from moe.config import MoeConfig
 from trainer.checkpoint.__main__ import main
@@ -64,7 +64,7 @@ def test_every_topology_holds_and_reads_the_same_tensors(tmp_path: Path, topolog
     """What one topology wrote has the full tensors of any other, and gives each rank of that the pieces it asks for."""
     source, other = write_sample(tmp_path / "run", 10), write_sample(tmp_path / "other", 10, topology)
     assert tensor_hashes(source) == tensor_hashes(other) and fault(other) == ""
-    assert read_state(other)["topology"]["world_size"] == topology.world_size
+    assert read_state(other).topology == topology
     readers = CheckpointReader(source), CheckpointReader(other)
     for kind in ("weight", "ema"):
         for entry in PARAMETERS:
@@ -130,11 +130,11 @@ def test_what_shaped_the_weights_is_refused_with_its_reason_and_nothing_else() -
 def test_changed_settings_are_named_or_refused(tmp_path: Path) -> None:
     config = sample_config(tmp_path)
     path = write_sample(tmp_path, 10)
-    assert check_resumable(path, config, TOPOLOGY, "same") == []
+    assert check_resumable(path, config, TOPOLOGY, INFO) == []
     changed = replace(config, train=replace(config.train, log_every=5), optim=OptimConfig(weight_decay=0.5))
     other = Topology(world_size=2, ep_size=1, zero_stage=2)
     changed = replace(changed, train=replace(changed.train, micro_batch_size=2 * config.train.micro_batch_size))
-    assert check_resumable(path, changed, other, "same") == [
+    assert check_resumable(path, changed, other, INFO) == [
         "topology: 4 processes, ep_size 2, ZeRO 3 -> 2 processes, ep_size 1, ZeRO 2",
         "train.micro_batch_size: 8 -> 16",
         "train.log_every: 1 -> 5",
@@ -146,11 +146,11 @@ def test_changed_settings_are_named_or_refused(tmp_path: Path) -> None:
         (replace(config, model=replace(config.model, dim=128)), "model.dim is 128 but .* was trained with 64"),
     ):
         with pytest.raises(ConfigError, match=words):
-            check_resumable(path, wrong, TOPOLOGY, "same")
+            check_resumable(path, wrong, TOPOLOGY, INFO)
     with pytest.raises(ConfigError, match="global batch of 32, this run has 16"):
-        check_resumable(path, config, other, "same")
+        check_resumable(path, config, other, INFO)
     with pytest.raises(ConfigError, match="is not the data set that"):
-        check_resumable(path, config, TOPOLOGY, "another")
+        check_resumable(path, config, TOPOLOGY, replace(INFO, fingerprint="another"))
 
 
 def test_a_pool_that_is_the_micro_batch_keeps_its_size(tmp_path: Path) -> None:
@@ -159,11 +159,11 @@ def test_a_pool_that_is_the_micro_batch_keeps_its_size(tmp_path: Path) -> None:
     other = Topology(world_size=2, ep_size=1, zero_stage=2)
     loop = replace(config.train, gradient_accumulation_steps=2)
     assert "train.gradient_accumulation_steps: 1 -> 2" in check_resumable(
-        path, replace(config, train=loop), other, "same"
+        path, replace(config, train=loop), other, INFO
     )
     loop = replace(config.train, micro_batch_size=2 * config.train.micro_batch_size)
     with pytest.raises(ConfigError, match=r"train\.micro_batch_size is 16 but .* with 8, and with moe\.pool=batch"):
-        check_resumable(path, replace(config, train=loop), other, "same")
+        check_resumable(path, replace(config, train=loop), other, INFO)
 
 
 def test_settings_come_and_go_between_versions() -> None:

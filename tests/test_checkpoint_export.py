@@ -85,7 +85,7 @@ def test_plain_safetensors_reads_what_the_index_says(
     names = sorted(path.name for path in out.iterdir())
     assert all((folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in names)
     content = read_export_config(out, checksums=True)
-    assert (content["weights"], content["dtype"], content["step"]) == (weights, short, 3)
+    assert (content.weights, content.dtype, content.step) == (weights, short, 3)
 
 
 def test_shards_are_filled_in_order() -> None:

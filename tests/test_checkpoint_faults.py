@@ -4,22 +4,26 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_samples import TOPOLOGY, sample_config, sample_pieces, sample_state, write_sample
+from checkpoint_samples import INFO, TOPOLOGY, sample_config, sample_pieces, sample_state, write_sample
+from tests_launcher import ROOT, metrics
 
 from trainer.checkpoint.agree import CheckpointError
-from trainer.checkpoint.folder import clean, fault, list_checkpoints, newest_whole, prune
+from trainer.checkpoint.folder import clean, fault, list_checkpoints, newest_whole, prune, step_of
 from trainer.checkpoint.resume import choose_checkpoint, find_candidate
 from trainer.checkpoint.save import write_checkpoint
 from trainer.checkpoint.snapshot import Snapshot
 from trainer.checkpoint.state import Topology
-from trainer.config import ConfigError
+from trainer.config import ConfigError, load_config
 from trainer.distributed import World
+from trainer.loop.run_lock import RunLock
+from trainer.loop.start_checks import find_resume
 
 ALONE, WORLD = Topology(world_size=1, ep_size=1, zero_stage=3), World(rank=0, local_rank=0, size=1)
 
@@ -81,15 +85,15 @@ def test_resume_takes_the_newest_whole_one_and_cleans_up(tmp_path: Path) -> None
     flip(bad / "rank_00003.safetensors")
     config = sample_config(tmp_path)
     assert find_candidate(tmp_path) == bad, "sizes are right"
-    found, notes = choose_checkpoint(config, TOPOLOGY, "same", WORLD)
+    found, notes = choose_checkpoint(config, TOPOLOGY, INFO, WORLD)
     assert found == good and notes == [f"passed over checkpoint {bad}: rank_00003.safetensors has a wrong checksum"]
     assert not stale.exists()
     (good / "state.json").unlink()
     assert find_candidate(tmp_path) == bad
     with pytest.raises(ConfigError, match=r"has checkpoints and none is whole \(.*state.json is missing.*\): restore"):
-        choose_checkpoint(config, TOPOLOGY, "same", WORLD)
+        choose_checkpoint(config, TOPOLOGY, INFO, WORLD)
     shutil.rmtree(tmp_path / "checkpoints")
-    assert choose_checkpoint(config, TOPOLOGY, "same", WORLD) == (None, [])
+    assert choose_checkpoint(config, TOPOLOGY, INFO, WORLD) == (None, [])
 
 
 def test_retention_keeps_the_last_and_each_nth(tmp_path: Path) -> None:
@@ -192,7 +196,7 @@ def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]
 @pytest.mark.usefixtures("process_group")
 def test_a_full_disk_is_one_sentence_and_leaves_no_trace(small_disk: Path) -> None:
     first = save(small_disk, 10)
-    (small_disk / "filler").write_bytes(b"x" * 45_000)
+    (small_disk / "filler").write_bytes(b"x" * 30_000)
     with pytest.raises(
         CheckpointError, match=r"step 20 could not be saved in .*No space left on device: free"
     ) as error:
@@ -202,6 +206,63 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_trace(small_disk: Path) -> No
     assert fault(first) == ""
     (small_disk / "filler").unlink()
     assert fault(save(small_disk, 20)) == ""
+
+
+def test_a_start_on_a_full_disk_says_free_space(small_disk: Path) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        (small_disk / "filler").write_bytes(b"x" * 100_000)
+    with pytest.raises(ConfigError, match=r"run_dir=.*run cannot be written: No space left on device.*: free space$"):
+        RunLock(small_disk / "run").acquire()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("small_disk", ["96k"], indirect=True)
+def test_a_lower_keep_last_makes_room_before_the_next_save(small_disk: Path) -> None:
+    for step in (10, 20, 30):
+        save(small_disk, step, keep_last=3)
+    (small_disk / "filler").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 8192))
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save(small_disk, 40, keep_last=3)
+    config = sample_config(small_disk, keep_last=1, micro_batch_size=8)
+    found, notes = choose_checkpoint(config, ALONE, INFO, WORLD)
+    assert found is not None and found.name == "step_00000030" and notes == ["train.keep_last: 3 -> 1"]
+    assert list_checkpoints(small_disk / "checkpoints") == [found] and not fault(found)
+    assert not fault(save(small_disk, 40, keep_last=1))
+
+
+@pytest.mark.usefixtures("process_group")
+def test_what_is_saved_after_the_run_folder_was_removed_can_be_resumed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    save(run, 10)
+    shutil.rmtree(run)
+    saved = save(run, 20)
+    assert "config.yaml is missing, maybe the run folder was removed: written anew" in caplog.text
+    assert load_config(run / "config.yaml") == sample_config(run)
+    assert find_resume(sample_config(run), ALONE, INFO) == saved
+
+
+@pytest.mark.slow
+def test_a_run_whose_folder_is_removed_ends_in_one_sentence_and_is_rescued(launcher: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = ["-m", "trainer.train", "debug", f"run_dir={run}", "model.num_layers=2", "train.checkpoint_every=0"]
+    with (tmp_path / "errors").open("w") as errors:
+        process = subprocess.Popen(
+            launcher.command(*command, "train.max_steps=100000"),
+            cwd=ROOT, env=launcher.environment(), stdout=subprocess.DEVNULL, stderr=errors,
+        )  # fmt: skip
+        while len(metrics(run)) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+        shutil.rmtree(run)
+        assert process.wait(120) == 2
+    sentence = (tmp_path / "errors").read_text()
+    assert sentence.startswith(f"error: run_dir={run} ") and sentence.count("\n") == 1, sentence
+    (rescued,) = list_checkpoints(run / "checkpoints")
+    last = step_of(rescued) + 1
+    done = launcher.run(*command, "train.max_steps=100000", f"train.stop_at_step={last}")
+    assert done.returncode == 0 and f"resuming from {rescued}" in done.stdout, done.stderr[-2000:]
 
 
 @pytest.mark.usefixtures("process_group")

@@ -10,8 +10,9 @@ from checkpoint_layout import tensor_hashes
 from safetensors.torch import load_file
 from torch import Tensor
 
+from trainer.checkpoint.folder import write_manifest
 from trainer.checkpoint.reader import CheckpointReader, Piece, rank_file, read_ema, write_pieces
-from trainer.checkpoint.tensorfile import TensorFile
+from trainer.checkpoint.tensorfile import TensorFile, Written
 from trainer.config import ConfigError
 
 SHAPES = {"blocks.1.mlp.experts.w1": (4, 3, 5), "bias": (7,), "scale": (1,)}
@@ -42,6 +43,13 @@ def write(folder: Path, cuts: dict[str, list[int]]) -> None:
         content = (folder / rank_file(rank)).read_bytes()
         assert written.size == len(content)
         assert written.checksum == xxhash.xxh3_128_hexdigest(content)
+    sign(folder)
+
+
+def sign(folder: Path) -> None:
+    """Make the manifest name what is there."""
+    names = [path.name for path in folder.glob("rank_*")]
+    write_manifest(folder, dict.fromkeys(names, Written(size=0, checksum="")))
 
 
 CUTS = [{}, {"blocks.1.mlp.experts.w1": [30]}, {"blocks.1.mlp.experts.w1": [1, 29, 30], "bias": [3]}]
@@ -87,18 +95,22 @@ def test_pieces_that_do_not_cover_a_tensor_once_are_refused(tmp_path: Path) -> N
     other = tmp_path / rank_file(1)
     content = other.read_bytes()
     other.unlink()
+    sign(tmp_path)
     with pytest.raises(ConfigError, match=f"elements 10 to 30 of weight {name} are there not at all"):
         CheckpointReader(tmp_path)
     (tmp_path / rank_file(7)).write_bytes(content)
     other.write_bytes(content)
+    sign(tmp_path)
     with pytest.raises(ConfigError, match=f"elements 10 to 30 of weight {name} are there twice"):
         CheckpointReader(tmp_path)
     other.unlink()
     (tmp_path / rank_file(2)).unlink()
+    sign(tmp_path)
     with pytest.raises(ConfigError, match=f"30 elements of weight {name} are there, it has 60"):
         CheckpointReader(tmp_path)
     for path in tmp_path.iterdir():
         path.unlink()
+    sign(tmp_path)
     with pytest.raises(ConfigError, match="is it a checkpoint"):
         CheckpointReader(tmp_path)
 

@@ -71,7 +71,7 @@ def test_old_checkpoint_exports_to_the_same_bytes(old: Path) -> None:
 
 def test_old_export_is_read(old: Path) -> None:
     config = read_export_config(old / "export", checksums=True)
-    assert config["step"] == 4 and config["weights"] == "ema" and config["config"]["moe"]["num_experts"] == 4
+    assert config.step == 4 and config.weights == "ema" and config.config["moe"]["num_experts"] == 4
     weights, average = read_export(old / "export"), read_ema(old / "run" / "checkpoints" / "step_00000004")
     stored = load_file(old / "export" / "model-00001-of-00001.safetensors")
     assert weights.keys() == average.keys() == stored.keys() and len(weights) == 46

@@ -23,6 +23,7 @@ from moe.config import MoeConfig as MoeConfig
 from moe.routers.registry import build_router
 from trainer.errors import ConfigError as ConfigError
 from trainer.errors import require as require
+from trainer.files import remove_leftovers, write_text
 from trainer.settings.data import DataConfig as DataConfig
 from trainer.settings.model import DiffusionConfig as DiffusionConfig
 from trainer.settings.model import ModelConfig as ModelConfig
@@ -77,9 +78,9 @@ class TrainConfig:
         return self.train.micro_batch_size * self.train.gradient_accumulation_steps * world_size
 
 
-def _known_keys(cls: type) -> dict[str, Any]:
-    """Nested {key: None or dict} of a dataclass tree, for the check of names."""
-    return {f.name: _known_keys(f.type) if is_dataclass(f.type) else None for f in fields(cls)}  # type: ignore[arg-type]
+def known_keys(cls: type) -> dict[str, Any]:
+    """Nested {key: None or dict} of a dataclass tree: a section is a dict, a setting None."""
+    return {f.name: known_keys(f.type) if is_dataclass(f.type) else None for f in fields(cls)}  # type: ignore[arg-type]
 
 
 def _check_keys(given: Any, known: dict[str, Any], path: str, origin: str) -> None:
@@ -110,7 +111,7 @@ def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ())
         _read(f"override {item!r}", partial(OmegaConf.from_dotlist, [item]))
     from_file = _read(path.name, partial(OmegaConf.load, path))
     from_cli = _read("command line", partial(OmegaConf.from_dotlist, list(overrides)))
-    known = _known_keys(TrainConfig)
+    known = known_keys(TrainConfig)
     for origin, layer in ((path.name, from_file), ("command line", from_cli)):
         content = OmegaConf.to_container(layer)
         require(isinstance(content, dict), f"{origin}: expected a mapping of keys to values")
@@ -148,22 +149,24 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
 
 def config_from_dict(content: dict[str, Any]) -> TrainConfig:
     """Inverse of `config_to_dict`; raises ConfigError like `load_config`."""
-    _check_keys(content, _known_keys(TrainConfig), "", "saved config")
+    _check_keys(content, known_keys(TrainConfig), "", "saved config")
     return _build(content)
 
 
-def leaves(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested dicts by their dotted names."""
+def leaves(content: dict[str, Any], known: dict[str, Any] | None = None, prefix: str = "") -> dict[str, Any]:
+    """The values of nested dicts by their dotted names; a dict that `known_keys` says is one setting stays whole."""
     found: dict[str, Any] = {}
     for key, value in content.items():
-        name = f"{prefix}{key}"
-        found |= leaves(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        name, below = f"{prefix}{key}", (known or {}).get(key, {})
+        is_section = isinstance(value, dict) and below is not None
+        found |= leaves(value, below, f"{name}.") if is_section else {name: value}
     return found
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML; `load_config` of that file gives an equal tree."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config))))
+    """Write the resolved configuration as YAML, as the one process that may; `load_config` of it gives an equal one."""
+    remove_leftovers(path)
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config))))
 
 
 def run_cli(main: Callable[[], None], errors: TextIO | None = None) -> None:

@@ -1,17 +1,17 @@
 """A trained model ready to draw: the sharded EMA put together in one process, with codec and text encoder."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from moe.layer import MoeLayer
 from moe.routing import RoutingStats
-from trainer.checkpoint.export_reader import is_export, read_export, read_export_config
+from trainer.checkpoint.export_reader import SavedExport, is_export, read_export, read_export_config
 from trainer.checkpoint.folder import find_checkpoint
-from trainer.checkpoint.reader import read_ema
-from trainer.checkpoint.state import read_state
+from trainer.checkpoint.reader import check_same_model, read_ema
+from trainer.checkpoint.state import SavedState, read_state
 from trainer.config import TrainConfig, config_from_dict
 from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.model import EcDit, ModelShape, init_weights
@@ -49,16 +49,21 @@ class Pipeline:
         An export has the weights that were chosen when it was made; `ema` stands for those.
         """
         folder = Path(checkpoint)
+        state: SavedExport | SavedState
         if is_export(folder):
-            state: dict[str, Any] = read_export_config(folder, checksums=True)
-            rounded = "" if state["dtype"] == "fp32" else f" {state['dtype']}"
-            read, origin = read_export, state["weights"] + rounded
+            state = exported = read_export_config(folder, checksums=True)
+            rounded = "" if exported.dtype == "fp32" else f" {exported.dtype}"
+            read, origin = read_export, exported.weights + rounded
         else:
             folder = find_checkpoint(folder)
             state, read, origin = read_state(folder), read_ema, "ema"
-        config = config_from_dict(state["config"])
-        info = LatentInfo(**state["data_info"])
-        return cls(config, info, state["step"], read(folder) if weights == "ema" else None, origin)
+        config, found = config_from_dict(state.config), read(folder) if weights == "ema" else None
+        if found is not None:
+            with torch.device("meta"):
+                model = EcDit(config.model, config.moe, ModelShape.of(state.data_info))
+            here = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+            check_same_model(folder, {name: list(weight.shape) for name, weight in found.items()}, here)
+        return cls(config, state.data_info, state.step, found, origin)
 
     @torch.inference_mode()
     def generate(self, captions: list[str], seeds: list[int], *, observe: Observer | None = None) -> Tensor:

@@ -4,7 +4,8 @@
     python -m trainer.checkpoint verify RUN_OR_STEP
     python -m trainer.checkpoint export RUN_OR_STEP OUT --weights ema --dtype bf16
 
-`list` compares names and sizes, `verify` reads everything; both exit with code 1 if a checkpoint is broken.
+`list` compares names and sizes, `verify` reads everything; both exit with code 1 if a checkpoint is broken, all of
+them with code 2 where nothing is found or a setting is wrong.
 `export` writes plain safetensors files, which `trainer.sample`, `eval.run` and `init_from` of a new run take; it
 needs no GPU and little memory. Resuming on other processes needs no command: any topology reads any checkpoint.
 """

@@ -3,16 +3,16 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 
 from tqdm import tqdm
 
 from trainer.checkpoint.export import CONFIG, ExportOptions, check_target, export
-from trainer.checkpoint.export_reader import is_export
+from trainer.checkpoint.export_reader import ExportReader, is_export, read_export_config
 from trainer.checkpoint.folder import fault, find_checkpoint, list_checkpoints, read_manifest
-from trainer.checkpoint.state import Topology, read_state
-from trainer.errors import require
+from trainer.checkpoint.reader import CheckpointReader
+from trainer.checkpoint.state import STATE, read_state
+from trainer.errors import ConfigError, require
 
 _HEADER = ("STEP", "SAVED", "SIZE", "TOPOLOGY", "STATE")
 
@@ -24,7 +24,7 @@ def _list(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     if not is_export(arguments.path):
         return _show(_checkpoints(arguments.path), checksums=True)
-    problem = fault(arguments.path, state=CONFIG)
+    problem = _problem(arguments.path, ExportReader, checksums=True, state=CONFIG)
     print(f"{arguments.path}: {problem or 'whole'}")
     return int(bool(problem))
 
@@ -56,14 +56,28 @@ def _show(checkpoints: Sequence[Path], *, checksums: bool) -> int:
     return int(any(row[-1] != "whole" for row in rows))
 
 
+def _problem(path: Path, reader: type[CheckpointReader | ExportReader], *, checksums: bool, state: str) -> str:
+    """What is wrong with a folder; with `checksums` also in files that are as they were written."""
+    problem = fault(path, checksums=checksums, state=state)
+    if problem or not checksums:
+        return problem
+    try:
+        if reader is ExportReader:
+            read_export_config(path, checksums=False)
+        reader(path).close()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 def _row(path: Path, checksums: bool) -> tuple[str, ...]:
-    problem = fault(path, checksums=checksums)
+    problem = _problem(path, CheckpointReader, checksums=checksums, state=STATE)
     step = path.name.removeprefix("step_").lstrip("0") or "0"
     try:
         saved = read_state(path)
         size = sum(entry.size for entry in read_manifest(path).values())
-        when = datetime.fromisoformat(saved["saved_at"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        facts = (when, _human(size), str(Topology(**saved["topology"])))
+        when = saved.saved_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        facts = (when, _human(size), str(saved.topology))
     except (OSError, ValueError) as error:  # the row says so; the table goes on
         return (step, "-", "-", "-", problem or str(error))
     return (step, *facts, problem or "whole")

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from trainer.checkpoint.folder import check_written, write_durable, write_manife
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.state import read_state
 from trainer.checkpoint.tensorfile import Source, Written, write_tensors
-from trainer.errors import ConfigError, require
+from trainer.errors import ConfigError, require, sentence_of
 from trainer.files import flush
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -79,7 +79,7 @@ def export(source: Path, out: Path, options: ExportOptions) -> int:
         os.replace(temporary, out)
         flush(out.parent)
     except OSError as error:
-        raise ConfigError(f"{out} could not be written: {error.strerror or error}") from error
+        raise ConfigError(f"{out} could not be written: {sentence_of(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return size
@@ -106,14 +106,17 @@ def _write(source: Path, folder: Path, options: ExportOptions) -> int:
     total = sum(sizes.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     state = read_state(source)
-    config = {key: state[key] for key in ("step", "data_info", "config")} | {
+    config = {
+        "step": state.step,
+        "data_info": {k: v for k, v in asdict(state.data_info).items() if k != "samples"},  # which only a resume needs
+        "config": state.config,
         "architectures": ["EcDit"],
         "model_type": "ec_dit",
         "torch_dtype": str(dtype).removeprefix("torch."),
         "format": FORMAT,
         "weights": options.weights,
         "dtype": options.dtype,
-        "git_commit": state.get("git_commit", ""),
+        "git_commit": state.git_commit,
     }
     for file, content in {INDEX: index, CONFIG: config}.items():
         files[file] = write_durable(folder / file, json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -1,16 +1,40 @@
 """Reads an export: what it says of itself, and its tensors as fp32 by flat range."""
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import NonNegativeInt, TypeAdapter
 from torch import Tensor
 
-from trainer.checkpoint.export import CONFIG, DTYPES, FORMAT, INDEX
-from trainer.checkpoint.folder import fault
+from trainer.checkpoint.export import CONFIG, FORMAT, INDEX
+from trainer.checkpoint.folder import MANIFEST, fault, read_manifest
+from trainer.checkpoint.members import FileName, member, read_json
 from trainer.checkpoint.tensorfile import TensorFile
-from trainer.config import ConfigError, require
+from trainer.config import require
+from trainer.data.latents.samples import LatentInfo
+
+_STORED = ("BF16", "F32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedExport:
+    """What is read of `config.json`."""
+
+    step: NonNegativeInt
+    data_info: LatentInfo
+    config: dict[str, Any]
+    weights: str
+    dtype: Literal["bf16", "fp32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Index:
+    weight_map: dict[str, FileName]
+
+
+_ANY, _CONFIG, _INDEX = TypeAdapter(dict[str, Any]), TypeAdapter(SavedExport), TypeAdapter(_Index)
 
 
 def is_export(path: Path) -> bool:
@@ -18,21 +42,19 @@ def is_export(path: Path) -> bool:
     return (path / INDEX).is_file()
 
 
-def read_export_config(folder: Path, *, checksums: bool) -> dict[str, Any]:
+def read_export_config(folder: Path, *, checksums: bool) -> SavedExport:
     """Content of `config.json` of a whole export; ConfigError saying what is wrong with another.
 
     Without `checksums` only the sizes of the large files are compared.
     """
     problem = fault(folder, checksums=checksums, state=CONFIG)
     require(not problem, f"{folder} is not whole: {problem}: export it anew")
-    content: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-    found = content.get("format")
+    found = read_json(folder, CONFIG, _ANY).get("format")
     require(
         found == FORMAT,
-        f"{folder} has export format {found}, this version reads {FORMAT}: read it with the version that wrote it",
+        f"{folder} has export format {found!r}, this version reads {FORMAT}: read it with the version that wrote it",
     )
-    assert content["dtype"] in DTYPES, content["dtype"]
-    return content
+    return read_json(folder, CONFIG, _CONFIG)
 
 
 class ExportReader:
@@ -43,13 +65,16 @@ class ExportReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
-            weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"{folder / INDEX} is missing or unreadable: export it anew") from error
-        self._files = {name: TensorFile(folder / name) for name in sorted(set(weight_map.values()))}
+        weight_map, verified = read_json(folder, INDEX, _INDEX).weight_map, read_manifest(folder)
+        files = sorted(set(weight_map.values()))
+        for file in files:
+            require(file in verified, f"{folder / INDEX} is damaged: {file} is not in {MANIFEST}")
+        self._files = {file: TensorFile(member(folder, file)) for file in files}
         for name, file in weight_map.items():
-            require(name in self._files[file].places, f"{folder / file} is damaged: it has no {name}")
+            place = self._files[file].places.get(name)
+            require(place is not None, f"{folder / file} is damaged: it has no {name}")
+            fits = place is not None and place.dtype in _STORED
+            require(fits, f"{folder / file} is damaged: {name} is not stored as {' or '.join(_STORED)}")
         self._holder = {name: self._files[file] for name, file in weight_map.items()}
         self.shapes = {name: file.places[name].shape for name, file in self._holder.items()}
 

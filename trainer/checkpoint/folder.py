@@ -13,11 +13,13 @@ import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import xxhash
+from pydantic import NonNegativeInt, TypeAdapter
 
+from trainer.checkpoint.members import FileName, member, read_json
 from trainer.checkpoint.state import STATE
 from trainer.checkpoint.tensorfile import Written
 from trainer.errors import ConfigError, require
@@ -29,6 +31,20 @@ _NAME = re.compile(r"step_\d{8,}")  # numbers are padded so that a listing sorts
 _REPLACED, _DELETED = ".replaced.tmp", ".deleted.tmp"
 _HASH_THREADS = 4
 logger = logging.getLogger("ec_dit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    size: NonNegativeInt
+    xxh3_128: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Manifest:
+    files: dict[FileName, _Entry]
+
+
+_MANIFEST = TypeAdapter(_Manifest)
 
 
 def checkpoint_dir(run_dir: str | Path, step: int) -> Path:
@@ -67,11 +83,8 @@ def write_manifest(folder: Path, files: Mapping[str, Written]) -> None:
 
 def read_manifest(checkpoint: Path) -> dict[str, Written]:
     """Inverse of `write_manifest`; ConfigError if there is none that can be read."""
-    try:
-        files: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())["files"]
-        return {name: Written(size=entry["size"], checksum=entry["xxh3_128"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{MANIFEST} is missing or unreadable") from error
+    files = read_json(checkpoint, MANIFEST, _MANIFEST).files
+    return {name: Written(size=entry.size, checksum=entry.xxh3_128) for name, entry in files.items()}
 
 
 def _checksum(path: Path) -> str:
@@ -97,21 +110,22 @@ def fault(
     try:
         manifest = read_manifest(checkpoint)
     except ConfigError as error:
-        return str(error)
+        return str(error).removeprefix(f"{checkpoint}/")
     if state not in manifest:
         return f"{state} is missing"
     names = sorted(only or manifest, key=lambda name: (name == state, name))[part::num_parts]  # rank r: its own file
 
     def problem(name: str) -> str:
-        path, expected = checkpoint / name, manifest[name]
+        expected = manifest[name]
         try:
+            path = member(checkpoint, name)
             size = path.stat().st_size
             if size != expected.size:
                 return f"{name} has {size} bytes instead of {expected.size}"
             if (checksums or name == state) and _checksum(path) != expected.checksum:
                 return f"{name} has a wrong checksum"
-        except FileNotFoundError:
-            return f"{name} is missing"
+        except ConfigError as error:
+            return str(error).removeprefix(f"{checkpoint}/")
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
         return ""
@@ -183,7 +197,7 @@ def prune(folder: Path, saved: Path, *, keep_last: int, keep_every: int) -> None
             continue
         deleted = old.with_name(old.name + _DELETED)  # renamed first: half of a checkpoint has no checkpoint's name
         os.replace(old, deleted)
-        shutil.rmtree(deleted)
+        _remove(deleted)
 
 
 def clean(folder: Path) -> None:
@@ -193,5 +207,13 @@ def clean(folder: Path) -> None:
         if path.name.endswith(_REPLACED) and not final.exists():
             os.replace(path, final)
         else:
-            shutil.rmtree(path)
+            _remove(path)
     remove_leftovers(folder / _LATEST)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder; of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -37,11 +37,11 @@ def check_init(folder: Path, config: TrainConfig, info: LatentInfo) -> None:
         f"init_from={folder} is not an export: make one with `python -m trainer.checkpoint export RUN OUT`",
     )
     saved = read_export_config(folder, checksums=False)
-    old = config_from_dict(saved["config"])
+    old = config_from_dict(saved.config)
     for key, value in asdict(config.model).items():
         was = getattr(old.model, key)
         _check_same(f"model.{key}", value, was, folder, f"set model.{key}={was}")
-    data = LatentInfo(**saved["data_info"])
+    data = saved.data_info
     for name in ("codec", "text_encoder", "channels", "text_dim"):
         key, remedy = _DATA_KEYS.get(name, f"the data's {name}"), "encode the data as it was, or drop init_from"
         _check_same(key, getattr(info, name), getattr(data, name), folder, remedy)
@@ -90,7 +90,7 @@ def _check_shapes(folder: Path, config: TrainConfig, info: LatentInfo) -> None:
 
 
 def _source(reader: ExportReader, config: TrainConfig) -> ExportReader | Upcycled:
-    old = config_from_dict(read_export_config(reader.folder, checksums=False)["config"])
+    old = config_from_dict(read_export_config(reader.folder, checksums=False).config)
     return Upcycled(reader, config.moe) if _is_upcycled(old, config) else reader
 
 
@@ -101,8 +101,8 @@ def init_notes(config: TrainConfig, info: LatentInfo, checkpoint: Path | None) -
     if checkpoint is not None:
         return [f"init_from={config.init_from} is ignored: the run goes on from its own checkpoint"]
     saved = read_export_config(Path(config.init_from), checksums=False)
-    old, data = config_from_dict(saved["config"]), LatentInfo(**saved["data_info"])
-    notes = [f"initial weights: {saved['weights']} of step {saved['step']} in {saved['dtype']}"]
+    old, data = config_from_dict(saved.config), saved.data_info
+    notes = [f"initial weights: {saved.weights} of step {saved.step} in {saved.dtype}"]
     if _is_upcycled(old, config):
         scale = config.moe.num_experts / config.moe.capacity_factor
         notes.append(f"each of {config.moe.num_experts} experts is the dense FFN with its output times {scale:g}")

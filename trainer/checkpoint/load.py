@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.agree import agree, refused
-from trainer.checkpoint.reader import CheckpointReader, Piece, rank_file
+from trainer.checkpoint.members import member
+from trainer.checkpoint.reader import CheckpointReader, Piece, check_same_model, rank_file
 from trainer.checkpoint.snapshot import describe_parameters, engine_pieces, restore_counters, restore_rng
-from trainer.checkpoint.state import TrainState, read_state
+from trainer.checkpoint.state import SavedState, TrainState, read_state
 from trainer.checkpoint.tensorfile import CHUNK_BYTES, TensorFile
-from trainer.config import require
-from trainer.data.position import DataState
+from trainer.config import ConfigError
 from trainer.distributed import World
 from trainer.engine.ema import Ema
 from trainer.engine.zero_state import prepare_moments, publish_master
@@ -30,26 +30,22 @@ def load_checkpoint(checkpoint: Path, engine: Any, ema: Ema, world: World) -> Tr
     saved = read_state(checkpoint)
     with refused(f"{checkpoint} cannot be loaded"):
         agree(lambda: _fill(checkpoint, engine, ema, saved, world))
+        if saved.topology.world_size == world.size:
+            agree(lambda: _restore_rng(member(checkpoint, rank_file(world.rank))))
     publish_master(engine)  # the model computes with rounded copies, which still are the initial values
     restore_counters(engine, saved)
-    if saved["topology"]["world_size"] == world.size and (rng := _rng_tensors(checkpoint / rank_file(world.rank))):
-        restore_rng(rng)
-    since_report = saved["step"] % saved["config"]["train"]["log_every"]  # in checkpoints that do not say it
     return TrainState(
-        step=saved["step"], data=DataState(**saved["data"]), interval_loss=saved["interval_loss"],
-        interval_steps=saved.get("interval_steps", since_report),
-    )  # fmt: skip
+        step=saved.step, data=saved.data, interval_loss=saved.interval_loss, interval_steps=saved.steps_since_report()
+    )
 
 
 @torch.no_grad()
-def _fill(checkpoint: Path, engine: Any, ema: Ema, saved: dict[str, Any], world: World) -> None:
-    there = {entry["name"]: entry["shape"] for entry in saved["parameters"]}
+def _fill(checkpoint: Path, engine: Any, ema: Ema, saved: SavedState, world: World) -> None:
+    there = {entry.name: entry.shape for entry in saved.parameters}
     here = {entry["name"]: entry["shape"] for entry in describe_parameters(engine)}
-    for name in sorted(there.keys() | here.keys()):
-        old, new = there.get(name, "absent"), here.get(name, "absent")
-        require(old == new, f"{checkpoint} is of another model: {name} is {old} there and {new} here")
+    check_same_model(checkpoint, there, here)
     # Moments come into being in an optimizer's first step; without this there would be nothing to fill.
-    prepare_moments(engine, saved["optimizer"]["moments"], saved["optimizer"]["step"])
+    prepare_moments(engine, saved.optimizer.moments, saved.optimizer.step)
     pieces = engine_pieces(engine, ema)
     reader = _reader(checkpoint, pieces, world)
     fill((piece.values, piece.offset, partial(reader.read_into, piece.kind, piece.name)) for piece in pieces)
@@ -80,19 +76,21 @@ def _reader(checkpoint: Path, pieces: list[Piece], world: World) -> CheckpointRe
 
     Then N ranks open N files and not N * N, which is what network file systems are slow at.
     """
-    own = checkpoint / rank_file(world.rank)
-    if own.exists():
-        reader = CheckpointReader(checkpoint, [own])
-        if all(reader.holds(piece) for piece in pieces):
-            return reader
-        reader.close()
+    reader = CheckpointReader(checkpoint, [rank_file(world.rank)])
+    if all(reader.holds(piece) for piece in pieces):
+        return reader
+    reader.close()
     return CheckpointReader(checkpoint)
 
 
-def _rng_tensors(path: Path) -> dict[str, Tensor]:
+def _restore_rng(path: Path) -> None:
     with closing(TensorFile(path)) as file:
         names = [name for name in file.places if name.startswith("rng/")]
         tensors = {name: torch.empty(file.length(name), dtype=torch.uint8) for name in names}
-        for name, tensor in tensors.items():
-            file.read_into(name, 0, tensor)
-    return tensors
+        try:
+            for name, tensor in tensors.items():
+                file.read_into(name, 0, tensor)
+            if tensors:
+                restore_rng(tensors)
+        except (LookupError, ValueError, TypeError, RuntimeError, StopIteration) as error:  # of torch, numpy, Python
+            raise ConfigError(f"{path} is damaged: its random generators cannot be restored") from error

@@ -6,20 +6,26 @@ parameter's leading axis is the expert, so the experts of a rank are one contigu
 """
 
 import json
+import re
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor
 
+from trainer.checkpoint.folder import read_manifest
+from trainer.checkpoint.members import member, misfit
 from trainer.checkpoint.tensorfile import CHUNK_BYTES, TensorFile, Written, flat_source, write_tensors
-from trainer.config import ConfigError
+from trainer.config import ConfigError, require
 
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
+_RANK_FILE = re.compile(r"rank_\d{5,}\.safetensors")
+_PLACES = TypeAdapter(dict[str, tuple[NonNegativeInt, tuple[NonNegativeInt, ...]]])  # name: offset and full shape
 _MAX_OPEN = 64  # files: thousands of processes have written a checkpoint, and a process may open about 1000
 
 
@@ -63,18 +69,19 @@ class _FilePlace:
 class CheckpointReader:
     """The logical tensors of one checkpoint folder, fp32 on the host, read in full or by flat range.
 
-    Construction reads the headers of all files, or of `files` alone: then only what they hold can be read.
+    Construction reads the headers of all files, or of those named `files` alone: then only what they hold can be read.
     Raises ConfigError naming the file that is damaged, or the tensor whose pieces do not cover it exactly once.
     """
 
-    def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
+    def __init__(self, folder: Path, files: Collection[str] | None = None) -> None:
         self.folder = folder
         self._open: OrderedDict[Path, TensorFile] = OrderedDict()
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, dict[str, list[_FilePlace]]] = {kind: {} for kind in KINDS}
-        paths = sorted(folder.glob("rank_*.safetensors")) if files is None else files
-        if not paths:
-            raise ConfigError(f"{folder} holds no rank_*.safetensors file: is it a checkpoint?")
+        # What the manifest does not name was not verified with the checkpoint.
+        there = sorted(name for name in read_manifest(folder) if _RANK_FILE.fullmatch(name))
+        paths = [member(folder, name) for name in there if files is None or name in files]
+        require(bool(paths) or files is not None, f"{folder} holds no rank_*.safetensors file: is it a checkpoint?")
         for path in paths:
             self._index(path)
         # With all files at hand each tensor must be there in full and once, so that a file too few or of another
@@ -87,17 +94,22 @@ class CheckpointReader:
 
     def _index(self, path: Path) -> None:
         file = self._file(path)
-        places = json.loads(file.metadata.get("places", "{}"))
-        for key in file.places:
+        try:
+            places = _PLACES.validate_json(file.metadata.get("places", "{}"), strict=True)
+        except ValidationError as error:
+            raise ConfigError(f"{path} is damaged: in its places {misfit(error)}") from error
+        for key, stored in file.places.items():
             kind, _, name = key.partition("/")
             if kind not in KINDS:
                 continue
-            if name not in places:
-                raise ConfigError(f"{path} is damaged: it does not say where {name} belongs")
-            offset, shape = places[name]
-            if self._shapes.setdefault(name, tuple(shape)) != tuple(shape):
-                raise ConfigError(f"{path}: {name} has shape {tuple(shape)}, elsewhere {self._shapes[name]}")
-            self._places[kind].setdefault(name, []).append(_FilePlace(start=offset, length=file.length(key), path=path))
+            require(stored.dtype == "F32", f"{path} is damaged: {key} has dtype {stored.dtype} instead of F32")
+            require(name in places, f"{path} is damaged: it does not say where {name} belongs")
+            (offset, shape), length = places[name], file.length(key)
+            known = self._shapes.setdefault(name, shape)
+            require(known == shape, f"{path}: {name} has shape {shape}, elsewhere {known}")
+            inside = offset + length <= prod(shape)
+            require(inside, f"{path} is damaged: elements {offset} to {offset + length} of {name} of shape {shape}")
+            self._places[kind].setdefault(name, []).append(_FilePlace(start=offset, length=length, path=path))
 
     def _check_cover(self, kind: str, name: str, places: list[_FilePlace]) -> None:
         end, count = 0, self._count(name)
@@ -133,7 +145,8 @@ class CheckpointReader:
     def holds(self, piece: Piece) -> bool:
         """Whether one of the files has exactly this piece."""
         places = self._places[piece.kind].get(piece.name, [])
-        return any(place.start == piece.offset and place.length == piece.values.numel() for place in places)
+        same = any(place.start == piece.offset and place.length == piece.values.numel() for place in places)
+        return same and self._shapes[piece.name] == piece.shape
 
     def read(self, kind: str, name: str) -> Tensor:
         """The full logical tensor, fp32."""
@@ -148,6 +161,7 @@ class CheckpointReader:
     def read_into(self, kind: str, name: str, start: int, out: Tensor) -> None:
         """Fill the flat fp32 host tensor `out` with the elements from `start` on of a logical tensor."""
         end = start + out.numel()
+        require(name in self._places[kind], f"{self.folder} is damaged: it has no {kind} of {name}")
         if not 0 <= start <= end <= self._count(name):
             raise ValueError(f"{name} has {self._count(name)} elements, not {start} to {end}")
         # Pieces follow each other: find the one that holds `start`, then take what is wanted of it and of those after.
@@ -172,6 +186,13 @@ class CheckpointReader:
         """Close all files; the reader opens them again when asked."""
         while self._open:
             self._open.popitem()[1].close()
+
+
+def check_same_model(origin: Path, there: Mapping[str, list[int]], here: Mapping[str, list[int]]) -> None:
+    """Refuse what is of another model than the one at hand, by the names and shapes of its tensors."""
+    for name in sorted(there.keys() | here.keys()):
+        old, new = there.get(name, "absent"), here.get(name, "absent")
+        require(old == new, f"{origin} is of another model: {name} is {old} there and {new} here")
 
 
 def read_ema(folder: Path) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ from trainer.checkpoint.reader import Piece, rank_file, write_pieces
 from trainer.checkpoint.snapshot import Snapshot, take_snapshot
 from trainer.checkpoint.state import STATE, Topology, TrainState
 from trainer.checkpoint.tensorfile import Written
-from trainer.config import ConfigError, TrainConfig
+from trainer.config import ConfigError, TrainConfig, save_config
 from trainer.data.latents.samples import LatentInfo
 from trainer.distributed import World
 from trainer.engine.ema import Ema
@@ -58,6 +58,10 @@ def write_checkpoint(snapshot: Snapshot, config: TrainConfig, world: World, grou
             final.parent.mkdir(parents=True, exist_ok=True)
             clean(final.parent)
             temporary.mkdir()
+            settings = Path(config.run_dir) / "config.yaml"
+            if not settings.exists():  # without it no run goes on in the folder
+                logger.warning("%s is missing, maybe the run folder was removed: written anew", settings)
+                save_config(config, settings)
 
     def write() -> Written:
         return write_pieces(temporary / rank_file(world.rank), snapshot.pieces, snapshot.rng)
@@ -81,7 +85,8 @@ def write_checkpoint(snapshot: Snapshot, config: TrainConfig, world: World, grou
     except CheckpointError as error:
         if world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)  # the disk may be full: give the space back
-        message = f"step {content['step']} could not be saved in {final.parent}: {error}; earlier checkpoints are whole"
+        earlier = "; earlier checkpoints are whole" if final.parent.is_dir() else ""
+        message = f"step {content['step']} could not be saved in {final.parent}: {error}{earlier}"
         raise CheckpointError(message, environment=error.environment) from error
     try:
         agree(tidy, group)

@@ -3,7 +3,7 @@
 import json
 import platform
 import random
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from math import prod
@@ -16,15 +16,14 @@ from torch import Tensor
 from moe.deepspeed_expert import expert_range
 from moe.experts import Experts
 from trainer.checkpoint.reader import KINDS, Piece
-from trainer.checkpoint.state import FORMAT, Topology, TrainState
-from trainer.config import TrainConfig, config_to_dict
+from trainer.checkpoint.state import FORMAT, STATE, SavedCounters, SavedState, Topology, TrainState
+from trainer.config import TrainConfig, config_to_dict, require
 from trainer.data.latents.samples import LatentInfo
 from trainer.engine.ema import Ema
 from trainer.engine.optim import decays
 from trainer.engine.zero_state import MOMENTS, full_shape, master_pieces, moment_kinds, moment_pieces, optimizer_step
 from trainer.files import git_commit
 
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _HYPER_PARAMETERS = ("role", "lr", "weight_decay", "betas", "eps")
 
 
@@ -53,7 +52,7 @@ def take_snapshot(
         "data_info": asdict(info),  # so that pictures can be drawn where the latents are not
         "topology": asdict(topology),
         "global_batch_size": config.global_batch_size(topology.world_size),
-        "engine": {name: getattr(engine, name) for name in _COUNTERS},
+        "engine": {field.name: getattr(engine, field.name) for field in fields(SavedCounters)},
         "optimizer": {
             "step": optimizer_step(engine),
             "moments": moment_kinds(engine),
@@ -107,17 +106,18 @@ def _check_complete(pieces: list[Piece], parameters: list[dict[str, Any]], devic
             assert total == expected, f"{kind} {entry['name']}: the ranks hold {total} of {expected} elements"
 
 
-def restore_counters(engine: Any, saved: dict[str, Any]) -> None:
+def restore_counters(engine: Any, saved: SavedState) -> None:
     """Put back the engine's counters and the learning rates of the parameter groups.
 
     All other hyper-parameters are the configuration's, which may have been changed. The counter of
     micro-batches is set to a step boundary of this run's gradient accumulation.
     """
-    for name in _COUNTERS:
-        setattr(engine, name, saved["engine"][name])
+    for field in fields(SavedCounters):
+        setattr(engine, field.name, getattr(saved.engine, field.name))
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
-    rates = {group["role"]: group["lr"] for group in saved["optimizer"]["groups"]}
+    rates = {group.role: group.lr for group in saved.optimizer.groups}
     for group in engine.optimizer.param_groups:
+        require(group["role"] in rates, f"{STATE} is damaged: it has no parameter group {group['role']}")
         group["lr"] = rates[group["role"]]
 
 

@@ -46,8 +46,9 @@ def open_dataset(config: TrainConfig) -> LatentDataset:
     sets = [number for number, folder in enumerate(folders) for _ in folder.shards]
     layout, _ = build_layout(sizes, buckets, sets, weights, data.bucket_block, data.small_buckets == "drop")
     online = text_encoder if data.text == "online" else None
+    samples = hashlib.sha256("".join(shard.sha256 for _, shard in shards).encode()).hexdigest()[:16]
     return ShardDataset(
-        _describe(data, folders, weights, text_encoder),
+        replace(_describe(data, folders, weights, text_encoder), samples=samples),
         shards,
         folders[0].fingerprint,
         layout,

@@ -23,6 +23,10 @@ class DataState:
     consumed: int
     samples_seen: int
 
+    def __post_init__(self) -> None:
+        if min(self.epoch, self.consumed, self.samples_seen) < 0:
+            raise ValueError(f"{self} is no position in the data")
+
     def start_of_batch(self, dataset_size: int, global_batch_size: int) -> "DataState":
         """The state at which the next global batch begins: in the next epoch, if too few samples of this one are left.
 

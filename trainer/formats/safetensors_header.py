@@ -9,7 +9,9 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import NonNegativeInt, TypeAdapter
 
 _ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "I32": 4, "I64": 8}
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
@@ -31,16 +33,25 @@ class TensorPlace:
 
 @dataclass(frozen=True, kw_only=True)
 class SafetensorsHeader:
-    """The JSON as stored, the writer's notes, the place of each tensor, and where the data of the last one ends."""
+    """The JSON as stored, the writer's notes and the place of each tensor."""
 
     text: bytes
     metadata: dict[str, str]
     places: dict[str, TensorPlace]
-    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    dtype: Literal["F32", "BF16", "F16", "U8", "I32", "I64"]
+    shape: tuple[NonNegativeInt, ...]
+    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
+
+
+_HEADER = TypeAdapter(dict[str, _Entry | dict[str, str]])
 
 
 def read_header(handle: int) -> SafetensorsHeader:
-    """The header of an open file; every place in it lies inside the file.
+    """The header of an open file whose tensors fill it, each byte once, as the library wants it, too.
 
     Raises ValueError with words for a sentence ("it is no safetensors file"), OSError as the file system does.
     """
@@ -50,20 +61,33 @@ def read_header(handle: int) -> SafetensorsHeader:
         raise ValueError("it is no safetensors file")
     text = os.pread(handle, length, 8)
     try:
-        content: dict[str, Any] = json.loads(text)
-        metadata = dict(content.pop("__metadata__", {}))
-        places = {name: _place(entry, 8 + length, size) for name, entry in content.items()}
-        end = 8 + length + max((entry["data_offsets"][1] for entry in content.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        header, end = _parse(text)
+    except ValueError as error:
         raise ValueError("its header is damaged") from error
-    return SafetensorsHeader(text=text, metadata=metadata, places=places, end=end)
+    if end != size:
+        raise ValueError(f"its header asks for {end} bytes")
+    return header
 
 
-def _place(entry: dict[str, Any], data: int, size: int) -> TensorPlace:
-    """One entry of a header whose data begin at byte `data`; one of the errors above if it makes no sense."""
-    first, end = entry["data_offsets"]
-    shape = tuple(int(length) for length in entry["shape"])
-    num_bytes = _ITEM_BYTES[entry["dtype"]] * prod(shape)
-    if min(shape, default=0) < 0 or end - first != num_bytes or first < 0 or data + end > size:
-        raise ValueError(entry)
-    return TensorPlace(dtype=entry["dtype"], shape=shape, start=data + first)
+def _parse(text: bytes) -> tuple[SafetensorsHeader, int]:
+    """The header and where the data of the last tensor end; ValueError if it makes no sense."""
+    entries = _HEADER.validate_json(text, strict=True)  # before `json`, which neither is strict nor limits the depth
+    json.loads(text, object_pairs_hook=_unique)
+    metadata = entries.pop("__metadata__", {})
+    tensors = [(*entry.data_offsets, name, entry) for name, entry in entries.items() if isinstance(entry, _Entry)]
+    if isinstance(metadata, _Entry) or len(tensors) < len(entries) or not text.startswith(b"{"):
+        raise ValueError
+    start, places = 8 + len(text), {}
+    for first, end, name, entry in sorted(tensors, key=lambda tensor: tensor[:2]):
+        num_bytes = _ITEM_BYTES[entry.dtype] * prod(entry.shape)
+        fits = 8 + len(text) + first == start and end - first == num_bytes
+        if not fits or prod(filter(None, entry.shape)) >= 1 << 60 or not name.isprintable():
+            raise ValueError
+        places[name] = TensorPlace(dtype=entry.dtype, shape=entry.shape, start=start)
+        start += num_bytes
+    return SafetensorsHeader(text=text, metadata=metadata, places=places), start
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> None:
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("a name is there twice")

@@ -28,6 +28,7 @@ from trainer.distributed import from_main
 from trainer.engine.ema import Ema
 from trainer.engine.engine import build_engine
 from trainer.engine.optim import learning_rate
+from trainer.errors import writing
 from trainer.loop.bad_steps import DivergedError, SkipPolicy
 from trainer.loop.leaving import HeldErrors, all_ranks_arrive, build_arrival_group
 from trainer.loop.run_lock import LockLostError, RunLock
@@ -159,7 +160,7 @@ class Trainer:
                 number = self.state.step + (result is not None and result.applied)
                 self.upcoming = next_step(self.batches, self.config, number)
         if self.lock.lost and self.held.error is None:
-            self.held.error = LockLostError(f"run_dir={self.config.run_dir} was taken over by another job")
+            self.held.error = self.lock.loss()
         self.switches.look()
         mine = StepReport(
             loss=torch.zeros(()) if result is None else result.losses.mean(),
@@ -197,7 +198,8 @@ class Trainer:
         kept = (0.0, 0) if step % every == 0 else (total, count)
         self.state = replace(self.state, step=step, data=data, interval_loss=kept[0], interval_steps=kept[1])
         self.skips.bad.step_applied()
-        with self.held.held():  # a full disk on the main process, which must not leave the others waiting
+        # A full disk on the main process must not leave the others waiting.
+        with self.held.held(), writing(f"run_dir={self.config.run_dir}"):
             if step % every == 0:
                 self.reporter.report(
                     step, loss=total / count, norm=self.engine.get_global_grad_norm(), rate=rate,
@@ -208,7 +210,7 @@ class Trainer:
 
     def _skip(self, data: DataState, found: StepReport, suspected: list[int]) -> None:
         """Count a skipped step; go back to the newest checkpoint after too many in a row."""
-        with self.held.held():
+        with self.held.held(), writing(f"run_dir={self.config.run_dir}"):
             self.skips.record_skip(self.state, data, loss=float(found.loss), suspected=suspected)
         self.state = replace(self.state, data=data)
         if self.skips.bad.streak >= self.config.train.max_bad_steps:
@@ -223,7 +225,7 @@ class Trainer:
         loaded = load_checkpoint(checkpoint, self.engine, self.ema, self.checked.world)
         self.state = replace(loaded, data=self.state.data)
         self.saved_step = loaded.step
-        with self.held.held():
+        with self.held.held(), writing(f"run_dir={self.config.run_dir}"):
             self.skips.record_rollback(self.state, checkpoint)
             self.reporter.rewind(loaded.step)
 
@@ -241,7 +243,7 @@ class Trainer:
         finally:
             if failed is not None:
                 raise failed
-        with self.held.held():
+        with self.held.held(), writing(f"run_dir={self.config.run_dir}"):
             if self.checked.world.is_main:
                 self.grid.save(picture, Path(self.config.run_dir), self.state.step)
                 self.reporter.add_image(self.state.step, picture)

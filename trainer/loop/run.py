@@ -1,6 +1,5 @@
 """A run from its checks to its end: checks, lock, folder, log, loop, close."""
 
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,8 @@ from trainer.cluster.outcome import Kind, Outcome
 from trainer.config import ConfigError, TrainConfig, save_config
 from trainer.distributed import World, barrier, check_devices, from_main, init_distributed
 from trainer.engine.determinism import make_deterministic
-from trainer.files import remove_leftovers, replacing
+from trainer.errors import writing
+from trainer.files import write_json
 from trainer.loop.loop import Trainer
 from trainer.loop.run_lock import RunLock
 from trainer.loop.signals import StopSignal
@@ -53,7 +53,7 @@ def _train_locked(checked: CheckedRun, device: torch.device, stop: StopSignal) -
     from_main(world, lock.acquire)
     try:
         # Chosen again under the lock, and verified whole: another job may have written while `check_start` looked.
-        checkpoint, notes = choose_checkpoint(config, checked.topology, info.fingerprint, world)
+        checkpoint, notes = choose_checkpoint(config, checked.topology, info, world)
         checked = replace(checked, checkpoint=checkpoint)
         if checked.init_from is not None:
             check_init_whole(checked.init_from, world)
@@ -90,13 +90,10 @@ def setup_logging(path: Path) -> None:
 def prepare_run_folder(checked: CheckedRun, notes: Sequence[str] = ()) -> None:
     """Write the resolved configurations and say what starts, and `notes` on it; main process only."""
     config, topology, run_dir = checked.config, checked.topology, Path(checked.config.run_dir)
-    for name in ("config.yaml", "ds_config.json"):
-        remove_leftovers(run_dir / name)
-    with replacing(run_dir / "config.yaml") as temporary:
-        save_config(config, temporary)
-    with replacing(run_dir / "ds_config.json") as temporary:
-        temporary.write_text(json.dumps(checked.deepspeed_config, indent=2) + "\n")
-    setup_logging(run_dir / "train.log")
+    with writing(f"run_dir={run_dir}"):
+        save_config(config, run_dir / "config.yaml")
+        write_json(run_dir / "ds_config.json", checked.deepspeed_config)
+        setup_logging(run_dir / "train.log")
     logger.info(
         "run %s: %d processes, ep_size %d, ZeRO stage %d, %s",
         config.run_dir, topology.world_size, topology.ep_size, topology.zero_stage, config.train.precision,

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
 
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, writing
 from trainer.files import replacing
 
 LEASE_SECONDS, RENEWALS_PER_LEASE = 60.0, 6
@@ -90,15 +90,21 @@ class RunLock:
         """Whether another job has taken the folder over from this one."""
         return self.lease.compromise is not None
 
+    def loss(self) -> Exception:
+        """Why the run must end that lost its lease: the folder was removed, or may be another job's."""
+        if not self.run_dir.exists():
+            return ConfigError(f"run_dir={self.run_dir} was removed while the run was going on")
+        removed = self.lease.compromise is not None and self.lease.compromise.reason == "marker-missing"
+        how = f"lost its {LOCK_NAME} and may have been" if removed else "was"
+        return LockLostError(f"run_dir={self.run_dir} {how} taken over by another job")
+
     def acquire(self) -> None:
         """Take the lease, or raise ConfigError naming its holder; creates the folder."""
-        try:
+        with writing(f"run_dir={self.run_dir}"):
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self._acquire()
             with replacing(self.record) as temporary:
                 temporary.write_text(json.dumps(asdict(Holder())) + "\n")
-        except OSError as error:
-            raise ConfigError(f"run_dir={self.run_dir} cannot be written ({error}): choose another folder") from error
 
     def release(self) -> None:
         """Give the lease back; does nothing on a process that does not hold it."""

@@ -65,7 +65,7 @@ def check_start(config: TrainConfig, world: World) -> CheckedRun:
     notes: list[str] = []
     if config.parallel.elastic:
         newest = find_candidate(Path(config.run_dir))
-        saved_batch = None if newest is None else int(read_state(newest)["global_batch_size"])
+        saved_batch = None if newest is None else read_state(newest).global_batch_size
         config, notes = adapt(config, world_size=world.size, local_size=world.local_size, saved_batch=saved_batch)
     ep_size = config.parallel.ep_size
     require(
@@ -81,7 +81,7 @@ def check_start(config: TrainConfig, world: World) -> CheckedRun:
     GridSampler.check(config)
     # Last the run folder: a checkpoint is compared with the topology and the data that were found above.
     topology = Topology(world_size=world.size, ep_size=ep_size, zero_stage=zero_stage(deepspeed_config))
-    checkpoint = find_resume(config, topology, dataset.info.fingerprint)
+    checkpoint = find_resume(config, topology, dataset.info)
     if config.init_from and checkpoint is None:
         check_init(Path(config.init_from), config, dataset.info)
     return CheckedRun(
@@ -115,7 +115,7 @@ def rounded_capacities(config: TrainConfig, info: LatentInfo) -> Iterator[str]:
             )
 
 
-def find_resume(config: TrainConfig, topology: Topology, fingerprint: str) -> Path | None:
+def find_resume(config: TrainConfig, topology: Topology, info: LatentInfo) -> Path | None:
     """The checkpoint to continue from, unless its checksums prove wrong; refuses a folder that is not a run's."""
     run_dir = Path(config.run_dir)
     if not run_dir.exists() or all(_is_leftover(path) for path in run_dir.iterdir()):
@@ -126,7 +126,7 @@ def find_resume(config: TrainConfig, topology: Topology, fingerprint: str) -> Pa
     )
     checkpoint = find_candidate(run_dir)
     if checkpoint is not None:
-        check_resumable(checkpoint, config, topology, fingerprint)
+        check_resumable(checkpoint, config, topology, info)
     return checkpoint
 
 

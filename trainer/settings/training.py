@@ -27,7 +27,7 @@ class TrainLoopConfig:
     checkpoint_every: int = 10
     """Steps between two checkpoints; 0 or more, 0 is off. A run that ends or is stopped always writes one."""
     keep_last: int = 3
-    """Newest checkpoints that are kept when a new one is written; 1 or more."""
+    """Newest checkpoints that are kept when one is written and when a run resumes; 1 or more."""
     keep_every: int = 0
     """Checkpoints of steps that are a multiple of this are never deleted; 0 or more, 0 makes no exception."""
     on_save_error: Literal["abort", "continue"] = "abort"

@@ -21,6 +21,7 @@ from trainer.config import TrainConfig
 from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.model import ModelShape
 from trainer.distributed import World
+from trainer.errors import require
 from trainer.files import keep_records
 from trainer.settings.tokens import num_image_tokens, num_kept_tokens
 from trainer.telemetry.flops import peak_tflops, training_flops
@@ -97,6 +98,9 @@ class Reporter:
         self.save_seconds = 0.0
         if self.peak is not None:
             values["mfu"] = tflops / self.peak
+        # What is open is written to without an error, and lost.
+        there = (self.run_dir / "metrics.jsonl").exists()
+        require(there, f"run_dir={self.run_dir} (or its metrics.jsonl) was removed while the run was going on")
         self._write(step, values | times | router_metrics(router, self.layers))
         for name, distribution in router_histograms(stats, self.layers).items():
             self.tensorboard.add_histogram(name, distribution, step)

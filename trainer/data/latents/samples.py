@@ -29,6 +29,7 @@ class LatentInfo:
 
     `height` and `width` are those of the first bucket; `buckets` lists all of them as [height, width]. `mean` and `std`
     normalise each channel. `fingerprint` is a hash of everything that shaped the values: equal for equal data.
+    `samples` is a hash of the samples in their order, "" where it is not known (synthetic data, older checkpoints).
     """
 
     channels: int
@@ -42,6 +43,7 @@ class LatentInfo:
     mean: list[float]
     std: list[float]
     buckets: list[list[int]] = field(default_factory=list)
+    samples: str = ""
 
     @property
     def mean_C(self) -> Tensor:  # noqa: N802
