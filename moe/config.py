@@ -1,10 +1,12 @@
 """Settings of one mixture-of-experts layer. Standard library only."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from math import gcd
 from typing import Literal
+
+from moe.ranges import at_least, check_ranges, more_than
 
 _GROUP = re.compile(r"group\(([1-9]\d*)\)")
 
@@ -21,11 +23,11 @@ class MoeConfig:
     | `expert_race`   | the best pairs of all; when sampling a learned threshold decides (arXiv 2503.16057)      |
     """
 
-    num_experts: int = 8
+    num_experts: int = field(default=8, metadata=at_least(1))
     """Experts of each MoE block; 1 or more, a multiple of `parallel.ep_size`."""
-    capacity_factor: float = 2.0
+    capacity_factor: float = field(default=2.0, metadata=more_than(0))
     """Mean number of experts that take a token; above 0, at most `num_experts`. Sets the FLOPs of a block."""
-    every: int = 2
+    every: int = field(default=2, metadata=at_least(0))
     """Distance of MoE blocks: block i (from 0) has one when i % every == every - 1; 2 is the paper's every second
     block, 0 the dense twin."""
     router: str = "expert_choice"
@@ -40,7 +42,7 @@ class MoeConfig:
     zeros, all affinities are equal: `rotate` then gives no two experts the same tokens, and each token to exactly
     `capacity_factor` experts if that is whole and no capacity was rounded, from where a dense model can be continued
     as a mixture (trainer/checkpoint/upcycle.py)."""
-    top_k: int = 2
+    top_k: int = field(default=2, metadata=at_least(1))
     """Experts that a token asks for; 1 to `num_experts`. Token choice only."""
     sampling_choice: Literal["prediction", "gate"] = "prediction"
     """Tokens that an expert takes when sampling, DiffMoE only: those whose prediction is above its threshold
@@ -50,45 +52,35 @@ class MoeConfig:
     """What turns a token's logits into affinities, which become the weights of the experts' outputs."""
     normalize_gates: bool = False
     """Divide the gates of a token by their sum, as Nucleus-Image (arXiv 2604.12163); not with `gate: identity`."""
-    gate_scale: float = 1.0
+    gate_scale: float = field(default=1.0, metadata=more_than(0))
     """Multiplies all gates; above 0."""
     router_input: Literal["modulated", "unmodulated"] = "modulated"
     """What the router reads: the token as the experts get it, or the token before the timestep's modulation beside the
     timestep's embedding, as Nucleus-Image."""
-    num_shared_experts: int = 0
+    num_shared_experts: int = field(default=0, metadata=at_least(0))
     """MLPs of an expert's size that see every token beside the chosen ones; 0 or more."""
-    capacity_factor_start: float = 0.0
+    capacity_factor_start: float = field(default=0.0, metadata=at_least(0))
     """Capacity factor of the first step, from which it falls in a line to `capacity_factor`; at least that and at most
     `num_experts`. 0: no schedule."""
-    capacity_anneal_steps: int = 0
+    capacity_anneal_steps: int = field(default=0, metadata=at_least(0))
     """Optimizer steps that the fall takes; 0: no schedule. Belongs together with `capacity_factor_start`."""
-    auxiliary_weight: float = 0.01
+    auxiliary_weight: float = field(default=0.01, metadata=at_least(0))
     """Weight of the router's own loss in the model's, where it has one; 0 or more."""
 
     def __post_init__(self) -> None:  # what holds for every router; a router refuses the rest when it is built
-        if self.num_experts < 1:
-            raise ValueError(f"moe.num_experts is {self.num_experts}: use 1 or more")
-        if self.every < 0:
-            raise ValueError(f"moe.every is {self.every}: use 0 (dense) or the distance of MoE blocks")
+        check_ranges(self, "moe.")
         if self.pool not in ("image", "batch") and not _GROUP.fullmatch(self.pool):
             raise ValueError(f"moe.pool is {self.pool}: use image, batch or group(n) with a number of images n")
-        for name in ("num_shared_experts", "auxiliary_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"moe.{name} is {getattr(self, name)}: use 0 or more")
-        if not self.gate_scale > 0:
-            raise ValueError(f"moe.gate_scale is {self.gate_scale}: use more than 0")
         if self.gate == "identity" and self.normalize_gates:
             raise ValueError(
                 "moe.gate=identity has negative gates, whose sum moe.normalize_gates=true would divide by: "
                 "use moe.gate=softmax or sigmoid"
             )
-        if not 0 < self.capacity_factor <= self.num_experts:
+        if self.capacity_factor > self.num_experts:
             raise ValueError(
                 f"moe.capacity_factor is {self.capacity_factor}: a token can be taken by more than 0 "
                 f"and at most moe.num_experts={self.num_experts} experts"
             )
-        if self.capacity_anneal_steps < 0:
-            raise ValueError(f"moe.capacity_anneal_steps is {self.capacity_anneal_steps}: use 0 (off) or more")
         start = self.capacity_factor_start
         if (start != 0) != (self.capacity_anneal_steps > 0):
             raise ValueError(

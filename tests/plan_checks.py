@@ -63,7 +63,7 @@ def compare(world: World, ep_size: int, stage: int, precision: Any) -> str:
     backward(engine)  # the first of two: what is accumulated, before stage 1 reduces it
     held = {key: size for key, size in everything().items() if key not in before}
     layout = Layout(
-        world_size=world.size, ep_size=ep_size, stage=stage, micro_batch_size=4, accumulation=1, recompute=False
+        world_size=world.size, ep_size=ep_size, stage=stage, micro_batch_size=4, accumulation=2, recompute=False
     )
     job = Job(config=config, shape=SHAPE, text_tokens=4, zero=zero)
     expected = {term.name: term.value for term in state_terms(job, layout) if term.name != "gathered weights"}

@@ -33,7 +33,7 @@ from trainer.train import main
         ("diffusion.unmask_at_step=5", "diffusion.unmask_at_step=5 ends the masking, but diffusion.mask_ratio=0"),
         ("diffusion.unmask_at_step=-1", "diffusion.unmask_at_step is -1"),
         ("train.max_bad_steps=0", "train.max_bad_steps is 0: use 1 or more"),
-        ("train.max_rollbacks=-1", "train.max_rollbacks is -1: use 0 (never) or more"),
+        ("train.max_rollbacks=-1", "train.max_rollbacks is -1: use 0 or more"),
         ("train.emergency_save_seconds=0", "train.emergency_save_seconds is 0"),
     ],
 )
@@ -116,6 +116,9 @@ def test_auto_values_are_filled(tmp_path: Path) -> None:
     assert content["gradient_accumulation_steps"] == 3
     assert content["bf16"] == {"enabled": True}
     assert content["gradient_clipping"] == 1.0
+    assert content["data_types"] == {"grad_accum_dtype": "fp32"}  # several micro-batches
+    alone = load_config("debug", [deepspeed_json(tmp_path), "train.precision=bf16"])
+    assert load_deepspeed_config(alone, 1)["data_types"] == {"grad_accum_dtype": "bf16"}
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,14 @@ def test_auto_values_are_filled(tmp_path: Path) -> None:
         ({"train_batch_size": 7}, "train_batch_size is 7 but train.micro_batch_size"),
         ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5 but optim.max_grad_norm gives 1.0"),
         ({"optimizer": {"type": "Adam"}}, "optimizer belongs in the YAML"),
-        ({"comms": {"x": "auto"}}, 'comms.x is "auto"'),
+        ({"comms_logger": {"x": "auto"}}, 'comms_logger.x is "auto"'),
+        ({"zero_optimisation": {"stage": 2}}, "unknown key zero_optimisation; did you mean zero_optimization?"),
+        ({"colour": 1}, "unknown key colour; DeepSpeed has no such setting, so remove it"),
+        ({"bf16": True}, "bf16 is True: it is a section with keys of its own"),
+        ({"data_types": {"grad_accum_dtype": "fp64"}}, "data_types.grad_accum_dtype is 'fp64': with train.precision="),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "train.precision=fp32 use fp32, or"),
+        ({"zero_optimization": {"stage": 2, "stge": 1}}, "zero_optimization.stge is 1: Extra inputs are not"),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}}, "zero_optimization.reduce_bucket_size is -1"),
         ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0: use 1, 2 or 3"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "device is 'nvme'"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "ratio is 0.5"),

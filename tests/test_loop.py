@@ -119,6 +119,22 @@ def test_signals_before_the_first_step(launcher: Launcher, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP, signal.SIGKILL])
+def test_what_ends_torchrun_saves_the_run(launcher: Launcher, tmp_path: Path, number: signal.Signals) -> None:
+    """SIGHUP is passed on to the workers; of the others torchrun dies, which they notice."""
+    run_dir = tmp_path / "run"
+    arguments = (*MODULE, f"run_dir={run_dir}", *TINY, "train.max_steps=100000", "train.checkpoint_every=0")
+    torchrun = launcher.start(*arguments, processes=2)
+    wait_for(lambda: metrics(run_dir))
+    torchrun.send_signal(number)
+    assert torchrun.wait(60) != 0
+    wait_for(lambda: not list(run_dir.glob("run.lock*")))
+    step = metrics(run_dir)[-1]["step"]
+    assert (run_dir / "checkpoints" / f"step_{step:08d}").is_dir()
+    assert f"ended after step {step} of 100000 (stop signal)" in (run_dir / "train.log").read_text()
+
+
+@pytest.mark.slow
 def test_a_dead_rank_ends_the_other(launcher: Launcher, tmp_path: Path) -> None:
     """Without a launcher that would end the others: they notice by themselves."""
     run_dir = tmp_path / "run"

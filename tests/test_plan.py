@@ -194,7 +194,7 @@ def test_97_billion_parameters_fit_on_sixteen_nodes_and_not_on_four() -> None:
 def test_command_says_whether_and_where_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(parse(["debug", "--world-size", "4", "--explain"])) == 0
     text = capsys.readouterr().out
-    assert "fits: ep_size 1, ZeRO 3" in text and "s q = 4 x" in text and "best layout for each ep_size" in text
+    assert "fits: ep_size 1, ZeRO 3" in text and "g q = 4 x" in text and "best layout for each ep_size" in text
     assert "compute is that of bf16" in text and "fills every expert" not in text
     assert run(parse(["debug", "moe.router=expert_race", "moe.pool=batch"])) == 0
     assert "moe.router=expert_race fills every expert up to the fullest" in capsys.readouterr().out

@@ -91,6 +91,7 @@ def test_text_is_wrapped_and_aligned() -> None:
     assert [line.split()[0] for line in facts] == [s.name for s in SETTINGS if s.name.startswith("optim.")]
     assert len({re.search(r"\S\s+(\S)", line).start(1) for line in facts}) == 1  # type: ignore[union-attr]
     assert facts[0].endswith("adamw | sgd, default adamw")
+    assert facts[2].endswith("float (0 to below 1), default 0.9")
 
 
 @pytest.mark.parametrize(

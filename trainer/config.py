@@ -7,9 +7,11 @@ range is a `ConfigError` with one sentence. What each setting means stands below
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -20,6 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe.config import MoeConfig as MoeConfig
+from moe.ranges import between, check_ranges
 from moe.routers.registry import build_router
 from trainer.errors import ConfigError as ConfigError
 from trainer.errors import require as require
@@ -43,7 +46,7 @@ class TrainConfig:
 
     run_dir: str = "runs/debug"
     """Folder of checkpoints, metrics, samples and logs; new, empty, or of the run to resume."""
-    seed: int = 0
+    seed: int = field(default=0, metadata=between(0, 2**63 - 1))
     """Keys all randomness: initial weights, order of the data, noise, dropped captions; 0 or more."""
     init_from: str = ""
     """Export (`python -m trainer.checkpoint export`) whose weights a new run starts from; empty draws new weights."""
@@ -59,7 +62,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.run_dir), "run_dir is empty: name the folder of the run")
-        require(self.seed >= 0, f"seed is {self.seed}: use 0 or more")
+        check_ranges(self, "", ConfigError)
         build_router(self.moe)  # refuses what the configured router cannot do
         require(
             self.moe.num_experts % self.parallel.ep_size == 0,
@@ -90,6 +93,7 @@ def _check_keys(given: Any, known: dict[str, Any], path: str, origin: str) -> No
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {path}{close[0]}?" if close else f"known keys are {', '.join(known)} ({_HELP})"
             raise ConfigError(f"{origin}: unknown key {full}; {hint}")
+        require(value != "???", f"{origin}: {full} is ???: give a value")  # where OmegaConf keeps the default
         if known[key] is not None:
             require(isinstance(value, dict), f"{origin}: {full} is {value!r}: it is a section with keys of its own")
             _check_keys(value, known[key], f"{full}.", origin)
@@ -97,10 +101,12 @@ def _check_keys(given: Any, known: dict[str, Any], path: str, origin: str) -> No
 
 def _find_recipe(recipe: str | Path) -> Path:
     for path in (Path(recipe), CONFIG_DIR / Path(recipe).name, CONFIG_DIR / f"{recipe}.yaml"):
-        if path.is_file():
-            return path
+        with suppress(OSError):  # such as a name that is too long
+            if path.is_file():
+                return path
     available = ", ".join(sorted(p.stem for p in CONFIG_DIR.glob("*.yaml")))
-    raise ConfigError(f"no recipe {recipe}: give a YAML file or one of {available}")
+    found = f"recipe {recipe} is a folder" if os.path.isdir(recipe) else f"no recipe {recipe}"
+    raise ConfigError(f"{found}: give a YAML file or one of {available}")
 
 
 def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
@@ -110,6 +116,7 @@ def load_config(recipe: str | Path, overrides: list[str] | tuple[str, ...] = ())
         require(bool(re.match(r"[A-Za-z_][\w.]*=", item)), f"override {item!r} is not of the form key=value")
         _read(f"override {item!r}", partial(OmegaConf.from_dotlist, [item]))
     from_file = _read(path.name, partial(OmegaConf.load, path))
+    require(bool(from_file), f"{path.name} is empty: write at least one setting, such as run_dir ({_HELP})")
     from_cli = _read("command line", partial(OmegaConf.from_dotlist, list(overrides)))
     known = known_keys(TrainConfig)
     for origin, layer in ((path.name, from_file), ("command line", from_cli)):

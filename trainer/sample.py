@@ -5,7 +5,11 @@ python -m trainer.sample runs/demo --prompt "a cat on a blue background" --num 4
 
 from pathlib import Path
 
+from moe.ranges import Range
 from trainer.config import command, command_parser, require
+from trainer.settings.model import check_prompt
+
+_RANGES = {"num": Range(1, 10_000), "seed": Range(0, 2**63 - 1), "scale": Range(1, 100)}
 
 
 @command
@@ -19,8 +23,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("samples.png"))
     parser.add_argument("--scale", type=int, default=4, help="enlargement by whole pixels")
     arguments = parser.parse_args(argv)
-    require(arguments.num >= 1, f"--num is {arguments.num}: use 1 or more")
+    for name, allowed in _RANGES.items():
+        value = getattr(arguments, name)
+        require(value in allowed, f"--{name} is {value}: use {allowed}")
+    for prompt in arguments.prompt:
+        check_prompt(prompt, "--prompt")
     require(arguments.out.suffix == ".png", f"--out {arguments.out}: the grid is written as .png")
+    folder = arguments.out.parent
+    require(folder.is_dir(), f"--out {arguments.out}: there is no folder {folder}, so make it or name another")
+    require(not arguments.out.is_dir(), f"--out {arguments.out} is a folder: name a file")
     from PIL import Image  # here, as are the others, so that --help is quick
 
     from trainer.diffusion.sampling import picture_grid

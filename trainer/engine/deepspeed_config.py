@@ -4,6 +4,7 @@ DeepSpeed itself drops an unresolved "auto" and uses a default of its own; here 
 value that contradicts the YAML.
 """
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,21 @@ from typing import Any
 from trainer.config import ConfigError, TrainConfig, leaves, require
 
 REPOSITORY = Path(__file__).parent.parent.parent
+# What DeepSpeed 0.19.8 reads at the top of its JSON; it passes over anything else in silence.
+KNOWN_KEYS = tuple(
+    """
+    activation_checkpointing aio amp autotuning bf16 checkpoint comet comms_logger communication_data_type compile
+    compression_training csv_monitor curriculum_learning data_efficiency data_types dataloader_drop_last datastates_ckpt
+    disable_allgather disable_python_gc dump_state eigenvalue elasticity expert_parallel flops_profiler fp16
+    gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor graph_harvesting
+    hybrid_engine log_level managed_gradient_accumulation memory_breakdown nebula optimizer pipeline prescale_gradients
+    progressive_layer_drop quantize_training scheduler seq_parallel_communication_data_type sparse_attention
+    sparse_gradients steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size
+    train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb
+    weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+    """.split()
+)
+SECTIONS = ("bf16", "fp16", "data_types", "zero_optimization")  # those that are looked into below
 
 
 def _read_json(path: str | Path) -> dict[str, Any]:
@@ -20,9 +36,16 @@ def _read_json(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"parallel.deepspeed_config={path}: no such file")
     try:
         content = json.loads(found.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # also of what is not UTF-8
         raise ConfigError(f"parallel.deepspeed_config={path} is not strict JSON: {error}") from error
     require(isinstance(content, dict), f"parallel.deepspeed_config={path}: expected a JSON object")
+    for key in content:
+        close = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
+        hint = f"did you mean {close[0]}?" if close else "DeepSpeed has no such setting, so remove it"
+        require(key in KNOWN_KEYS, f"{path}: unknown key {key}; {hint}")
+    for key in SECTIONS:
+        given = content.get(key, {})
+        require(isinstance(given, dict), f"{path}: {key} is {given!r}: it is a section with keys of its own")
     return dict(content)
 
 
@@ -50,6 +73,7 @@ def load_deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any
     for name in ("optimizer", "scheduler"):
         require(name not in content, f"{path}: {name} belongs in the YAML (optim.*): remove it")
     _check_guard(path, content)
+    _fill_accumulation(path, content, config)
     leftovers = [key for key, value in leaves(content).items() if value == "auto"]
     require(not leftovers, f'{path}: {", ".join(leftovers)} is "auto", but nothing here fills it: write a value')
     stage = content.get("zero_optimization", {}).get("stage", 0)
@@ -59,7 +83,41 @@ def load_deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any
         "gradients by a wrong global norm)",
     )
     _check_offload(path, content)
+    _check_zero(path, content["zero_optimization"])
     return content
+
+
+def accumulation_dtype(precision: str, num_micro_batches: int) -> str:
+    """In what gradients are summed: several in fp32, as bf16 drops what is below 1/256 of the sum so far.
+
+    A single one is not summed, so it stays in the precision that it was computed in, and takes no memory more.
+    """
+    return "fp32" if precision == "fp32" or num_micro_batches > 1 else "bf16"
+
+
+def _fill_accumulation(path: str, content: dict[str, Any], config: TrainConfig) -> None:
+    loop, owner = config.train, content.setdefault("data_types", {})
+    if owner.get("grad_accum_dtype", "auto") in ("auto", None):
+        owner["grad_accum_dtype"] = accumulation_dtype(loop.precision, loop.gradient_accumulation_steps)
+    given, allowed = owner["grad_accum_dtype"], ("fp32",) if loop.precision == "fp32" else ("bf16", "fp32")
+    require(
+        given in allowed,
+        f"{path}: data_types.grad_accum_dtype is {given!r}: with train.precision={loop.precision} use "
+        f'{" or ".join(allowed)}, or "auto"',
+    )
+
+
+def _check_zero(path: str, content: dict[str, Any]) -> None:
+    """Unknown names and wrong values below zero_optimization, by DeepSpeed's own model of it."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # here, as importing it takes seconds
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise ConfigError(f"{path}: {name} is {first['input']!r}: {first['msg']}") from error
 
 
 def _check_offload(path: str, content: dict[str, Any]) -> None:

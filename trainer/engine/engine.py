@@ -1,6 +1,7 @@
 """Builds the DeepSpeed engine: the only call of `deepspeed.initialize`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime import compiler
+from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
@@ -90,5 +92,25 @@ def build_engine(
     if zero_stage(deepspeed_config) < 3:
         model = model.to(device)
     optimizer = build_optimizer(model.named_parameters(), config.optim)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
+    with _zero_optimizer_at_every_stage():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
     return engine
+
+
+@contextmanager
+def _zero_optimizer_at_every_stage() -> Iterator[None]:
+    """Have stage 1 keep its state as stage 2 does, also where bf16 gradients are summed in fp32.
+
+    DeepSpeed 0.19.8 takes another optimizer in that one case, with other names for masters and parts, but only without
+    offload: its ZeRO optimizer knows such sums at stage 1 as well.
+    """
+    original = DeepSpeedEngine._do_optimizer_sanity_check
+
+    def choose(engine: Any, basic: Any) -> Any:
+        return ZERO_OPTIMIZATION if engine.zero_optimization_stage() else original(engine, basic)
+
+    DeepSpeedEngine._do_optimizer_sanity_check = choose
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._do_optimizer_sanity_check = original

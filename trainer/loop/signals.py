@@ -3,9 +3,11 @@
 | signal            | effect                                                                            |
 |-------------------|-----------------------------------------------------------------------------------|
 | SIGTERM, SIGUSR1  | remembered; all ranks save at the next step boundary and leave with exit code 0   |
+| SIGHUP            | the same when a terminal closes; stays ignored in a process started with `nohup`  |
 | SIGINT            | the same the first time; the second time the process dies of it at once, unsaved  |
+| launcher's death  | the same: torchrun passes SIGTERM, SIGINT and SIGHUP on, but SIGUSR1 kills it     |
 
-A task may be started with these signals ignored (`trap "" USR1`), so that none kills it while Python starts: the
+A task may be started with the others ignored (`trap "" USR1`), so that none kills it while Python starts: the
 handlers take over here. A batch script may repeat its signal; repetitions change nothing, also after the end.
 """
 
@@ -15,24 +17,34 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+# Set by torchrun and by `deepspeed`, whose workers must not outlive them; a shell may end before what it started.
+LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
 
 
 class StopSignal:
     """Remembers a signal until the ranks agree on it; a context manager around the whole run.
 
     Enter it in the main thread. On leaving, the previous handlers come back, except after a signal was
-    received: then SIGTERM and SIGUSR1 are ignored until the process has ended.
+    received: then all but SIGINT are ignored until the process has ended.
     """
 
     def __init__(self) -> None:
-        self.received = False
+        self._signalled = False
         self._interrupted = False
         self._previous: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
+        self._launcher = os.getppid() if any(name in os.environ for name in LAUNCHERS) else None
+
+    @property
+    def received(self) -> bool:
+        """Whether a signal came, or the launcher is gone. Asked once a step, so that no thread has to watch."""
+        return self._signalled or self._launcher not in (None, os.getppid())
+
     def __enter__(self) -> "StopSignal":
         for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._receive)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
@@ -45,4 +57,4 @@ class StopSignal:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         self._interrupted = self._interrupted or number == signal.SIGINT
-        self.received = True
+        self._signalled = True

@@ -8,7 +8,7 @@ from typing import Any
 from trainer.checkpoint.init_from import check_init
 from trainer.checkpoint.resume import check_resumable, find_candidate
 from trainer.checkpoint.state import Topology, read_state
-from trainer.config import TrainConfig, require
+from trainer.config import ConfigError, TrainConfig, require
 from trainer.data.dataset import check_latent_size, open_dataset
 from trainer.data.latents.samples import LatentDataset, LatentInfo
 from trainer.diffusion.model import ModelShape
@@ -118,8 +118,13 @@ def rounded_capacities(config: TrainConfig, info: LatentInfo) -> Iterator[str]:
 def find_resume(config: TrainConfig, topology: Topology, info: LatentInfo) -> Path | None:
     """The checkpoint to continue from, unless its checksums prove wrong; refuses a folder that is not a run's."""
     run_dir = Path(config.run_dir)
-    if not run_dir.exists() or all(_is_leftover(path) for path in run_dir.iterdir()):
+    try:
+        if all(_is_leftover(path) for path in run_dir.iterdir()):
+            return None
+    except FileNotFoundError:
         return None
+    except OSError as error:  # a file, a name that is too long, a folder of somebody else
+        raise ConfigError(f"run_dir={run_dir}: {error.strerror}: choose an empty or new folder") from error
     require(
         (run_dir / "config.yaml").is_file(),
         f"run_dir={run_dir} exists and is not the folder of a run (no config.yaml): choose an empty or new folder",

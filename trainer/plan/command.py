@@ -12,7 +12,7 @@ from trainer.config import ConfigError, TrainConfig, load_config, require
 from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.model import ModelShape
 from trainer.encoders.build import build_codec
-from trainer.engine.deepspeed_config import load_deepspeed_config, zero_stage
+from trainer.engine.deepspeed_config import accumulation_dtype, load_deepspeed_config, zero_stage
 from trainer.plan.devices import Efficiency, find_device
 from trainer.plan.job import Job, Term, configured_layout
 from trainer.plan.memory import checkpoint_bytes
@@ -60,7 +60,12 @@ def plan(given: Namespace) -> tuple[dict[str, Any], Job, PlanResult, list[PlanRe
     world_size = given.world_size or (given.nodes or 1) * device.per_node
     content = load_deepspeed_config(config, world_size)
     shape, text_tokens = data_shape(config, given)
-    job = Job(config=config, shape=shape, text_tokens=text_tokens, zero=content["zero_optimization"])
+    summed, loop = content["data_types"]["grad_accum_dtype"], config.train
+    chosen = summed != accumulation_dtype(loop.precision, loop.gradient_accumulation_steps)
+    job = Job(
+        config=config, shape=shape, text_tokens=text_tokens, zero=content["zero_optimization"],
+        grad_accum_dtype=summed if chosen else "",
+    )  # fmt: skip
     try:
         if job.counts.num_moe:
             config.moe.capacity(job.num_tokens)

@@ -80,6 +80,7 @@ class Job:
     shape: ModelShape
     text_tokens: int
     zero: dict[str, Any]  # zero_optimization of the DeepSpeed settings
+    grad_accum_dtype: str = ""  # data_types.grad_accum_dtype where it is not what the default would be
 
     @cached_property
     def counts(self) -> Counts:

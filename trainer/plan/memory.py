@@ -6,6 +6,8 @@
 | p      | parameters of this rank before ZeRO: Pe / ep + Pr              |
 | q      | parameters of this rank's share: Pe / (ep edp) + Pr / world    |
 | s      | bytes of a working value: 2 in bf16, 4 in fp32                 |
+| g      | bytes of a summed gradient: s, or 4 of several micro-batches   |
+| u      | bytes of a reduced gradient: g at stage 1, else s              |
 | T      | image tokens of a micro-batch, b S                             |
 | D, m   | width, MLP ratio; H heads, r = key/value heads per head        |
 | L      | text tokens of a caption; N blocks, Nm of them with MoE        |
@@ -17,6 +19,7 @@ attention keeps its normed and rotated queries in fp32 too. The tests compare wi
 from dataclasses import dataclass
 
 from moe.routers.registry import build_router
+from trainer.engine.deepspeed_config import accumulation_dtype
 from trainer.plan.devices import GB, Efficiency
 from trainer.plan.job import Job, Layout, Term
 
@@ -37,6 +40,9 @@ def state_terms(job: Job, layout: Layout) -> list[Term]:
     moments = MOMENTS if job.config.optim.name == "adamw" else 0
     kept = q + job.counts.persistent * (layout.world_size > 1) if stage == 3 else p
     grads = p if stage == 1 else q
+    summed = job.grad_accum_dtype or accumulation_dtype(job.config.train.precision, layout.accumulation)
+    g = 2 if summed == "bf16" else 4
+    u = g if stage == 1 else s
     bucket = float(job.zero.get("reduce_bucket_size", 5e8)) * (2 if job.zero.get("overlap_comm") and stage < 3 else 1)
     optimizer = [
         Term("optimizer", (MASTER + moments) * q, "byte", "(4 + moments) q", f"({MASTER} + {moments}) x {q:.4g}"),
@@ -46,9 +52,9 @@ def state_terms(job: Job, layout: Layout) -> list[Term]:
         optimizer = [Term(term.name, 0.0, "byte", "in host memory") for term in optimizer]
     terms = [
         Term("weights", s * kept, "byte", "s (q + small ones)" if stage == 3 else "s p", f"{s} x {kept:.4g}"),
-        Term("gradients", s * grads, "byte", "s p" if stage == 1 else "s q", f"{s} x {grads:.4g}"),
+        Term("gradients", g * grads, "byte", "g p" if stage == 1 else "g q", f"{g} x {grads:.4g}"),
         *optimizer,
-        Term("reduce bucket", s * bucket, "byte", "s reduce_bucket_size", f"{s} x {bucket:.4g}"),
+        Term("reduce bucket", u * bucket, "byte", "u reduce_bucket_size", f"{u} x {bucket:.4g}"),
     ]
     if stage == 3:
         local = job.counts.one_expert * job.config.moe.num_experts / layout.ep_size if job.counts.num_moe else 0.0

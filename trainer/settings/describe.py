@@ -23,6 +23,7 @@ class Setting:
     type: str
     default: str
     description: str
+    range: str = ""
 
 
 def field_docstrings(cls: type) -> dict[str, str]:
@@ -55,7 +56,8 @@ def list_settings(cls: type, path: str = "") -> Iterator[Setting]:
             value = field.default if field.default_factory is MISSING else field.default_factory()
             default = value if isinstance(value, str) and value else json.dumps(value)  # as a recipe has it
             description = described.get(field.name, "")
-            yield Setting(name=name, type=_type(field.type), default=default, description=description)
+            allowed = str(field.metadata.get("range", ""))
+            yield Setting(name=name, type=_type(field.type), default=default, description=description, range=allowed)
 
 
 def _type(annotation: Any) -> str:
@@ -94,7 +96,8 @@ def _lines(setting: Setting, column: int, width: int) -> Iterator[str]:
             yield paragraph if _BY_ITSELF.match(paragraph) else _wrap(paragraph, "", width)
         yield ""
         return
-    facts = f"{setting.type}, default {setting.default}"
+    allowed = f" ({setting.range})" if setting.range else ""
+    facts = f"{setting.type}{allowed}, default {setting.default}"
     yield _wrap(facts, " " * column, width, f"{setting.name:{column}}")
     if setting.description:
         yield _wrap(setting.description, "    ", width)
