@@ -28,8 +28,10 @@ def last_is_there(run: Path) -> bool:
         return False
     try:
         state = read_state(found)
-    except FileNotFoundError:  # pruned between the two looks: there is a newer one
-        return False
+    except ConfigError:
+        if found.is_dir():
+            raise
+        return False  # pruned between the two looks: there is a newer one
     settings = config_from_dict(state.config).train
     return state.step >= (settings.stop_at_step or settings.max_steps)
 

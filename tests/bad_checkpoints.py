@@ -131,6 +131,8 @@ BAD: list[tuple[str, Damage, str]] = [
     ("state without data", in_state(lambda c: c.pop("data")), "state.json is damaged: data: Field"),
     ("step a word", in_state(lambda c: c.update(step="10")), "state.json is damaged: step: "),
     ("position below 0", in_state(lambda c: c["data"].update(consumed=-1)), "state.json is damaged: data"),
+    ("no channels", in_state(lambda c: c["data_info"].update(channels=-4)), "state.json is damaged: data_info: Value"),
+    ("no means", in_state(lambda c: c["data_info"].update(mean=[])), "state.json is damaged: data_info: Value error"),
     ("topology a list", in_state(lambda c: c.update(topology=[1])), "state.json is damaged: topology: "),
     ("config a list", in_state(lambda c: c.update(config=[])), "state.json is damaged: config: "),
     ("saved never", in_state(lambda c: c.update(saved_at="x")), "state.json is damaged: saved_at"),

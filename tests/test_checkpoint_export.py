@@ -129,6 +129,7 @@ def test_refusals_are_one_sentence(run: Path, tmp_path: Path, capsys: pytest.Cap
     new = tmp_path / "new"
     assert "is an export already" in refusal(capsys, main, "export", out, new)
     assert "--shard-gb 0: use more than 0" in refusal(capsys, main, "export", run, new, "--shard-gb", 0)
+    assert "--shard-gb nan: use a number" in refusal(capsys, main, "export", run, new, "--shard-gb", "nan")
     assert "no such run folder" in refusal(capsys, main, "export", tmp_path / "absent", new)
     assert "--out is missing" in refusal(capsys, eval_main, out)
     with pytest.raises(SystemExit) as stop:

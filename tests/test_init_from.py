@@ -152,7 +152,10 @@ def test_other_data_and_broken_exports_are_named(dense: Path, mixture: Path, tmp
     check_init(mixture, config, INFO)
     check_init(dense, load_config("debug", [*TINY, *UPCYCLED]), INFO)
     for change, words in (
-        ({"channels": 4}, "the data's channels is 4 but init_from=.* was trained with 3"),
+        (
+            {"channels": 4, "mean": [0.0] * 4, "std": [1.0] * 4},
+            "the data's channels is 4 but init_from=.* was trained with 3",
+        ),
         ({"text_encoder": "minilm"}, "data.text_encoder is minilm but init_from=.* was trained with : encode"),
     ):
         with pytest.raises(ConfigError, match=words):

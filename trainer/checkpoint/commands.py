@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,6 +31,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    require(isfinite(arguments.shard_gb), f"--shard-gb {arguments.shard_gb}: use a number more than 0")
     options = ExportOptions(weights=arguments.weights, dtype=arguments.dtype, shard_bytes=int(arguments.shard_gb * 1e9))
     check_target(arguments.out)
     require(not is_export(arguments.path), f"{arguments.path} is an export already: name a run or a checkpoint")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trainer.data.order import SampleLayout
 from trainer.encoders.protocols import TextEncoder
+from trainer.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,10 @@ class LatentInfo:
     std: list[float]
     buckets: list[list[int]] = field(default_factory=list)
     samples: str = ""
+
+    def __post_init__(self) -> None:
+        sizes = (self.channels, self.height, self.width, self.text_dim, self.max_tokens)
+        require(min(sizes) >= 1 and len(self.mean) == len(self.std) == self.channels, f"sizes do not fit: {self}")
 
     @property
     def mean_C(self) -> Tensor:  # noqa: N802
