@@ -103,6 +103,24 @@ def test_a_process_that_lives_and_does_not_get_on_is_named_to_all(ring: Ring) ->
     assert ring.lost["one"] == ring.lost["two"] == [found]
 
 
+def test_the_only_process_is_watched_too() -> None:
+    lost: list[Incident] = []
+    progress = Progress(1.0)
+    progress.slowest["step"] = 0.0
+    heartbeat = Heartbeat(SILENCE, lost.append, progress)
+    heartbeat.watch_self()
+    progress.enter("data")
+    time.sleep(0.8)
+    progress.enter("forward")  # it goes on
+    time.sleep(0.8)
+    assert not lost
+    time.sleep(0.8)
+    heartbeat.close(farewell=True)
+    assert [found.sentence for found in lost] == [
+        f"rank 0 on node {socket.gethostname()} hangs in forward of step 0 (no progress for 1 s)"
+    ]
+
+
 def test_a_loss_is_logged_and_recorded_and_ends_a_process_that_hangs(tmp_path: Path) -> None:
     """The record is there although the process never gets to an error of its own; verdict reads it back."""
     code = (

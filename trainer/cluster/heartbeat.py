@@ -44,13 +44,12 @@ def end_soon(lost: Incident, *, rank: int = -1, stacks: Path | None = None) -> N
     hopeless = lost.reason in ("silent", "hung")
     seconds = min(GRACE_SECONDS, HANG_GRACE_SECONDS) if hopeless else GRACE_SECONDS
     end_within(seconds, "lost peer")  # first: log and record may hang with the file system
-    if hopeless:  # the training thread will not get to its own record
-        Recorder(rank=rank).record(Outcome(kind="failed", reason=lost.sentence))
     record_incident(lost)
     logger.error("%s: this process ends within %.0f s", lost.sentence, seconds)
     if hopeless and stacks is not None:
         logger.error("stacks: %s", stacks)
-        with suppress(OSError):  # a full disk; stderr gets them at the end, too
+        with suppress(OSError):  # a full disk may be what went wrong; the log says the same, and at the end all stacks
+            Recorder(rank=rank).record(Outcome(kind="failed", reason=lost.sentence))  # the training thread never will
             write_stacks(stacks, lost)
 
 
