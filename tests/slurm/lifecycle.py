@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import psutil
 from slurm_cluster import Cluster
 from tests_launcher import ROOT, Launcher, metrics
 
@@ -149,6 +150,20 @@ def head_dies(story: Story) -> None:
     story.cluster.until(lambda: f"rank 0 on node {lost} is lost" in story.rank_logs(), 60, story.job)
     story.complete(restarts=1)
     story.cluster.power_on()
+
+
+def a_rank_hangs(story: Story) -> None:
+    """A process is stopped while its node and connections live: it is named, and the next start avoids its node."""
+    story.train("train.hang_seconds=6", TRAIN_SILENCE_SECONDS="600")
+    story.reach(50)
+    lost = story.nodes()[1]
+    for process in psutil.process_iter():
+        if f"run_dir={story.run}" in process.cmdline() and process.environ().get("RANK") == "1":
+            process.suspend()
+    story.cluster.until(lambda: f"rank 1 on node {lost} stopped beating" in story.rank_logs(), 60, story.job)
+    story.complete(restarts=1)
+    assert f"back in the queue, without {lost}" in story.cluster.log(story.job), story.cluster.log(story.job)
+    assert "most recent call first" in (story.run / "logs" / f"{story.job}.0.0.stacks").read_text()
 
 
 def node_dies_while_saving(story: Story) -> None:
@@ -316,7 +331,8 @@ def mixed_names_and_an_interface(story: Story) -> None:
 
 
 SCENARIOS: tuple[Callable[[Story], None], ...] = (
-    administrator_requeues, save_and_come_back, time_limit_comes, node_dies, head_dies, node_dies_while_saving,
+    administrator_requeues, save_and_come_back, time_limit_comes, node_dies, head_dies, a_rank_hangs,
+    node_dies_while_saving,
     controller_restarts, shrink_and_grow, a_range_of_nodes, scored_while_it_trains, launched_by_mpirun,
     launched_by_pmix, discovered_by_mpi4py, bad_node_is_left_out, crashes_twice, chained_without_requeue,
     array_of_runs, within_salloc, mixed_names_and_an_interface,
