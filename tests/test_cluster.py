@@ -138,15 +138,16 @@ def test_a_kill_by_the_memory_limit_is_named(tmp_path: Path) -> None:
     assert "the kernel ended a process at" in out_of_memory(None, [log])[0]
 
 
-def test_nodes_that_fell_silent_are_named_but_not_processes_that_crashed(
+def test_nodes_that_fell_silent_or_hung_are_named_but_not_processes_that_crashed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = noted(
         tmp_path, monkeypatch, 1, lost(0, "n1", "silent", "silent for 60 s"),
         lost(2, "b7-x", "silent", "silent for 60 s"), lost(3, "n4", "ended", "its process has ended"),
         lost(4, "n5", "unreachable", "No route to host"),
+        lost(0, "a1", "hung", "hangs"), lost(-1, "", "hung", "all hang"),
     )  # fmt: skip
-    assert silent_nodes([path, path, tmp_path / "7.0.9.log"]) == ["b7-x"]
+    assert silent_nodes([path, path, tmp_path / "7.0.9.log"]) == ["a1", "b7-x"]
 
 
 def test_a_record_outlives_a_kill_right_after(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tests_launcher import ROOT
 
 from trainer.cluster.heartbeat import Heartbeat
 from trainer.cluster.incidents import VARIABLE, Incident
+from trainer.cluster.progress import Progress
 from trainer.cluster.verdict import silent_nodes
 
 SILENCE = 0.6
@@ -24,7 +25,8 @@ class Ring:
 
     def __init__(self) -> None:
         self.lost: dict[str, list[Incident]] = {name: [] for name in ("main", "one", "two")}
-        self.beats = {name: Heartbeat(SILENCE, lost.append) for name, lost in self.lost.items()}
+        self.progress = {name: Progress(1.0) for name in self.lost}
+        self.beats = {name: Heartbeat(SILENCE, lost.append, self.progress[name]) for name, lost in self.lost.items()}
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         self.beats["main"].serve(listener)
@@ -83,7 +85,40 @@ def test_a_silent_main_process_is_named(ring: Ring) -> None:
     ring.beats["main"].loop.call_soon_threadsafe(release.wait)
     ring.wait("one", "two")
     release.set()
-    assert "rank 0 on node 127.0.0.1 is lost (silent" in ring.told["one"][0]
+    assert f"rank 0 on node {socket.gethostname()} is lost (silent" in ring.told["one"][0]
+
+
+def test_a_process_that_lives_and_does_not_get_on_is_named_to_all(ring: Ring) -> None:
+    """It entered fewer phases than those that wait; all of them stand still for longer than a step may take."""
+    for progress in ring.progress.values():
+        for _ in range(2):
+            with progress.within("step"):
+                progress.enter("data")
+    ring.progress["main"].enter("report")
+    ring.progress["one"].enter("report")
+    ring.wait("main", "one", "two")
+    (found,) = ring.lost["main"]
+    assert (found.rank, found.node, found.pid, found.reason) == (2, socket.gethostname(), os.getpid(), "hung")
+    assert " hangs in data of step 0 (no progress for 1 s); others are ahead, in report of step 0" in found.sentence
+    assert ring.lost["one"] == ring.lost["two"] == [found]
+
+
+def test_the_only_process_is_watched_too() -> None:
+    lost: list[Incident] = []
+    progress = Progress(1.0)
+    progress.slowest["step"] = 0.0
+    heartbeat = Heartbeat(SILENCE, lost.append, progress)
+    heartbeat.watch_self()
+    progress.enter("data")
+    time.sleep(0.8)
+    progress.enter("forward")  # it goes on
+    time.sleep(0.8)
+    assert not lost
+    time.sleep(0.8)
+    heartbeat.close(farewell=True)
+    assert [found.sentence for found in lost] == [
+        f"rank 0 on node {socket.gethostname()} hangs in forward of step 0 (no progress for 1 s)"
+    ]
 
 
 def test_a_loss_is_logged_and_recorded_and_ends_a_process_that_hangs(tmp_path: Path) -> None:

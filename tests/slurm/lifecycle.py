@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import psutil
 from slurm_cluster import Cluster
 from tests_launcher import ROOT, Launcher, metrics
 
@@ -114,9 +115,9 @@ def save_and_come_back(story: Story) -> None:
     story.complete(restarts=1)
 
 
-def a_rank_hangs(story: Story) -> None:
+def a_rank_hangs_unnoticed(story: Story) -> None:
     """A process is frozen, and nobody notices before the job is warned: stacks, KILL, and back into the queue."""
-    story.train(STOP_SECONDS="10", TRAIN_SILENCE_SECONDS="600")
+    story.train("train.hang_seconds=0", STOP_SECONDS="10", TRAIN_SILENCE_SECONDS="600")
     story.reach(50)
     command = f"trainer.train .*run_dir={story.run}"
     ranks = subprocess.run(["pgrep", "-f", command], capture_output=True, text=True, check=True).stdout.split()
@@ -153,6 +154,20 @@ def head_dies(story: Story) -> None:
     story.cluster.until(lambda: f"rank 0 on node {lost} is lost" in story.rank_logs(), 60, story.job)
     story.complete(restarts=1)
     story.cluster.power_on()
+
+
+def a_rank_hangs(story: Story) -> None:
+    """A process is stopped while its node and connections live: it is named, and the next start avoids its node."""
+    story.train("train.hang_seconds=6", TRAIN_SILENCE_SECONDS="600")
+    story.reach(50)
+    lost = story.nodes()[1]
+    for process in psutil.process_iter():
+        if f"run_dir={story.run}" in process.cmdline() and process.environ().get("RANK") == "1":
+            process.suspend()
+    story.cluster.until(lambda: f"rank 1 on node {lost} stopped beating" in story.rank_logs(), 60, story.job)
+    story.complete(restarts=1)
+    assert f"back in the queue, without {lost}" in story.cluster.log(story.job), story.cluster.log(story.job)
+    assert "most recent call first" in (story.run / "logs" / f"{story.job}.0.0.stacks").read_text()
 
 
 def node_dies_while_saving(story: Story) -> None:
@@ -346,8 +361,8 @@ def mixed_names_and_an_interface(story: Story) -> None:
 
 
 SCENARIOS: tuple[Callable[[Story], None], ...] = (
-    administrator_requeues, save_and_come_back, a_rank_hangs, time_limit_comes, node_dies, head_dies,
-    node_dies_while_saving, controller_restarts, controller_is_down_when_a_job_leaves, shrink_and_grow,
+    administrator_requeues, save_and_come_back, a_rank_hangs, a_rank_hangs_unnoticed, time_limit_comes, node_dies,
+    head_dies, node_dies_while_saving, controller_restarts, controller_is_down_when_a_job_leaves, shrink_and_grow,
     a_range_of_nodes, scored_while_it_trains, launched_by_mpirun, launched_by_pmix, discovered_by_mpi4py,
     bad_node_is_left_out, crashes_twice, chained_without_requeue, chained_by_an_array, array_of_runs, within_salloc,
     mixed_names_and_an_interface,

@@ -31,7 +31,7 @@ def verdict(args: argparse.Namespace) -> None:
         for line in (*out_of_memory(args.launcher, args.logs), *last_words(args.logs)):
             print(line, file=sys.stderr)
         for node in silent:  # Slurm may need minutes to notice
-            bad_nodes.add(args.run, node, "fell silent", SILENT_HOURS)
+            bad_nodes.add(args.run, node, "fell silent or hung", SILENT_HOURS)
     print(found.action)
 
 

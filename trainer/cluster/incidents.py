@@ -24,8 +24,10 @@ VARIABLE = "TRAIN_INCIDENTS"
 class Incident:
     """One event: `rank` on `node` is the process that was lost or failed, `time` Unix seconds.
 
-    `reason` of a lost peer: `silent` (sends nothing), `ended` (connection closed without a farewell) or `unreachable`
-    (no route to it); of a failure: the exception's class. `sentence` is for people.
+    `reason` of a lost peer: `silent` (sends nothing), `hung` (lives, but is behind the others and does not get on),
+    `ended` (connection closed without a farewell) or `unreachable` (no route to it); of a failure: the exception's
+    class. Of a hang in which no rank is behind, `rank` is -1. `node` is empty and `pid` 0 where unknown. `sentence` is
+    for people.
     """
 
     kind: Literal["lost_peer", "failed"]
@@ -33,6 +35,7 @@ class Incident:
     node: str
     reason: str
     sentence: str
+    pid: int = 0
     time: float = field(default_factory=time.time)
 
 

@@ -8,7 +8,7 @@
 | halted by RUN/stop, saved                                        | `halt`, until the user submits again   |
 | failed or died, and a checkpoint is newer than at the failure before | `again`                            |
 | failed or died twice in a row at the same checkpoint             | `fail`                                 |
-| the same, but told to stop too late or by a lost node, five times    | `fail`                                 |
+| the same, but told to stop too late or by a lost or hung node, 5 times | `fail`                                 |
 
 When Slurm itself ends a start with its nodes, no verdict is asked for and nothing is counted. `RUN/failures.json` holds
 the count, which a new job begins anew. Nothing here imports torch: a verdict is wanted within the grace time of a
@@ -50,7 +50,7 @@ def newest_step(run_dir: Path) -> int:
 def settle(run_dir: Path, outcome: Outcome | None, *, job: str, told: bool) -> Verdict:
     """The verdict on a start of a job; a failure is counted in the run folder.
 
-    `told`: the job was asked to stop, or lost a node; neither need be the program's fault.
+    `told`: the job was asked to stop, or lost a node, or one hung; none of these need be the program's fault.
     """
     match outcome:
         case Outcome(kind="finished"):
@@ -77,9 +77,12 @@ def settle(run_dir: Path, outcome: Outcome | None, *, job: str, told: bool) -> V
 
 
 def silent_nodes(logs: list[Path]) -> list[str]:
-    """Nodes whose processes fell silent, as the others recorded it. Not rank 0's: the batch script runs there."""
-    incidents = (incident for log in logs for incident in read_incidents(log))
-    return sorted({i.node for i in incidents if i.kind == "lost_peer" and i.reason == "silent" and i.rank > 0})
+    """Nodes whose processes fell silent or hung, as the others recorded it.
+
+    Of rank 0's no process is silent because the node died: the batch script runs there.
+    """
+    incidents = [i for log in logs for i in read_incidents(log) if i.kind == "lost_peer" and i.node]
+    return sorted({i.node for i in incidents if i.reason == "hung" or (i.reason == "silent" and i.rank > 0)})
 
 
 def out_of_memory(launcher: Path | None, logs: list[Path]) -> list[str]:

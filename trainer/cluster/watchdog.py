@@ -5,7 +5,7 @@ Beside the training thread three things watch a run. Each has a reason not to sh
 | what it does                       | thread                  | why it is alone                                   |
 |------------------------------------|-------------------------|---------------------------------------------------|
 | ends this process at a time limit  | here: faulthandler's, C | works while a call that hangs holds the GIL       |
-| tells the other processes it lives | heartbeat.py's          | may not wait for files: its silence ends the job  |
+| tells the others how far it is     | heartbeat.py's          | may not wait for files: its silence ends the job  |
 | renews the lease on the run folder | filelock's (run_lock)   | writes a file, so it hangs with the file system   |
 
 `faulthandler` has one alarm for the whole process, so all limits share it here; the earliest counts.

@@ -21,6 +21,7 @@ from trainer.checkpoint.load import load_checkpoint
 from trainer.checkpoint.save import Saver
 from trainer.checkpoint.state import TrainState
 from trainer.cluster.incidents import failure, record_incident
+from trainer.cluster.progress import LEAVING, Progress
 from trainer.cluster.watchdog import ARRIVAL_SECONDS, end_within, time_limit
 from trainer.data.position import DataState
 from trainer.diffusion.flow import NoisedBatch
@@ -51,9 +52,13 @@ class Trainer:
     `agreed`: all ranks know of the error that ends the run, and come to the last save together.
     """
 
-    def __init__(self, checked: CheckedRun, device: torch.device, stop: StopSignal, lock: RunLock) -> None:
+    def __init__(
+        self, checked: CheckedRun, device: torch.device, stop: StopSignal, lock: RunLock,
+        progress: Progress | None = None,
+    ) -> None:  # fmt: skip
         config, world, info = checked.config, checked.world, checked.dataset.info
         self.checked, self.config, self.device, self.stop, self.lock = checked, config, device, stop, lock
+        self.progress = progress or Progress()
         self.engine = build_engine(config, checked.deepspeed_config, checked.model_shape, device)
         if checked.init_from is not None:
             load_init(checked.init_from, self.engine, config)
@@ -61,7 +66,7 @@ class Trainer:
         self.state = TrainState(step=0, data=DataState(seed=config.seed, epoch=0, consumed=0, samples_seen=0))
         self.saver = Saver(config, checked.topology, info, world)
         if checked.checkpoint is not None:
-            self.state = load_checkpoint(checked.checkpoint, self.engine, self.ema, world)
+            self.state = self._load(checked.checkpoint)
         self.saved_step = self.state.step
         self.skips = SkipPolicy(checked, self.state)
         # A roll-back to this very checkpoint may have moved on in the data; the batches below start there.
@@ -75,7 +80,7 @@ class Trainer:
         self.held = HeldErrors()
         self.budget = TimeBudget.from_environment()
         self.switches, self.save_asked = Switches(Path(config.run_dir), is_main=world.is_main), False
-        self.timer = StepTimer(device)
+        self.timer = StepTimer(device, self.progress.enter)
         self.arrivals = build_arrival_group()
         self.sound, self.agreed = True, False
 
@@ -107,16 +112,20 @@ class Trainer:
         stopping = self._settle(self._read_and_report(more=True))
         while self.state.step < last and not stopping:
             before, start = self.state.step, time.perf_counter()
-            stopping = self._step(last)
+            self.progress.step = before + 1
+            with self.progress.within("step"):
+                stopping = self._step(last)
             self.budget.stepped(time.perf_counter() - start)
             step = self.state.step
             applied = step > before  # not skipped, and not back at an older checkpoint
             if applied and loop.sample_every and (step % loop.sample_every == 0 or step == loop.max_steps):
-                self._draw_grid()
+                with self.progress.within("samples"):
+                    self._draw_grid()
             final = stopping or step == last
             asked = self.save_asked
             if final or asked or (applied and loop.checkpoint_every and step % loop.checkpoint_every == 0):
-                self._save(final=final)
+                with self.progress.within("save"):
+                    self._save(final=final)
             if asked:
                 self.saver.finish()  # who asked sees by the file that the checkpoint is on disk
                 self.switches.fulfilled()
@@ -162,6 +171,7 @@ class Trainer:
         if self.lock.lost and self.held.error is None:
             self.held.error = self.lock.loss()
         self.switches.look()
+        self.progress.enter("report")
         mine = StepReport(
             loss=torch.zeros(()) if result is None else result.losses.mean(),
             stop=self.stop.received or self.budget.is_spent() or self.switches.stop,
@@ -222,12 +232,16 @@ class Trainer:
         folder = Path(self.config.run_dir) / "checkpoints"
         newest = from_main(self.checked.world, lambda: newest_whole(list_checkpoints(folder)))
         checkpoint = self.skips.check_can_roll_back(newest)
-        loaded = load_checkpoint(checkpoint, self.engine, self.ema, self.checked.world)
+        loaded = self._load(checkpoint)
         self.state = replace(loaded, data=self.state.data)
         self.saved_step = loaded.step
         with self.held.held(), writing(f"run_dir={self.config.run_dir}"):
             self.skips.record_rollback(self.state, checkpoint)
             self.reporter.rewind(loaded.step)
+
+    def _load(self, checkpoint: Path) -> TrainState:
+        with self.progress.within("load"):
+            return load_checkpoint(checkpoint, self.engine, self.ema, self.checked.world)
 
     def _draw_grid(self) -> None:
         """Draw with the average in place of the weights. If they cannot be brought back, nothing is saved."""
@@ -274,6 +288,7 @@ class Trainer:
 
     def _save_on_the_way_out(self, error: Exception) -> None:
         """After an error: a last checkpoint if the state is sound and every rank gets here. `error` stays the error."""
+        self.progress.enter(LEAVING)
         step, limit = self.state.step, self.config.train.emergency_save_seconds
         logger.error("rank %d failed after step %d: %r", self.checked.world.rank, step, error)
         # Now: the launcher may end this process during the save.

@@ -12,6 +12,7 @@ from trainer.checkpoint.init_from import check_init_whole, init_notes
 from trainer.checkpoint.resume import choose_checkpoint
 from trainer.cluster.heartbeat import watch_peers
 from trainer.cluster.outcome import Kind, Outcome
+from trainer.cluster.progress import Progress
 from trainer.config import ConfigError, TrainConfig, save_config
 from trainer.distributed import World, barrier, check_devices, from_main, init_distributed
 from trainer.engine.determinism import make_deterministic
@@ -34,10 +35,10 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> Outcome:
     checked = check_start(config, world)
     if config.train.deterministic:
         make_deterministic()
-    device = init_distributed(world)
+    device, progress = init_distributed(world), Progress(config.train.hang_seconds)
     try:
-        with watch_peers(world):
-            outcome = _train_locked(checked, device, stop)
+        with watch_peers(world, progress, Path(config.run_dir)):
+            outcome = _train_locked(checked, device, stop, progress)
     except ConfigError:
         # All ranks raise it together. A process that exits with its group alive may abort instead (gloo's threads).
         torch.distributed.destroy_process_group()
@@ -46,7 +47,7 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> Outcome:
     return outcome
 
 
-def _train_locked(checked: CheckedRun, device: torch.device, stop: StopSignal) -> Outcome:
+def _train_locked(checked: CheckedRun, device: torch.device, stop: StopSignal, progress: Progress) -> Outcome:
     """Hold the run folder from the choice of the checkpoint to the end of the loop."""
     config, world, info = checked.config, checked.world, checked.dataset.info
     lock = RunLock(Path(config.run_dir))
@@ -59,7 +60,7 @@ def _train_locked(checked: CheckedRun, device: torch.device, stop: StopSignal) -
             check_init_whole(checked.init_from, world)
         notes = [*checked.notes, *notes, *init_notes(config, info, checkpoint)]
         from_main(world, lambda: prepare_run_folder(checked, notes))
-        trainer = Trainer(checked, device, stop, lock)
+        trainer = Trainer(checked, device, stop, lock, progress)
         try:
             finished = trainer.run()
         except Exception as error:
@@ -68,6 +69,7 @@ def _train_locked(checked: CheckedRun, device: torch.device, stop: StopSignal) -
             except OSError as second:  # a full disk may be the very reason: it must not hide why the run failed
                 error.add_note(f"The log files could not be closed either: {second!r}")
             raise
+        progress.enter("end")
         trainer.reporter.close()
         barrier()  # no rank gives the lock back, and exits, while another one still writes
         # The main process's alone is recorded, which is the one that knows of RUN/stop.

@@ -46,6 +46,9 @@ class TrainLoopConfig:
     """How often a run may go back to the same checkpoint before it ends with an error; 0 (never) or more."""
     emergency_save_seconds: float = field(default=600.0, metadata=more_than(0, 1_000_000))
     """Seconds that each attempt to save may take after an error between two steps, or the process ends; more than 0."""
+    hang_seconds: float = field(default=60.0, metadata=at_least(0))
+    """Seconds without progress within a step, at least, after which the process that is behind is named and the run
+    ends: 2.5 times the slowest step if that is more, and longer in start-up, saves and samples. 1 or more; 0 is off."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Numbers that the model computes in, also when sampling; the optimizer's copy of the weights stays fp32."""
     deterministic: bool = True
@@ -58,6 +61,10 @@ class TrainLoopConfig:
         require(
             (self.stop_at_step or 1) <= self.max_steps,
             f"train.stop_at_step is {self.stop_at_step}: use 1 to train.max_steps={self.max_steps}",
+        )
+        require(
+            self.hang_seconds == 0 or self.hang_seconds >= 1,
+            f"train.hang_seconds is {self.hang_seconds}: use 1 or more, or 0 (off)",
         )
 
 

@@ -27,10 +27,13 @@ from moe.layer import MoeLayer
 
 
 class StepTimer:
-    """Seconds of each section of the last measured step; sections may nest, each second counts once."""
+    """Seconds of each section of the last measured step; sections may nest, each second counts once.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    `entered` is told of each section that is in no other one, in every step.
+    """
+
+    def __init__(self, device: torch.device, entered: Callable[[str], None] = lambda _: None) -> None:
+        self.device, self.entered = device, entered
         self.active = False
         self.seconds: dict[str, float] = {}
         self._open: list[str] = []
@@ -39,6 +42,8 @@ class StepTimer:
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
         """Count the time inside to `name`, and not to the section around it."""
+        if not self._open:
+            self.entered(name)
         if not self.active:
             yield
             return
