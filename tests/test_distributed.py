@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from tests_launcher import Checked, run_checks
+from tests_launcher import Checked, asked_checks, run_checks
 
 
 @pytest.mark.slow
@@ -53,9 +53,9 @@ CHECKS = (
 
 
 @pytest.fixture(scope="module")
-def checked() -> Checked:
+def checked(request: pytest.FixtureRequest) -> Checked:
     """All checks in one start of two processes; those that count memory first."""
-    return run_checks("tests/distributed_checks.py", CHECKS)
+    return run_checks("tests/distributed_checks.py", asked_checks(request, CHECKS))
 
 
 @pytest.mark.slow

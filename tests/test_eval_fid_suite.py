@@ -17,7 +17,6 @@ from eval.pictures.prompts import Prompt
 from eval.scoring.job import ScoreConfig, ScoringJob
 from eval.scoring.score_and_report import ScoredSubject, score_and_report
 from eval.weights import find_file
-from trainer.distributed import World
 
 Features = NDArray[np.float64]
 SETS = {"drawn": 3, "true": 3, "untrained": 3, "real": 4}
@@ -61,7 +60,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Scored:
     with pytest.MonkeyPatch.context() as patch:
         printed: list[str] = []
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
-        score_and_report(job, World(rank=0, local_rank=0, size=1), ScoredSubject(name="mine", summary="few pictures"))
+        score_and_report(job, ScoredSubject(name="mine", summary="few pictures"))
     rows = dict(pair for shard in (config.out / "features").rglob("*.safetensors") for pair in _rows(shard))
     features = {
         name: np.stack([rows[hashlib.sha256(path.read_bytes()).hexdigest()] for path in paths])

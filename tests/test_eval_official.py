@@ -106,7 +106,14 @@ def test_thresholds_below_what_is_kept_are_refused() -> None:
             _by_score(["--suite", "geneval", option, "0.04"])
         with pytest.raises(ConfigError, match=rf"{option} is 1\.0: use 0\.05"):
             _by_score(["--suite", "geneval", option, "1"])
+        with pytest.raises(ConfigError, match=rf"{option} is 0\.0: use 0\.05"):
+            _by_score(["--suite", "geneval", option, "0"])
         assert _by_score(["--suite", "geneval", option, "0.05"]).rules != Rules()
+
+
+def test_no_neighbours_are_refused_and_not_the_default() -> None:
+    with pytest.raises(ConfigError, match="neighbours is 0: use 1 or more"):
+        _by_score(["--suite", "fid", "--neighbours", "0"])
 
 
 class _Boxes:

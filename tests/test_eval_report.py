@@ -108,6 +108,7 @@ def test_controls_separate_reading_from_drawing() -> None:
     assert with_overall(permuted_scores(prompts, detect(true), RULES))["overall"] < 0.2
     assert background_score(prompts, true).value == 1
     assert background_score(prompts, true.roll(6, 0)).value < 0.5
+    assert background_score(prompts, true.repeat_interleave(2, 0), num_samples=2).value == 1
     assert border_colors(true[-1:]) == [tuple(clause["color"] for clause in prompts[-1].metadata["include"])]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests_launcher import ROOT, Checked, Launcher, metrics, run_checks
+from tests_launcher import ROOT, Checked, Launcher, asked_checks, metrics, run_checks
 
 MODULE = ("-m", "trainer.train", "debug")
 TINY = ("model.dim=16", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1", "data.image_size=8")
@@ -24,9 +24,9 @@ CHECKS = (
 
 
 @pytest.fixture(scope="module")
-def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
+def checked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checked:
     """All checks in one start of two processes."""
-    return run_checks("tests/loop_checks.py", CHECKS, str(tmp_path_factory.mktemp("loop")))
+    return run_checks("tests/loop_checks.py", asked_checks(request, CHECKS), str(tmp_path_factory.mktemp("loop")))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests_launcher import Checked, run_checks
+from tests_launcher import Checked, asked_checks, run_checks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -113,9 +113,9 @@ CHECKS = [f"ep_size {ep} ZeRO {stage} {p}" for ep in (1, 2) for stage in (1, 2, 
 
 
 @pytest.fixture(scope="module")
-def checked() -> Checked:
+def checked(request: pytest.FixtureRequest) -> Checked:
     """All checks in one start of two processes."""
-    return run_checks("tests/plan_checks.py", CHECKS)
+    return run_checks("tests/plan_checks.py", asked_checks(request, CHECKS))
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ echo "scontrol $*" >>"$CALLS"
 case "$1 $2" in
   "show hostnames") printf 'alpha\\nbeta\\n' ;;
   "show job") echo "JobId=77 Reason=${REASON:-None} ExcNodeList=(null)" ;;
+  "requeue 77") [ -z "${REFUSAL:-}" ] || { echo "$REFUSAL" >&2; exit 1; } ;;
 esac
 """
 SRUN = """#!/bin/bash
@@ -111,10 +112,12 @@ def test_processes_start_as_asked_with_a_rendezvous(slurm: Path, tmp_path: Path)
         ({"ENVIRONMENT": "INTERACTIVE"}, 75, ""),
         ({"ENDED": "1"}, 143, ""),
         ({"ENDED": "1", "REASON": "TimeLimit"}, 0, "scontrol requeue 77"),
+        ({"REFUSAL": "Requested operation is presently disabled for job 77"}, 75, "scontrol requeue 77"),
+        ({"REFUSAL": "Unable to contact slurm controller"}, 75, "scontrol requeue 77"),
     ],
 )
 def test_a_job_requeues_itself_only_where_it_may(slurm: Path, variables: dict[str, str], code: int, asked: str) -> None:
-    done = _script(slurm, "ended_by_slurm=${ENDED:-0}; again; echo reached", **variables)
+    done = _script(slurm, "ended_by_slurm=${ENDED:-0} REQUEUE_SECONDS=0; again; echo reached", **variables)
     assert done.returncode == code and "reached" not in done.stdout, done.stdout + done.stderr
     calls = (slurm.parent / "calls").read_text().splitlines()
     assert [call for call in calls if call.startswith("scontrol requeue")] == ([asked] if asked else [])

@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from tests_launcher import Checked, run_checks
+from tests_launcher import Checked, asked_checks, run_checks
 
 CHECKS = (
     "the_average_is_a_plain_lerp_of_whole_weights",
@@ -16,19 +16,20 @@ CASES = [pytest.param(size, check, marks=[pytest.mark.slow] * (size - 1)) for si
 
 
 class Starts:
-    """All checks in one start for each number of processes, when a test first asks."""
+    """All asked checks in one start for each number of processes, when a test first asks."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, checks: list[str]) -> None:
+        self.checks = checks
         self.checked = cache(lambda size: self._run(folder / str(size), size))
 
     def _run(self, folder: Path, size: int) -> Checked:
-        return run_checks("tests/trainer_checks.py", CHECKS, str(folder), processes=size)
+        return run_checks("tests/trainer_checks.py", self.checks, str(folder), processes=size)
 
 
 @pytest.fixture(scope="module")
-def starts(tmp_path_factory: pytest.TempPathFactory) -> Starts:
+def starts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Starts:
     """One folder for all starts."""
-    return Starts(tmp_path_factory.mktemp("steps"))
+    return Starts(tmp_path_factory.mktemp("steps"), asked_checks(request, CHECKS))
 
 
 @pytest.mark.parametrize("size,check", CASES)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -75,6 +77,13 @@ class Checked:
 
     problems: dict[str, str]
     output: str
+
+
+def asked_checks(request: pytest.FixtureRequest, names: Sequence[str]) -> list[str]:
+    """Those of `names` that are the `check` of a chosen test of the file: who asks for one waits for no other."""
+    chosen = [item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function)]
+    asked = {item.callspec.params.get("check") for item in chosen if hasattr(item, "callspec")}
+    return [name for name in names if name in asked]
 
 
 def run_checks(
