@@ -9,7 +9,7 @@ import pytest
 from picture_server import PictureServer
 
 from trainer.data import download
-from trainer.data.images.download_report import Progress
+from trainer.data.images.download_report import DownloadProgress
 from trainer.data.images.url_list import open_url_list, read_slice
 
 TWO = [("http://a", "one"), ("http://b", "two")]
@@ -125,7 +125,7 @@ def test_a_download_that_stands_still_is_ended(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr("trainer.data.images.download_report.time.monotonic", lambda: now[0])
-    with Progress(tmp_path, num_tars=2, tar_seconds=1000) as progress:
+    with DownloadProgress(tmp_path, num_tars=2, tar_seconds=1000) as progress:
         assert progress()
         now[0] = 61
         (tmp_path / "00000.tar").write_bytes(bytes(2_000_000))

@@ -35,6 +35,11 @@ OTHERWISE = {
 }  # fmt: skip
 
 
+# The times of the steps follow from three settings: t of 3 equal steps at shift s is s t / (1 + (s - 1) t).
+TIMES = {
+    "diffusion.sampling_steps": "equal: 1, 0.818182 ... 0.333333, 0",
+    "diffusion.time_shift": "equal: 1, 0.666667 ... 0.333333, 0",
+}
 TRAINING_ONLY = {"logit_mean", "logit_std", "mask_ratio", "unmask_at_step"}
 
 
@@ -97,6 +102,8 @@ def test_the_card_says_how_a_set_was_drawn() -> None:
         "precision": "bf16",
         "sampler": "heun",
         "sampling_steps": 3,
+        "router": "expert_choice in pools of image",
+        "time_grid": "equal: 1, 0.75 ... 0.428571, 0",
         "guidance_scale": 2.5,
         "time_shift": 1.5,
         "guidance_interval": [0.2, 0.9],
@@ -117,13 +124,15 @@ def test_pictures_of_other_settings_lie_elsewhere(setting: str) -> None:
     number = value[setting.endswith("end")] if isinstance(value, list) else value
     base = sampling_card(_config(), 1234, "ema", _prompts(), 3)
     other = sampling_card(_config(**{setting: number}), 1234, "ema", _prompts(), 3)
-    assert other == {**base, key: value} != base
+    assert other == {**base, key: value} | ({"time_grid": TIMES[setting]} if setting in TIMES else {}) != base
     assert fingerprint(other) != fingerprint(base)
 
 
 def test_every_setting_of_sampling_is_looked_at() -> None:
     tried = {setting.partition(".")[2] for setting in OTHERWISE if setting.startswith("diffusion.")}
-    assert {item.name for item in fields(DiffusionConfig)} == tried | TRAINING_ONLY
+    assert {item.name for item in fields(DiffusionConfig)} == tried | TRAINING_ONLY | {"time_grid"}
+    other = sampling_card(_config(**{"diffusion.time_grid": "diffusers"}), 1234, "ema", _prompts(), 3)
+    assert other["time_grid"].startswith("diffusers: 1, ")
 
 
 def test_pictures_of_other_subjects_lie_elsewhere() -> None:

@@ -19,7 +19,7 @@ from eval.scoring.score_and_report import ScoredSubject, score_and_report
 from eval.weights import find_file
 
 Features = NDArray[np.float64]
-SETS = {"drawn": 3, "true": 3, "untrained": 3, "real": 4}
+SETS = {"drawn": 4, "true": 4, "untrained": 4, "real": 5}
 Scored = tuple[Path, str, dict[str, Features]]
 
 
@@ -55,7 +55,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Scored:
         suites=("fid",), out=folder / "out", reference=folder / "real", true_pictures=folder / "true",
         convention="pytorch-fid", num_neighbours=2,
     )  # fmt: skip
-    prompts = [Prompt(id=str(i), text=f"picture {i}", tag="", metadata={"prompt": f"picture {i}"}) for i in range(3)]
+    prompts = [Prompt(id=str(i), text=f"picture {i}", tag="", metadata={"prompt": f"picture {i}"}) for i in range(4)]
     job = ScoringJob(config=config, prompts=prompts, files=files["drawn"], untrained_files=files["untrained"])
     with pytest.MonkeyPatch.context() as patch:
         printed: list[str] = []
@@ -97,18 +97,21 @@ def test_the_distances_are_those_of_their_sets(scored: Scored) -> None:
     assert expected["true"] < expected["drawn"] / 2 < expected["untrained"] / 2.5, "the three must be told apart"
     assert found["fid"] == pytest.approx(expected["drawn"], rel=1e-4)
     assert found["controls"] == pytest.approx({name: expected[name] for name in ("true", "untrained")}, rel=1e-4)
-    assert "3 pictures bias FID upwards" in found["note"]
-    whole = [_kid(features["drawn"], np.delete(features["real"], i, 0)) for i in range(4)]
-    assert min(whole) <= found["kid"]["mean"] <= max(whole), "a mean over subsets of three of the four"
+    assert "4 pictures bias FID upwards" in found["note"]
+    pairs = {name: [features[name][[i, j]] for j in range(SETS[name]) for i in range(j)] for name in ("drawn", "real")}
+    whole = [_kid(a, b) for a in pairs["drawn"] for b in pairs["real"]]
+    spread = 3 * float(np.std(whole)) / 100**0.5
+    assert abs(found["kid"]["mean"] - np.mean(whole)) < spread, "a mean over 100 draws of two of each"
+    assert found["kid"]["std"] == pytest.approx(np.std(whole), rel=0.3)
     assert set(found["skipped"]) <= {"fid_infinity", "inception_score"}
     card = {
         name: found["card"][name] for name in ("metric", "convention", "preprocess", "pictures", "reference_pictures")
     }
     assert card == {
-        "metric": "fid-2", "convention": "pytorch-fid", "preprocess": "pytorch-fid-299", "pictures": 3,
-        "reference_pictures": 4,
+        "metric": "fid-2", "convention": "pytorch-fid", "preprocess": "pytorch-fid-299", "pictures": 4,
+        "reference_pictures": 5,
     }  # fmt: skip
-    assert found["card"]["reference"] == str(out.parent / "real") and found["card"]["pictures_of_set_metrics"] == 3
+    assert found["card"]["reference"] == str(out.parent / "real") and found["card"]["pictures_of_set_metrics"] == 4
 
 
 def test_neighbours_of_the_drawn_are_looked_for_among_the_real(scored: Scored) -> None:
@@ -121,7 +124,7 @@ def test_neighbours_of_the_drawn_are_looked_for_among_the_real(scored: Scored) -
     assert found["precision"] == (between <= radius["real"]).any(1).mean()
     assert found["recall"] == (between.T <= radius["drawn"]).any(1).mean()
     assert found["coverage"] == (between.min(0) < radius["real"]).mean()
-    assert found["density"] == pytest.approx((between < radius["real"]).sum() / (2 * 3))
+    assert found["density"] == pytest.approx((between < radius["real"]).sum() / (2 * 4))
     assert found["k"] == 2
     assert found["precision"] != found["recall"] and found["coverage"] > 0, "the two sides must be told apart"
 

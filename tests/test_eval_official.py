@@ -20,7 +20,7 @@ from eval.run import parse as parse_run
 from eval.score import build_parser, main
 from eval.scoring.job import ScoreConfig, score_config
 from eval.scoring.options import split_names
-from eval.suites.geneval import departures
+from eval.suites.geneval import PRECISION, departures
 from eval.watch import parse as parse_watch
 from trainer.config import ConfigError
 
@@ -39,7 +39,7 @@ def test_defaults_are_the_official_protocol() -> None:
     assert replace(plain, num_samples=4) == OFFICIAL
     asked = parse_run(["runs/x", "--prompts", "geneval", "--suite", "geneval", "--out", "out"])
     assert asked.score == OFFICIAL
-    assert departures(asked.score, geneval_prompts(), "official") == []
+    assert departures(asked.score, geneval_prompts(), "official") == [PRECISION]
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,16 @@ def test_defaults_are_the_official_protocol() -> None:
     ],
 )
 def test_each_departure_from_the_official_protocol_is_named(changed: dict[str, Any], words: str) -> None:
-    assert departures(replace(OFFICIAL, **changed), geneval_prompts(), "official") == [words]
+    by_clip = [] if words.startswith("colours by") else [PRECISION]
+    assert departures(replace(OFFICIAL, **changed), geneval_prompts(), "official") == [*by_clip, words]
 
 
 def test_detector_and_prompts_depart_too() -> None:
-    assert departures(replace(OFFICIAL, detector="maskrcnn"), geneval_prompts(), "approximate") == ["detector maskrcnn"]
+    assert departures(replace(OFFICIAL, detector="maskrcnn"), geneval_prompts(), "approximate") == [
+        "detector maskrcnn", PRECISION,
+    ]  # fmt: skip
     for prompts in (geneval_prompts()[:-1], geneval_prompts(1), geneval_prompts()[::-1]):
-        assert departures(OFFICIAL, prompts, "official") == ["other prompts"]
+        assert departures(OFFICIAL, prompts, "official") == [PRECISION, "other prompts"]
 
 
 OPTIONS = [

@@ -55,6 +55,7 @@ def _text_rows(path: Path) -> Iterable[_Row]:
 
 def _table_rows(path: Path) -> Iterable[_Row]:
     text = io.StringIO(read_utf8(path), newline="")
+    csv.field_size_limit(131_072)  # the limit is of the process, and lists of URLs have another
     reader = csv.DictReader(text, strict=True, delimiter="\t" if path.suffix == ".tsv" else ",")
     rows = []
     try:

@@ -34,14 +34,14 @@ logger = logging.getLogger("ec_dit")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Entry:
+class _FileEntry:
     size: NonNegativeInt
     xxh3_128: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Manifest:
-    files: dict[FileName, _Entry]
+    files: dict[FileName, _FileEntry]
 
 
 _MANIFEST = TypeAdapter(_Manifest)

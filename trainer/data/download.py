@@ -19,7 +19,14 @@ import pyarrow.parquet as pq
 
 from trainer.config import ConfigError, command, command_parser, require
 from trainer.data.images import img2dataset
-from trainer.data.images.download_report import PartReport, Progress, finished_tars, remove_damaged, summarize, total
+from trainer.data.images.download_report import (
+    DownloadProgress,
+    PartReport,
+    finished_tars,
+    remove_damaged,
+    summarize,
+    total,
+)
 from trainer.data.images.img2dataset import DISTRIBUTORS, LIMITS, DownloadSettings
 from trainer.data.images.url_list import UrlList, open_url_list, read_slice, split_http, table_digest
 from trainer.files import check_writable, read_json, replacing, write_json
@@ -119,7 +126,7 @@ def download_part(part: Part, urls: UrlList, settings: DownloadSettings, python:
         if done < num_tars:
             options = img2dataset.arguments(part.url_list, part.folder, settings, urls.columns)
             log = part.out / "logs" / f"{part.name}.log"
-            with Progress(part.folder, num_tars, settings.tar_seconds) as progress:
+            with DownloadProgress(part.folder, num_tars, settings.tar_seconds) as progress:
                 img2dataset.run(python, options, log, lock.fileno(), progress)
         failed = part.out / "failed" / f"{part.name}.parquet"
         report = summarize(part.folder, num_http, num_refused, num_tars, urls.columns, failed)

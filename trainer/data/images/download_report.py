@@ -94,7 +94,7 @@ def finished_tars(folder: Path) -> list[Path]:
     return [path.with_name(path.name.replace("_stats.json", ".tar")) for path in sorted(folder.glob("*_stats.json"))]
 
 
-class Progress:
+class DownloadProgress:
     """Says what is finished, and whether it is worth waiting: not when no tar has been finished for too long."""
 
     def __init__(self, folder: Path, num_tars: int, tar_seconds: int) -> None:
@@ -103,7 +103,7 @@ class Progress:
         self.bar = tqdm(total=num_tars, initial=done, desc=folder.name, unit="tar", disable=None)
         self.num_done, self.last_tar, self.last_said = done, time.monotonic(), time.monotonic()
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "DownloadProgress":
         return self
 
     def __exit__(

@@ -47,8 +47,9 @@ class LatentInfo:
     samples: str = ""
 
     def __post_init__(self) -> None:
-        sizes = (self.channels, self.height, self.width, self.text_dim, self.max_tokens)
-        require(min(sizes) >= 1 and len(self.mean) == len(self.std) == self.channels, f"sizes do not fit: {self}")
+        text = min(self.text_dim, self.max_tokens) >= 0  # both 0 where text is encoded while training
+        picture = min(self.channels, self.height, self.width) >= 1
+        require(text and picture and len(self.mean) == len(self.std) == self.channels, f"sizes do not fit: {self}")
 
     @property
     def mean_C(self) -> Tensor:  # noqa: N802
