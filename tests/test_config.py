@@ -124,6 +124,7 @@ def test_auto_values_are_filled(tmp_path: Path) -> None:
         ({"train_batch_size": 7}, "train_batch_size is 7 but train.micro_batch_size"),
         ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5 but optim.max_grad_norm gives 1.0"),
         ({"optimizer": {"type": "Adam"}}, "optimizer belongs in the YAML"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler belongs in the YAML"),
         ({"comms": {"x": "auto"}}, 'comms.x is "auto"'),
         ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0: use 1, 2 or 3"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "device is 'nvme'"),
