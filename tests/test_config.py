@@ -127,6 +127,7 @@ def test_auto_values_are_filled(tmp_path: Path) -> None:
         ({"train_batch_size": 7}, "train_batch_size is 7 but train.micro_batch_size"),
         ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5 but optim.max_grad_norm gives 1.0"),
         ({"optimizer": {"type": "Adam"}}, "optimizer belongs in the YAML"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler belongs in the YAML"),
         ({"comms_logger": {"x": "auto"}}, 'comms_logger.x is "auto"'),
         ({"zero_optimisation": {"stage": 2}}, "unknown key zero_optimisation; did you mean zero_optimization?"),
         ({"colour": 1}, "unknown key colour; DeepSpeed has no such setting, so remove it"),

@@ -1,5 +1,6 @@
 """The rule that fits a recipe to the processes of a start, against brute force."""
 
+import re
 from itertools import product
 
 import pytest
@@ -15,6 +16,7 @@ from trainer.engine.elastic import adapt, choose_ep_size, split_share
         (8, 64, 24, 8, 8),
         (16, 64, 16, 8, 16),  # the recipe wants it across nodes
         (16, 64, 24, 8, 8),  # else inside a node
+        (16, 64, 24, 4, 4),  # though 8 would do across nodes
         (8, 8, 4, 4, 4),  # fewer processes than the wish
         (8, 8, 12, 4, 4),
         (8, 8, 6, 3, 2),  # 3 does not divide 8; 2 spans nodes, since only 1 stays inside
@@ -59,6 +61,21 @@ def test_the_global_batch_stays() -> None:
         assert fitted.train.micro_batch_size <= 4
     with pytest.raises(ConfigError, match="3 processes cannot share the run's global batch of 16: start 2 or 4"):
         adapt(config, world_size=3, local_size=3, saved_batch=16)
+
+
+@pytest.mark.parametrize(
+    "world,local,found",
+    [(24, 4, "4, the largest .*, inside a node"), (6, 3, "2, the largest .*, across nodes"), (2, 0, "2, .*, inside")],
+)
+def test_the_change_is_told_with_where_its_groups_are(world: int, local: int, found: str) -> None:
+    config = recipe("parallel.ep_size=16", "moe.num_experts=64")
+    _, (note,) = adapt(config, world_size=world, local_size=local, saved_batch=None)
+    assert re.search(f"parallel.ep_size 16 -> {found}", note), note
+
+
+def test_a_model_without_experts_has_no_pools() -> None:
+    fitted, _ = adapt(recipe("moe.every=0", "moe.pool=batch"), world_size=8, local_size=8, saved_batch=16)
+    assert (fitted.train.micro_batch_size, fitted.train.gradient_accumulation_steps) == (2, 1)
 
 
 def test_a_micro_batch_holds_whole_pools() -> None:

@@ -9,6 +9,7 @@ import torch
 from benchmarks.parity import VARIANTS
 from moe.config import MoeConfig
 from moe.layer import auxiliary_loss
+from moe.routing import ChoiceMemory
 from trainer.config import ModelConfig
 from trainer.diffusion.layers import Attention, attend, modulate, patchify, rope_2d, rotate, sincos_2d, unpatchify
 from trainer.diffusion.model import EcDit, ModelShape, init_weights, initial_value
@@ -137,6 +138,20 @@ def test_activation_checkpointing_gives_the_same_gradients_with_tied_affinities(
     assert len(gradients[0]) == len(gradients[1])
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)
+
+
+def test_recomputation_is_given_what_was_chosen() -> None:
+    """Here it would choose the same again; on a GPU it need not."""
+    model = build()
+    model.activation_checkpointing = True
+    seen: list[ChoiceMemory] = []
+    model.blocks[1].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[-1]))
+    out = model(*inputs())[0]
+    (memory,) = seen
+    chosen = memory.index_BEC
+    assert chosen is not None
+    out.square().mean().backward()
+    assert len(seen) == 2 and seen[1] is memory and memory.index_BEC is chosen
 
 
 @pytest.mark.parametrize("router", VARIANTS)
