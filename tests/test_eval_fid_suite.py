@@ -53,7 +53,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Scored:
     }
     config = ScoreConfig(
         suites=("fid",), out=folder / "out", reference=folder / "real", true_pictures=folder / "true",
-        convention="pytorch-fid", num_neighbours=2,
+        convention="pytorch-fid", num_neighbours=3,
     )  # fmt: skip
     prompts = [Prompt(id=str(i), text=f"picture {i}", tag="", metadata={"prompt": f"picture {i}"}) for i in range(4)]
     job = ScoringJob(config=config, prompts=prompts, files=files["drawn"], untrained_files=files["untrained"])
@@ -119,13 +119,13 @@ def test_neighbours_of_the_drawn_are_looked_for_among_the_real(scored: Scored) -
     found = json.loads((out / "report.json").read_text())["results"]["fid"]["neighbours"]
     distance: Callable[[Features, Features], Features] = lambda a, b: np.linalg.norm(a[:, None] - b[None], axis=-1)  # noqa: E731
     drawn, real = features["drawn"], features["real"]
-    radius = {name: np.sort(distance(x, x), 1)[:, 2] for name, x in (("drawn", drawn), ("real", real))}
+    radius = {name: np.sort(distance(x, x), 1)[:, 3] for name, x in (("drawn", drawn), ("real", real))}
     between = distance(drawn, real)
     assert found["precision"] == (between <= radius["real"]).any(1).mean()
     assert found["recall"] == (between.T <= radius["drawn"]).any(1).mean()
     assert found["coverage"] == (between.min(0) < radius["real"]).mean()
-    assert found["density"] == pytest.approx((between < radius["real"]).sum() / (2 * 4))
-    assert found["k"] == 2
+    assert found["density"] == pytest.approx((between < radius["real"]).sum() / (3 * 4))
+    assert found["k"] == 3
     assert found["precision"] != found["recall"] and found["coverage"] > 0, "the two sides must be told apart"
 
 
