@@ -24,14 +24,13 @@ def check_file(file: Path, name: str) -> None:
 
 
 def whole_records(path: Path, is_whole: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """What `read_records` gives; ConfigError for a line of JSON that is no object, or not a whole one."""
+    """What `read_records` gives; ConfigError for a line that is not a whole one."""
     try:
         found = read_records(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): restore it, or move it away") from error
     for record in found:
-        good = isinstance(record, dict) and is_whole(record)
-        require(good, f"{path} has a damaged line ({json.dumps(record)[:60]}): delete it")
+        require(is_whole(record), f"{path} has a damaged line ({json.dumps(record)[:60]}): delete it")
     return found
 
 

@@ -200,3 +200,9 @@ def test_mutated_index_files_are_refused_or_say_the_same(tmp_path: Path) -> None
             except ConfigError as error:
                 assert "run python -m trainer.data.index" in str(error)
         path.write_bytes(whole)
+
+
+def test_a_program_is_no_picture() -> None:
+    """Pillow would hand it to Ghostscript, whatever its name says."""
+    with pytest.raises(BadPictureError, match="PostScript"):
+        read_rgb(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")

@@ -93,6 +93,18 @@ def test_each_sample_is_drawn_from_noise_of_its_own(tmp_path: Path, pipeline: Pi
     assert min(different) > 5
 
 
+def test_another_model_of_the_same_settings_draws_into_another_folder(tmp_path: Path, pipeline: Pipeline) -> None:
+    """Two runs that share --out, or a run trained anew whose eval/ was kept: neither takes the other's pictures."""
+    folder, card = draw_set(pipeline, _prompts()[:1], tmp_path, num_samples=1, batch_size=4, world=ALONE)
+    weight = next(pipeline.model.parameters())
+    weight.flatten()[0] += 1
+    try:
+        elsewhere, other = draw_set(pipeline, _prompts()[:1], tmp_path, num_samples=1, batch_size=4, world=ALONE)
+    finally:
+        weight.flatten()[0] -= 1
+    assert elsewhere != folder and {key for key in card if card[key] != other[key]} == {"weights_digest"}
+
+
 def test_the_card_says_how_a_set_was_drawn() -> None:
     lines = b"".join(json.dumps(prompt.metadata).encode() + b"\n" for prompt in _prompts())
     assert sampling_card(_config(), 1234, "ema", _prompts(), 3) == {

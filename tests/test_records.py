@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pytest
+
+from trainer.config import ConfigError
 from trainer.errors import ConfigError, sentence_of
 from trainer.files import keep_records, read_records
 
@@ -26,3 +29,11 @@ def test_errors_in_one_sentence() -> None:
     )
     assert sentence_of(OSError("shard 7 is gone")) == "shard 7 is gone"
     assert sentence_of(KeyError("x")) == "KeyError: 'x'"
+
+
+def test_a_line_that_is_no_object_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"n": 1}\nnull\n')
+    for read in (read_records, lambda file: keep_records(file, lambda record: record["n"] > 0)):
+        with pytest.raises(ConfigError, match=r"metrics.jsonl has a damaged line \(null\), no JSON object: delete it"):
+            read(path)

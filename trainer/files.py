@@ -73,9 +73,11 @@ def keep_records(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
 def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     for line in path.read_text(encoding="utf-8").split("\n"):
         try:
-            yield json.loads(line), line
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        require(isinstance(record, dict), f"{path} has a damaged line ({line[:60]}), no JSON object: delete it")
+        yield record, line
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

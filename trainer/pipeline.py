@@ -1,5 +1,6 @@
 """A trained model ready to draw: the sharded EMA put together in one process, with codec and text encoder."""
 
+import hashlib
 from pathlib import Path
 from typing import Literal
 
@@ -64,6 +65,16 @@ class Pipeline:
             here = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
             check_same_model(folder, {name: list(weight.shape) for name, weight in found.items()}, here)
         return cls(config, state.data_info, state.step, found, origin)
+
+    def weights_digest(self) -> str:
+        """Which weights these are, short: a hash of the first values of every tensor, as the model computes with them.
+
+        Runs of other seeds or data, and other steps, differ in it; a moved or resumed run does not.
+        """
+        digest = hashlib.sha256()
+        for name, weight in self.model.state_dict().items():
+            digest.update(name.encode() + weight.flatten()[:64].float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @torch.inference_mode()
     def generate(self, captions: list[str], seeds: list[int], *, observe: Observer | None = None) -> Tensor:

@@ -63,6 +63,7 @@ def draw_set(
     Pictures that were drawn otherwise lie in another folder, so none of them is taken for these.
     """
     card = sampling_card(pipeline.config, pipeline.step, pipeline.origin, prompts, num_samples)
+    card["weights_digest"] = pipeline.weights_digest()  # another run of the same settings draws other pictures
     if pipeline.config.moe.every and pipeline.config.moe.pool != "image":
         card["drawn_together"] = batch_size  # tokens of these may compete
     folder = parent / f"{pipeline.origin.replace(' ', '_')}_{fingerprint(card)}"

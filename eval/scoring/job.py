@@ -75,7 +75,7 @@ class ScoreConfig:
         check_convention(self.convention)
         require(self.colors in ("clip", "nearest"), f"--colors is {self.colors}: use clip or nearest")
         for name in ("num_samples", "num_neighbours"):
-            flag = "--samples" if name == "num_samples" else f"--{name.replace('_', '-')}"
+            flag = f"--{name.removeprefix('num_')}"
             require(getattr(self, name) >= 1, f"{flag} is {getattr(self, name)}: use 1 or more")
         for name in ("score", "counting_score"):
             value = getattr(self.rules, name)

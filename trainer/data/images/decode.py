@@ -58,6 +58,8 @@ def _read_rgb(content: bytes, orientation: int) -> Image.Image:
     image: Image.Image = Image.open(io.BytesIO(content))
     if max(image.size) > _MAX_ASPECT * min(image.size):
         raise BadPictureError(f"picture more than {_MAX_ASPECT} times as long as wide")
+    if image.format == "EPS":  # Pillow would hand the file to Ghostscript, a program for trusted input
+        raise BadPictureError("picture that is a PostScript program")
     image.load()
     if image.mode not in _MODES and not image.mode.startswith("I;16"):
         raise BadPictureError("picture of a mode that is neither grey nor colour")
