@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import ConfigError
 from trainer.errors import ConfigError, sentence_of
 from trainer.files import keep_records, read_records
 
