@@ -77,9 +77,9 @@ def save(world: World, folder: Path, name: str, ep_size: str, stage: str, *overr
 
 
 def repeat(world: World, folder: Path, origin: str, ep_size: str, stage: str, *overrides: str) -> None:
-    saved = read_state(folder / origin / f"checkpoints/step_{SAVED:08d}")["topology"]
+    saved = read_state(folder / origin / f"checkpoints/step_{SAVED:08d}").topology
     mine = Topology(world_size=world.size, ep_size=int(ep_size), zero_stage=int(stage))
-    assert Topology(**saved) == mine, (saved, mine)
+    assert saved == mine, (saved, mine)
     load(world, folder, origin, ep_size, stage, *overrides)
 
 
