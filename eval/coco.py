@@ -16,11 +16,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from eval.files import check_file, check_folder
+from eval.files import check_file
 from eval.pictures.prompt_files import json_rows
 from trainer.config import ConfigError, command, command_parser, require
 from trainer.data.images.decode import BadPictureError, read_rgb
-from trainer.files import replacing, write_text
+from trainer.files import check_writable, replacing, write_text
 
 
 def read_annotations(path: Path) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{len(rows)} captions, sha256 {hashlib.sha256(text.encode()).hexdigest()}: {given.out}")
         return
     require(given.list.is_file(), f"{given.list} is not a file: make it by eval.coco list")
-    check_folder(given.out, "--out")
+    check_writable(given.out, f"--out {given.out}")
     require(given.size >= 1, f"--size is {given.size}: use 1 or more")
     rows = [row for _, row in json_rows(given.list)]
     print(f"{write_pictures(rows, given.folder, given.out, given.size)} pictures written to {given.out}")

@@ -1,26 +1,18 @@
 """Where results may go, and lists of records that are whole: what else would end in a traceback, late."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from trainer.config import ConfigError, require
-from trainer.files import read_records
-
-
-def check_folder(folder: Path, name: str) -> None:
-    """ConfigError unless a folder is there, or can be made; `name` is the option."""
-    path = folder.absolute()
-    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
-    require(there.is_dir(), f"{name} {folder}: {there} is not a folder, name another place for the results")
+from trainer.files import check_writable, read_records
 
 
 def check_file(file: Path, name: str) -> None:
     """ConfigError unless a file of this name can be written."""
     require(not file.is_dir(), f"{name} {file} is a folder: name a file in it")
-    check_folder(file.parent, name)
+    check_writable(file.parent, f"{name} {file}")
 
 
 def whole_records(path: Path, is_whole: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:

@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.files import check_folder, whole_records
+from eval.files import whole_records
 from eval.scoring.options import SUITES, add_score_options, split_names
 from trainer.config import ConfigError, command, command_parser, require
-from trainer.files import write_text
+from trainer.files import check_writable, write_text
 
 if TYPE_CHECKING:
     from eval.pictures.prompts import Prompt
@@ -53,7 +53,7 @@ class WatchConfig:
         for name in ("num_samples", "batch_size"):
             flag = "--loss-samples" if name == "num_samples" else "--batch-size"
             require(getattr(self, name) >= 1, f"{flag} is {getattr(self, name)}: use 1 or more")
-        check_folder(log_file(self.run).parent, "results in")
+        check_writable(log_file(self.run).parent, f"results in {log_file(self.run).parent}")
         require(self.seconds > 0, f"--seconds is {self.seconds}: use more than 0")
 
 

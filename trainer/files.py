@@ -42,14 +42,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")  # whatever the locale
 
 
-def check_writable(folder: Path, setting: str) -> None:
-    """ConfigError unless a folder is there, or can be made, and may be written to."""
+def check_writable(folder: Path, named: str) -> None:
+    """ConfigError unless a folder is there, or can be made, and may be written to; `named` is the setting with it."""
     path = folder.absolute()
     there = next(place for place in (path, *path.parents) if os.path.lexists(place))
-    require(os.path.isdir(there), f"{setting}={folder}: {there} is not a folder: name another place")
-    require(
-        os.access(there, os.W_OK | os.X_OK), f"{setting}={folder}: {there} may not be written to: name another place"
-    )
+    require(os.path.isdir(there), f"{named}: {there} is not a folder: name another place")
+    require(os.access(there, os.W_OK | os.X_OK), f"{named}: {there} may not be written to: name another place")
 
 
 def remove_leftovers(path: Path) -> None:

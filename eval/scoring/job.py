@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from eval.demo.prompts import write_training_pictures, write_true_pictures
-from eval.files import check_folder
 from eval.metrics.geneval import Rules
 from eval.networks.clip import CMMD_CLIP, DEFAULT_CLIP
 from eval.networks.protocols import ImageEncoder
@@ -33,6 +32,7 @@ from eval.scoring.feature_store import ALONE, FeatureStore, add_picture_features
 from eval.scoring.options import EMBEDDED, SUITES
 from trainer.config import require
 from trainer.distributed import World
+from trainer.files import check_writable
 
 Result = dict[str, Any]
 """What a suite reports: nested numbers, `skipped` {name: reason}, `card` (the protocol), and what its section shows."""
@@ -71,7 +71,7 @@ class ScoreConfig:
         for suite in self.suites:
             require(suite in SUITES, f"--suite {suite} is unknown: choose from {', '.join(SUITES)}")
         require(bool(self.suites), f"--suite is empty: choose from {', '.join(SUITES)}")
-        check_folder(self.out, "--out")
+        check_writable(self.out, f"--out {self.out}")
         check_convention(self.convention)
         require(self.colors in ("clip", "nearest"), f"--colors is {self.colors}: use clip or nearest")
         for name in ("num_samples", "num_neighbours"):

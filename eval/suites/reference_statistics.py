@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eval.files import check_file, check_folder
+from eval.files import check_file
 from trainer.config import ConfigError, command, command_parser, require
-from trainer.files import replacing
+from trainer.files import check_writable, replacing
 
 if TYPE_CHECKING:
     from eval.metrics.frechet import Moments
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     require(given.out.suffix == ".npz", f"--out {given.out} must end in .npz")
     check_file(given.out, "--out")
     store = given.features or given.out.parent / "features"
-    check_folder(store, "--features")
+    check_writable(store, f"--features {store}")
     write_statistics(given.out, build_statistics(given.pictures, store, given.convention))
     print(*(left_out(given.pictures) if given.pictures.is_dir() else ()), given.out, sep="\n")
 

@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line; exit code 1 if tars are missing, or a slice gave no picture."""
     args = _parser().parse_args(argv)
     settings = _check(args)
-    check_writable(args.out, "--out")
+    check_writable(args.out, f"--out={args.out}")
     urls = open_url_list(args.urls, args.url_column, args.caption_column, tuple(args.keep_columns))
     img2dataset.check_environment(args.python, settings.distributor)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that img2dataset is ended too

@@ -136,7 +136,7 @@ def build_index(
     """
     tars = list(tar_sizes(folder))
     for part in {(folder / tar).parent for tar in tars}:
-        check_writable(part, "data.images")
+        check_writable(part, f"data.images={part}")
     finished = partial(_finished_entry, folder, needs_stats)
     todo = [tar for tar in tars[rank::world_size] if finished(tar) is None]
     scan = partial(index_tar, folder, needs_stats)

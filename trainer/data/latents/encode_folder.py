@@ -42,7 +42,7 @@ def build_encoder(data: DataConfig, num_threads: int = 1) -> Encoder:
         Path(data.images).resolve() != Path(data.latents).resolve(),
         f"data.latents={data.latents} is the folder of data.images: name another for the latents",
     )
-    check_writable(Path(data.latents), "data.latents")
+    check_writable(Path(data.latents), f"data.latents={data.latents}")
     codec = build_codec(data.codec)
     text_encoder = build_text_encoder(data.text_encoder) if data.text == "cache" else None
     setting = "data.buckets" if data.buckets else "data.image_size"
