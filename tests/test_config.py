@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import ConfigError, config_from_dict, config_to_dict, load_config, save_config
+from trainer.config import ConfigError, config_from_dict, config_to_dict, load_config, run_cli, save_config
 from trainer.data.dataset import open_dataset
 from trainer.distributed import World
 from trainer.engine.deepspeed_config import load_deepspeed_config
@@ -211,3 +211,16 @@ def test_foreign_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
         main(["debug", f"run_dir={tmp_path}"])
     assert error.value.code == 2 and "is not the folder of a run" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_what_else_went_wrong_is_said_below_the_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    def body() -> None:
+        error = ConfigError("run_dir=x was removed")
+        error.add_note("The checkpoint of step 3 could not be saved either")
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_cli(body)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said == "error: run_dir=x was removed\nThe checkpoint of step 3 could not be saved either\n"

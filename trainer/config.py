@@ -177,11 +177,11 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 
 def run_cli(main: Callable[[], None], errors: TextIO | None = None) -> None:
-    """Run a command-line body; a ConfigError becomes one sentence (on stderr) and exit code 2."""
+    """Run a command-line body; a ConfigError becomes its sentence and its notes (on stderr) and exit code 2."""
     try:
         main()
     except ConfigError as error:
-        print(f"error: {error}", file=errors or sys.stderr)
+        print(f"error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=errors or sys.stderr)
         raise SystemExit(2) from None
 
 

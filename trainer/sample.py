@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moe.ranges import Range
 from trainer.config import command, command_parser, require
+from trainer.files import check_writable
 from trainer.settings.model import check_prompt
 
 _RANGES = {"num": Range(1, 10_000), "seed": Range(0, 2**63 - 1), "scale": Range(1, 100)}
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     require(arguments.out.suffix == ".png", f"--out {arguments.out}: the grid is written as .png")
     folder = arguments.out.parent
     require(folder.is_dir(), f"--out {arguments.out}: there is no folder {folder}, so make it or name another")
+    check_writable(folder, f"--out {arguments.out}")
     require(not arguments.out.is_dir(), f"--out {arguments.out} is a folder: name a file")
     from PIL import Image  # here, as are the others, so that --help is quick
 
