@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,15 @@ def test_shards_are_filled_in_order() -> None:
     sizes = {"a": 4, "b": 4, "c": 9, "d": 1, "e": 7}
     assert split_shards(sizes, 8) == [["a", "b"], ["c"], ["d", "e"]]
     assert split_shards(sizes, 100) == [list(sizes)]
+
+
+def test_a_run_on_synthetic_data_cannot_draw(tmp_path: Path) -> None:
+    """It has no captions; `python -m trainer.train debug` makes such a run."""
+    config, info = load_config("debug", [*TINY, f"run_dir={tmp_path}/run"]), replace(INFO, text_encoder="")
+    tensors = model_tensors(config, info, 1)
+    write_checkpoint(tmp_path / "run", config, info, {"weight": tensors, "ema": tensors})
+    with pytest.raises(ConfigError, match="run learned from synthetic data, which has no captions: name a run on"):
+        Pipeline.load(tmp_path / "run")
 
 
 def test_pictures_equal_those_of_the_checkpoint(run: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from trainer.checkpoint.export_reader import SavedExport, is_export, read_export
 from trainer.checkpoint.folder import find_checkpoint
 from trainer.checkpoint.reader import check_same_model, read_ema
 from trainer.checkpoint.state import SavedState, read_state
-from trainer.config import TrainConfig, config_from_dict
+from trainer.config import TrainConfig, config_from_dict, require
 from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.model import EcDit, ModelShape, init_weights
 from trainer.diffusion.sampling import Observer, draw, text_batch, to_pictures
@@ -58,6 +58,11 @@ class Pipeline:
         else:
             folder = find_checkpoint(folder)
             state, read, origin = read_state(folder), read_ema, "ema"
+        require(
+            bool(state.data_info.text_encoder),
+            f"{checkpoint} learned from synthetic data, which has no captions: name a run on data of your own, or on "
+            "those of trainer/configs/demo.yaml",
+        )
         config, found = config_from_dict(state.config), read(folder) if weights == "ema" else None
         if found is not None:
             with torch.device("meta"):
