@@ -19,7 +19,7 @@ from eval.scoring.score_and_report import ScoredSubject, score_and_report
 from eval.weights import find_file
 
 Features = NDArray[np.float64]
-SETS = {"drawn": 4, "true": 4, "untrained": 4, "real": 5}
+SETS = {"drawn": 5, "true": 5, "untrained": 5, "real": 6}
 Scored = tuple[Path, str, dict[str, Features]]
 
 
@@ -53,9 +53,9 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Scored:
     }
     config = ScoreConfig(
         suites=("fid",), out=folder / "out", reference=folder / "real", true_pictures=folder / "true",
-        convention="pytorch-fid", num_neighbours=3,
+        convention="pytorch-fid", num_neighbours=4,
     )  # fmt: skip
-    prompts = [Prompt(id=str(i), text=f"picture {i}", tag="", metadata={"prompt": f"picture {i}"}) for i in range(4)]
+    prompts = [Prompt(id=str(i), text=f"picture {i}", tag="", metadata={"prompt": f"picture {i}"}) for i in range(5)]
     job = ScoringJob(config=config, prompts=prompts, files=files["drawn"], untrained_files=files["untrained"])
     with pytest.MonkeyPatch.context() as patch:
         printed: list[str] = []
@@ -97,7 +97,7 @@ def test_the_distances_are_those_of_their_sets(scored: Scored) -> None:
     assert expected["true"] < expected["drawn"] / 2 < expected["untrained"] / 2.5, "the three must be told apart"
     assert found["fid"] == pytest.approx(expected["drawn"], rel=1e-4)
     assert found["controls"] == pytest.approx({name: expected[name] for name in ("true", "untrained")}, rel=1e-4)
-    assert "4 pictures bias FID upwards" in found["note"]
+    assert "5 pictures bias FID upwards" in found["note"]
     pairs = {name: [features[name][[i, j]] for j in range(SETS[name]) for i in range(j)] for name in ("drawn", "real")}
     whole = [_kid(a, b) for a in pairs["drawn"] for b in pairs["real"]]
     spread = 3 * float(np.std(whole)) / 100**0.5
@@ -108,10 +108,10 @@ def test_the_distances_are_those_of_their_sets(scored: Scored) -> None:
         name: found["card"][name] for name in ("metric", "convention", "preprocess", "pictures", "reference_pictures")
     }
     assert card == {
-        "metric": "fid-2", "convention": "pytorch-fid", "preprocess": "pytorch-fid-299", "pictures": 4,
-        "reference_pictures": 5,
+        "metric": "fid-2", "convention": "pytorch-fid", "preprocess": "pytorch-fid-299", "pictures": 5,
+        "reference_pictures": 6,
     }  # fmt: skip
-    assert found["card"]["reference"] == str(out.parent / "real") and found["card"]["pictures_of_set_metrics"] == 4
+    assert found["card"]["reference"] == str(out.parent / "real") and found["card"]["pictures_of_set_metrics"] == 5
 
 
 def test_neighbours_of_the_drawn_are_looked_for_among_the_real(scored: Scored) -> None:
@@ -119,13 +119,13 @@ def test_neighbours_of_the_drawn_are_looked_for_among_the_real(scored: Scored) -
     found = json.loads((out / "report.json").read_text())["results"]["fid"]["neighbours"]
     distance: Callable[[Features, Features], Features] = lambda a, b: np.linalg.norm(a[:, None] - b[None], axis=-1)  # noqa: E731
     drawn, real = features["drawn"], features["real"]
-    radius = {name: np.sort(distance(x, x), 1)[:, 3] for name, x in (("drawn", drawn), ("real", real))}
+    radius = {name: np.sort(distance(x, x), 1)[:, 4] for name, x in (("drawn", drawn), ("real", real))}
     between = distance(drawn, real)
     assert found["precision"] == (between <= radius["real"]).any(1).mean()
     assert found["recall"] == (between.T <= radius["drawn"]).any(1).mean()
     assert found["coverage"] == (between.min(0) < radius["real"]).mean()
-    assert found["density"] == pytest.approx((between < radius["real"]).sum() / (3 * 4))
-    assert found["k"] == 3
+    assert found["density"] == pytest.approx((between < radius["real"]).sum() / (4 * 5))
+    assert found["k"] == 4
     assert found["precision"] != found["recall"] and found["coverage"] > 0, "the two sides must be told apart"
 
 
