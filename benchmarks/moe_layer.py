@@ -172,7 +172,6 @@ def build_work(case: Case) -> dict[str, Work]:
     layer = MoeLayer(config, dim=case.dim, hidden_dim=case.hidden_dim)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    layer.collects_statistics = False
     layer.to(dtype)
     dense, native = Mlp(case.dim, case.hidden_dim, case.dim).to(dtype), build_deepspeed_moe(case)
     x_BSD, grad_BSD = (torch.randn(case.batch_size, case.num_tokens, case.dim).to(dtype) for _ in range(2))

@@ -46,16 +46,57 @@ def expert_rows(index_BEC: Tensor, num_tokens: int) -> Rows:
     return Rows(token_R=token_R, order_R=order_R, first_T1=first_T1)
 
 
-def _sum_at_tokens(value_RD: Tensor, rows: Rows, weight_R: Tensor | None = None) -> Tensor:
-    """Sum of (weighted) rows of each token, [T, D]; zeros where there are none."""
-    if value_RD.is_cuda and value_RD.dtype != torch.double and find_spec("triton") is not None:
-        from moe.row_sum_kernel import sum_rows
-
-        return sum_rows(value_RD, rows.order_R, rows.first_T1, weight_R)
-    weight = None if weight_R is None else weight_R[rows.order_R]
-    return functional.embedding_bag(
-        rows.order_R, value_RD, rows.first_T1, mode="sum", per_sample_weights=weight, include_last_offset=True
+def _sum_by_bags(value_RD: Tensor, weight_R: Tensor | None, order_R: Tensor, first_T1: Tensor) -> Tensor:
+    weight = None if weight_R is None else weight_R[order_R]
+    out_TD: Tensor = functional.embedding_bag(
+        order_R, value_RD, first_T1, mode="sum", per_sample_weights=weight, include_last_offset=True
     )
+    return out_TD
+
+
+@torch.library.custom_op("ec_dit::sum_at_tokens", mutates_args=())
+def sum_at_tokens(
+    value_RD: Tensor, weight_R: Tensor | None, token_R: Tensor, order_R: Tensor, first_T1: Tensor
+) -> Tensor:
+    """Sum of (weighted) rows of each token, [T, D]; zeros where there are none. The other arguments are `Rows`.
+
+    An operator of its own, so that a compiler takes it as it is: on a GPU it is a Triton kernel, with another path
+    beside it, and what decides between them cannot be traced.
+    """
+    return _sum_by_bags(value_RD, weight_R, order_R, first_T1)
+
+
+@sum_at_tokens.register_kernel("cuda")
+def _(value_RD: Tensor, weight_R: Tensor | None, token_R: Tensor, order_R: Tensor, first_T1: Tensor) -> Tensor:
+    if value_RD.dtype == torch.double or find_spec("triton") is None:
+        return _sum_by_bags(value_RD, weight_R, order_R, first_T1)
+    from moe.row_sum_kernel import sum_rows
+
+    out_TD: Tensor = sum_rows(value_RD, order_R, first_T1, weight_R)
+    return out_TD
+
+
+@sum_at_tokens.register_fake
+def _(value_RD: Tensor, weight_R: Tensor | None, token_R: Tensor, order_R: Tensor, first_T1: Tensor) -> Tensor:
+    return value_RD.new_empty(first_T1.shape[0] - 1, value_RD.shape[1])
+
+
+def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    value_RD, weight_R, token_R, _, _ = inputs
+    ctx.save_for_backward(*([token_R] if weight_R is None else [token_R, value_RD, weight_R]))
+
+
+def _gradient(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+    """A row's gradient is its token's, times its weight; that of a weight is the product of both rows."""
+    token_R, *weighted = ctx.saved_tensors
+    grad_RD = grad_TD.index_select(0, token_R)
+    if not weighted:
+        return grad_RD, None, None, None, None
+    value_RD, weight_R = weighted
+    return grad_RD * weight_R[:, None], (grad_RD * value_RD).sum(-1), None, None, None
+
+
+sum_at_tokens.register_autograd(_gradient, setup_context=_keep_for_gradient)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -68,23 +109,8 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return _sum_at_tokens(grad_outputs[0], ctx.rows), None
-
-
-class _Combine(torch.autograd.Function):
-    """[R, D] rows, [R] weights -> [T, D]."""
-
-    @staticmethod
-    def forward(ctx: Any, y_RD: Tensor, weight_R: Tensor, rows: Rows) -> Tensor:
-        ctx.save_for_backward(y_RD, weight_R)
-        ctx.rows = rows
-        return _sum_at_tokens(y_RD, rows, weight_R)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
-        y_RD, weight_R = ctx.saved_tensors
-        grad_RD = grad_outputs[0].index_select(0, ctx.rows.token_R)
-        return grad_RD * weight_R[:, None], (grad_RD * y_RD).sum(-1), None
+        rows = ctx.rows
+        return sum_at_tokens(grad_outputs[0], None, rows.token_R, rows.order_R, rows.first_T1), None
 
 
 def dispatch(x_BSD: Tensor, rows: Rows, num_experts: int) -> Tensor:
@@ -100,5 +126,7 @@ def combine(y_END: Tensor, gate_BEC: Tensor, rows: Rows, like_BSD: Tensor) -> Te
     A token that no expert took gets zeros: it keeps only its residual path.
     """
     weight_R = gate_BEC.transpose(0, 1).reshape(-1).to(y_END.dtype)
-    out_TD: Tensor = _Combine.apply(y_END.reshape(-1, y_END.shape[-1]), weight_R, rows)
+    out_TD: Tensor = sum_at_tokens(
+        y_END.reshape(-1, y_END.shape[-1]), weight_R, rows.token_R, rows.order_R, rows.first_T1
+    )
     return out_TD.to(like_BSD.dtype).view_as(like_BSD)

@@ -19,7 +19,7 @@ from moe.experts import Experts, Mlp
 from moe.routers.base import Choice, RouterInput
 from moe.routers.modules import RouterLinear
 from moe.routers.registry import build_router
-from moe.routing import ChoiceMemory, RoutingStats, affinity_of, gated, no_stats, routing_stats
+from moe.routing import ChoiceMemory, Routed, affinity_of, gated
 
 
 class MoeLayer(nn.Module):
@@ -39,7 +39,6 @@ class MoeLayer(nn.Module):
         self.group = group
         self.num_experts = config.num_experts
         self.capacity_factor = config.factor_at(0)  # in training; the trainer moves it along the schedule
-        self.collects_statistics = True  # the trainer asks for them in steps that it reports
         self.strategy = build_router(config)
         self.router = RouterLinear(dim, config.num_experts, reads_time=config.router_input == "unmodulated")
         self.experts = Experts(config.num_experts // (group.size if group else 1), dim, hidden_dim, tag)
@@ -55,8 +54,8 @@ class MoeLayer(nn.Module):
         memory: ChoiceMemory | None = None,
         unmodulated_BSD: Tensor | None = None,
         time_BD: Tensor | None = None,
-    ) -> tuple[Tensor, RoutingStats]:
-        """[B, S, D] -> the sum of gate times expert output [B, S, D], and what the router did (if that is collected).
+    ) -> tuple[Tensor, Routed]:
+        """[B, S, D] -> the sum of gate times expert output [B, S, D], and what the router decided.
 
         `unmodulated_BSD` and `time_BD` are read by a router with `router_input: unmodulated`. All ranks of an expert
         group must call this with the same B and S.
@@ -88,15 +87,12 @@ class MoeLayer(nn.Module):
         if self.shared is not None:
             y_BSD = y_BSD + self.shared(x_BSD)
 
-        # The loss is needed in every step, the statistics only in steps that are reported.
-        loss = None if choice.loss is None else self.config.auxiliary_weight * choice.loss
-        if not self.collects_statistics:
-            return y_BSD, no_stats(y_BSD.device, loss)
-        stats = routing_stats(
-            logits_BSE.detach().softmax(-1), choice.index_BEC, choice.valid_BEC,
-            num_images=B, dropped=choice.dropped, auxiliary_loss=loss,
+        own = choice.loss
+        loss = y_BSD.new_zeros((), dtype=torch.float32) if own is None else self.config.auxiliary_weight * own
+        return y_BSD, Routed(
+            logits_BSE=logits_BSE.detach(), index_BEC=choice.index_BEC, valid_BEC=choice.valid_BEC,
+            dropped=choice.dropped, auxiliary_loss=loss, num_images=B,
         )  # fmt: skip
-        return y_BSD, stats
 
     def _choose(self, logits_BSE: Tensor, x_BSD: Tensor, memory: ChoiceMemory) -> Choice:
         """Ask the router, which repeats what `memory` holds, and keep its choice there."""
@@ -119,14 +115,7 @@ def set_capacity_factor(model: nn.Module, factor: float) -> None:
             module.capacity_factor = factor
 
 
-def collect_statistics(model: nn.Module, wanted: bool) -> None:
-    """Whether the MoE layers of a model say what their routers did: dozens of small kernels in each layer."""
-    for module in model.modules():
-        if isinstance(module, MoeLayer):
-            module.collects_statistics = wanted
-
-
-def auxiliary_loss(stats: list[RoutingStats]) -> Tensor | None:
+def auxiliary_loss(routed: list[Routed]) -> Tensor | None:
     """Sum of the routers' own losses over the layers, None if no router has one."""
-    losses = [s.auxiliary_loss for s in stats if s.auxiliary_loss.requires_grad]
+    losses = [layer.auxiliary_loss for layer in routed if layer.auxiliary_loss.requires_grad]
     return torch.stack(losses).sum() if losses else None

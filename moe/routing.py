@@ -95,15 +95,6 @@ def chosen_mask(index_BEC: Tensor, valid_BEC: Tensor | None, num_tokens: int) ->
     return mask_BES.clamp(max=1).transpose(1, 2)
 
 
-def no_stats(device: torch.device, auxiliary_loss: Tensor | None = None) -> RoutingStats:
-    """Where nobody asks what the router did: its own loss, and empty or zero elsewhere."""
-    zero = torch.zeros((), device=device)
-    return RoutingStats(
-        experts_per_token_BS=torch.zeros(0, dtype=torch.int32, device=device), gate_entropy=zero, affinity_kept=zero,
-        auxiliary_loss=zero if auxiliary_loss is None else auxiliary_loss,
-    )  # fmt: skip
-
-
 @torch.no_grad()
 def routing_stats(
     affinity_BSE: Tensor,
@@ -139,3 +130,26 @@ def routing_stats(
         dropped=zero if dropped is None else dropped,
         auxiliary_loss=zero if auxiliary_loss is None else auxiliary_loss,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routed:
+    """What a layer's router decided in one pass, and its own loss, weighted (zero where it has none).
+
+    Statistics are dozens of small kernels, so they are computed only when somebody asks, and outside the layer: what a
+    layer runs is then the same in steps that are reported and in others. The tensors but the loss are detached.
+    """
+
+    logits_BSE: Tensor
+    index_BEC: Tensor
+    valid_BEC: Tensor | None
+    dropped: Tensor | None
+    auxiliary_loss: Tensor
+    num_images: int
+
+    def statistics(self) -> RoutingStats:
+        """What the router did, detached."""
+        return routing_stats(
+            self.logits_BSE.softmax(-1), self.index_BEC, self.valid_BEC, num_images=self.num_images,
+            dropped=self.dropped, auxiliary_loss=self.auxiliary_loss.detach(),
+        )  # fmt: skip

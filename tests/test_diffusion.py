@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.plain_model import plain_noise
-from moe.routing import RoutingStats
+from moe.routing import Routed
 from trainer.config import DiffusionConfig, OptimConfig
 from trainer.data.latents.samples import Batch
 from trainer.diffusion.flow import interpolate, noise_batch, shift_time, training_loss
@@ -180,7 +180,7 @@ def test_sampling_asks_at_shifted_times_and_moves_by_their_distances(sampler: st
     config = replace(CONFIG, sampler=sampler, sampling_steps=4, time_shift=3.0, guidance_scale=1.0)
     times = []
 
-    def forward(x: torch.Tensor, t_B: torch.Tensor, rows: slice) -> tuple[torch.Tensor, list[RoutingStats]]:
+    def forward(x: torch.Tensor, t_B: torch.Tensor, rows: slice) -> tuple[torch.Tensor, list[Routed]]:
         times.append(t_B.tolist())
         return (t_B**2).view(-1, 1, 1, 1).expand_as(x), []
 

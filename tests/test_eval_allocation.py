@@ -62,8 +62,8 @@ def test_a_word_moves_what_the_caption_without_it_leaves(reading: Pipeline, maps
     def experts(text: str, time: float) -> torch.Tensor:
         x = (1 - time) * picture + time * noise
         encoded, mask = pad_text(reading.text_encoder.encode([text]), 24)
-        _, stats = reading.model(x[None], torch.tensor([time]), encoded, mask)
-        return torch.stack([item.experts_per_token_BS[0] for item in stats]).float()
+        _, routed = reading.model(x[None], torch.tensor([time]), encoded, mask)
+        return torch.stack([layer.statistics().experts_per_token_BS[0] for layer in routed]).float()
 
     for i in range(len(words)):
         moved = []

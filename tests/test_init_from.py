@@ -86,8 +86,8 @@ def test_a_mixture_of_copies_equals_the_dense_model(
     expected, got = outputs[0][0], outputs[1][0]
     assert expected.std() > 0.1
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
-    (stats,) = outputs[1][1]
-    assert (stats.experts_per_token_BS == int(factor)).all()
+    (routed,) = outputs[1][1]
+    assert (routed.statistics().experts_per_token_BS == int(factor)).all()
 
 
 @pytest.mark.parametrize("router", VARIANTS)

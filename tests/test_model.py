@@ -44,10 +44,10 @@ def test_patches_and_back() -> None:
 def test_first_prediction_is_zero() -> None:
     model = EcDit(CONFIG, MoeConfig(num_experts=4), SHAPE)
     init_weights(model, 0)
-    prediction, stats = model(*inputs())
+    prediction, routed = model(*inputs())
     assert prediction.shape == (2, 3, 8, 8) and prediction.dtype == torch.float32
     assert torch.count_nonzero(prediction) == 0
-    assert len(stats) == 2 and stats[0].experts_per_token_BS.shape == (2, 16)
+    assert len(routed) == 2 and routed[0].statistics().experts_per_token_BS.shape == (2, 16)
 
 
 def test_data_prediction_gives_the_velocity_of_the_path() -> None:

@@ -10,7 +10,7 @@ import torch
 from moe.config import MoeConfig
 from moe.dispatch import combine, dispatch, expert_rows
 from moe.experts import grouped_linear
-from moe.layer import MoeLayer, collect_statistics
+from moe.layer import MoeLayer
 from moe.oracle.layer import ReferenceMoe
 from moe.routers.expert_choice import choose_tokens, choose_tokens_in_turn
 from moe.routing import ChoiceMemory, routing_stats
@@ -36,7 +36,8 @@ def test_layer_equals_the_plain_loops_forward_and_backward(
     oracle = filled(ReferenceMoe(config, dim=16, hidden_dim=24))
     x = torch.randn(3, tokens, 16, requires_grad=True)
     x_oracle = x.detach().clone().requires_grad_()
-    y, stats = layer(x)
+    y, routed = layer(x)
+    stats = routed.statistics()
     y_oracle, stats_oracle = oracle(x_oracle)
     grad = torch.randn_like(y)
     y.backward(grad)
@@ -101,7 +102,7 @@ def test_rotated_ties_go_to_the_experts_in_turn(num_experts: int, factor: float,
     distinct = torch.randn(3, 8)
     x = distinct[torch.randint(3, (2, tokens), generator=torch.Generator().manual_seed(1))]
     ours, expected = layer(x), oracle(x)
-    assert torch.equal(ours[1].experts_per_token_BS, expected[1].experts_per_token_BS)
+    assert torch.equal(ours[1].statistics().experts_per_token_BS, expected[1].experts_per_token_BS)
     torch.testing.assert_close(ours[0], expected[0], rtol=1e-5, atol=1e-5)
     capacity = config.capacity(tokens)
     index = choose_tokens_in_turn(torch.full((2, tokens, num_experts), 1 / num_experts), capacity)
@@ -134,9 +135,9 @@ def test_recomputation_repeats_the_choice_among_tied_affinities() -> None:
     chosen = memory.index_BEC.clone()
     _, second = layer(x + torch.linspace(0, 1, 16).view(1, 16, 1), memory)  # a fresh choice would differ
     assert torch.equal(memory.index_BEC, chosen)
-    assert torch.equal(first.experts_per_token_BS, second.experts_per_token_BS)
+    assert torch.equal(first.statistics().experts_per_token_BS, second.statistics().experts_per_token_BS)
     _, fresh = layer(x + torch.linspace(0, 1, 16).view(1, 16, 1))
-    assert not torch.equal(fresh.experts_per_token_BS, second.experts_per_token_BS)
+    assert not torch.equal(fresh.statistics().experts_per_token_BS, second.statistics().experts_per_token_BS)
 
 
 def test_router_is_fp32_under_bf16() -> None:
@@ -172,13 +173,10 @@ def test_placement_of_moe_blocks() -> None:
 
 
 @pytest.mark.parametrize("router", ["expert_choice", "token_choice"])
-def test_without_statistics_the_layer_computes_the_same(router: Any) -> None:
+def test_only_a_loss_is_left_in_the_graph(router: Any) -> None:
     layer = filled(MoeLayer(MoeConfig(num_experts=4, router=router), dim=8, hidden_dim=16))
-    x = torch.randn(2, 16, 8)
-    y, stats = layer(x)
-    collect_statistics(layer, False)
-    y_without, without = layer(x)
-    assert torch.equal(y, y_without)
-    assert torch.equal(stats.auxiliary_loss, without.auxiliary_loss)
-    assert bool(without.auxiliary_loss > 0) == (router == "token_choice") == without.auxiliary_loss.requires_grad
-    assert without.experts_per_token_BS.numel() == 0 < stats.experts_per_token_BS.numel()
+    _, routed = layer(torch.randn(2, 16, 8, requires_grad=True))
+    assert bool(routed.auxiliary_loss > 0) == (router == "token_choice") == routed.auxiliary_loss.requires_grad
+    stats = routed.statistics()
+    assert torch.equal(stats.auxiliary_loss, routed.auxiliary_loss)
+    assert not routed.logits_BSE.requires_grad and not any(value.requires_grad for value in vars(stats).values())

@@ -74,8 +74,9 @@ def compare_with_oracle(config: MoeConfig, training: bool) -> None:
     for kind in (MoeLayer, ReferenceMoe):
         layer = filled(kind(config, dim=D, hidden_dim=16)).train(training)
         x, plain, time = inputs()
-        y, stats = layer(x, None, plain, time)
-        ((y * grad).sum() + stats.auxiliary_loss).backward()
+        y, found = layer(x, None, plain, time)
+        ((y * grad).sum() + found.auxiliary_loss).backward()
+        stats = found.statistics() if kind is MoeLayer else found
         gradients = {name: p.grad for name, p in layer.named_parameters()}
         results.append((y, stats, gradients | {"x": x.grad, "plain": plain.grad, "time": time.grad}))
     (y, stats, ours), (y_oracle, expected, oracle) = results
@@ -101,7 +102,7 @@ def test_recomputation_repeats_the_choice(variant: str) -> None:
     assert index is not None
     _, second = layer(x.flip(1), memory, plain.flip(1), time)
     assert torch.equal(memory.index_BEC, index)
-    assert torch.equal(first.experts_per_token_BS, second.experts_per_token_BS)
+    assert torch.equal(first.statistics().experts_per_token_BS, second.statistics().experts_per_token_BS)
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("race", "race_per_image")])
@@ -160,8 +161,10 @@ def test_a_learned_threshold_makes_pictures_independent_of_their_batch(variant: 
     torch.testing.assert_close(layer(x)[0][:1], layer(x[:1])[0], rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         layer.threshold.value.fill_(1e3)
-    y, stats = layer(x)
-    assert not y.any() and not stats.experts_per_token_BS.any(), "no pair above the threshold: nothing is computed"
+    y, routed = layer(x)
+    assert not y.any() and not routed.statistics().experts_per_token_BS.any(), (
+        "no pair above the threshold: nothing is computed"
+    )
 
 
 @pytest.mark.parametrize("variant", ["diffmoe", "race"])
@@ -177,8 +180,8 @@ def test_threshold_learns_the_share_of_training(variant: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
     layer.eval()
-    _, stats = layer(torch.randn(64, S, D, generator=generator))
-    assert stats.experts_per_token_BS.float().mean() == pytest.approx(2.0, rel=0.15)
+    _, routed = layer(torch.randn(64, S, D, generator=generator))
+    assert routed.statistics().experts_per_token_BS.float().mean() == pytest.approx(2.0, rel=0.15)
 
 
 def test_capacity_factor_falls_along_its_schedule() -> None:
@@ -188,10 +191,10 @@ def test_capacity_factor_falls_along_its_schedule() -> None:
     x = torch.randn(2, 16, D)
     for step, rows in ((0, 8), (5, 6), (10, 4)):
         set_capacity_factor(layer, config.factor_at(step))
-        assert int(layer(x)[1].experts_per_token_BS.sum()) == 2 * 8 * rows
+        assert int(layer(x)[1].statistics().experts_per_token_BS.sum()) == 2 * 8 * rows
     set_capacity_factor(layer, 4.0)
     layer.eval()
-    assert int(layer(x)[1].experts_per_token_BS.sum()) == 2 * 8 * 4, "sampling uses the final factor"
+    assert int(layer(x)[1].statistics().experts_per_token_BS.sum()) == 2 * 8 * 4, "sampling uses the final factor"
 
 
 def test_a_batch_that_groups_do_not_divide_has_smaller_groups() -> None:
@@ -203,16 +206,16 @@ def test_a_batch_that_groups_do_not_divide_has_smaller_groups() -> None:
 def test_only_routers_with_a_loss_of_their_own_add_one() -> None:
     for variant, has in (("batch", False), ("token_choice", True), ("diffmoe", True), ("race", True)):
         layer = filled(MoeLayer(config_of(variant), dim=D, hidden_dim=16))
-        stats = [layer(inputs()[0])[1] for _ in range(2)]
-        loss = auxiliary_loss(stats)
+        routed = [layer(inputs()[0])[1] for _ in range(2)]
+        loss = auxiliary_loss(routed)
         assert (loss is not None) == has
         if loss is not None:
-            torch.testing.assert_close(loss, 2 * stats[0].auxiliary_loss)
+            torch.testing.assert_close(loss, 2 * routed[0].auxiliary_loss)
 
 
 def test_statistics_know_load_and_overlap() -> None:
     layer = filled(MoeLayer(config_of("batch"), dim=D, hidden_dim=16))
-    _, stats = layer(inputs()[0])
+    stats = layer(inputs()[0])[1].statistics()
     torch.testing.assert_close(stats.load_E, torch.full((E,), 1 / E))
     assert stats.together_EE.shape == (E, E) and torch.equal(stats.together_EE, stats.together_EE.T)
     torch.testing.assert_close(stats.together_EE.diagonal(), torch.full((E,), 0.5))

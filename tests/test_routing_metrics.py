@@ -18,7 +18,7 @@ def stats_of(x: torch.Tensor, **settings: Any) -> list[RoutingStats]:
     with torch.no_grad():
         for _, parameter in sorted(layer.named_parameters()):
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return [layer(x)[1]]
+    return [layer(x)[1].statistics()]
 
 
 def test_ranges_of_timesteps_are_kept_apart() -> None:

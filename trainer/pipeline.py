@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe.layer import MoeLayer
-from moe.routing import RoutingStats
+from moe.routing import Routed
 from trainer.checkpoint.export_reader import SavedExport, is_export, read_export, read_export_config
 from trainer.checkpoint.folder import find_checkpoint
 from trainer.checkpoint.reader import check_same_model, read_ema
@@ -92,10 +92,10 @@ class Pipeline:
         text, mask = (part.to(self.device) for part in batch)
         cache = self.model.cache_text(text)
 
-        def forward(x: Tensor, t_B: Tensor, rows: slice) -> tuple[Tensor, list[RoutingStats]]:
+        def forward(x: Tensor, t_B: Tensor, rows: slice) -> tuple[Tensor, list[Routed]]:
             part = [(key[rows], value[rows]) for key, value in cache]
-            velocity, stats = self.model(x, t_B, text[rows], mask[rows], text_cache=part)
-            return velocity, stats
+            velocity, routed = self.model(x, t_B, text[rows], mask[rows], text_cache=part)
+            return velocity, routed
 
         latent = draw(forward, seeds, self.shape, self.config.diffusion, self.device, observe)
         return to_pictures(latent, self.codec, self.info.mean_C, self.info.std_C)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe.routing import RoutingStats
+from moe.routing import Routed
 from trainer.data.latents.samples import pad_text
 from trainer.diffusion.flow import interpolate
 from trainer.diffusion.solver import initial_noise
@@ -42,9 +42,9 @@ def _allocation(pipeline: Pipeline, x_CHW: Tensor, time: float, caption: str) ->
     device = pipeline.device
     text, mask = pad_text(pipeline.text_encoder.encode([caption]), pipeline.info.max_tokens)
     t_B = torch.full((1,), time, device=device)
-    stats: list[RoutingStats]
-    _, stats = pipeline.model(x_CHW.unsqueeze(0).to(device), t_B, text.to(device), mask.to(device))
-    return torch.stack([item.experts_per_token_BS.float() for item in stats], 1).cpu()
+    routed: list[Routed]
+    _, routed = pipeline.model(x_CHW.unsqueeze(0).to(device), t_B, text.to(device), mask.to(device))
+    return torch.stack([layer.statistics().experts_per_token_BS.float() for layer in routed], 1).cpu()
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from torch import Tensor
 from eval.metrics.geneval import Detection
 from eval.pages.allocation import WordShares, moved_share, word_shares
 from eval.pictures.prompts import Prompt, picture_seed
-from moe.routing import RoutingStats
+from moe.routing import Routed
 from trainer.pipeline import Pipeline
 
 WORD_CAPTIONS = 6  # each word of a caption costs three evaluations
@@ -49,9 +49,9 @@ def trace_compute(pipeline: Pipeline, prompts: Sequence[Prompt]) -> ComputeMaps 
     counts: list[Tensor] = []
     moved: list[Tensor] = []
 
-    def observe(time: float, stats: list[RoutingStats]) -> None:
+    def observe(time: float, routed: list[Routed]) -> None:
         # With guidance the second half of the rows belongs to the empty caption.
-        rows_BLS = torch.stack([item.experts_per_token_BS.cpu().float() for item in stats], 1)
+        rows_BLS = torch.stack([layer.statistics().experts_per_token_BS.cpu().float() for layer in routed], 1)
         captioned_NLS, empty_NLS = rows_BLS[: len(prompts)], rows_BLS[len(prompts) :]
         times.append(time)
         counts.append(captioned_NLS.unflatten(-1, grid))

@@ -29,13 +29,13 @@ def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
 def rope_2d(height: int, width: int, head_dim: int, device: torch.device) -> Tensor:
     """Turns of a 2-D rotary embedding: half of the head turns with the row, half with the column.
 
-    Returns e^(i angle), [height * width, head_dim / 2] complex64 (RoPE, arXiv 2104.09864, on two axes).
+    Returns cosine and sine of each angle, [height * width, head_dim / 2, 2] fp32 (RoPE, arXiv 2104.09864, on two axes).
     """
     num_frequencies = head_dim // 4
     frequency = 100.0 ** (-_numbers(num_frequencies, device) / num_frequencies)
     row, column = _rows_and_columns(height, width, device)
     angle = torch.cat([row[:, None] * frequency, column[:, None] * frequency], dim=-1)
-    return torch.polar(torch.ones_like(angle), angle)
+    return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
 
 def sincos_2d(height: int, width: int, dim: int, device: torch.device) -> Tensor:
@@ -59,13 +59,20 @@ def _rows_and_columns(height: int, width: int, device: torch.device) -> tuple[Te
     return row_HW.expand(height, width).reshape(-1), column_HW.expand(height, width).reshape(-1)
 
 
-def rotate(x_BHSh: Tensor, turn_BSa: Tensor) -> Tensor:
+def rotate(x_BHSh: Tensor, turn_BSa2: Tensor) -> Tensor:
     """Turn each two neighbouring channels, a complex number, by their token's; a = h / 2, B may be 1.
 
-    One product of complex fp32 numbers: three operations instead of the eleven of real and imaginary parts.
+    As they stand one product of complex fp32 numbers is two to three times as fast as the real and imaginary parts; a
+    compiler has no complex numbers, and makes one pass of the parts and of what is around them.
     """
-    x_BHSa = torch.view_as_complex(x_BHSh.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(x_BHSa * turn_BSa.unsqueeze(1)).flatten(-2).to(x_BHSh.dtype)
+    x_BHSa2 = x_BHSh.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        (x, y), (cos, sin) = x_BHSa2.unbind(-1), turn_BSa2.unsqueeze(1).unbind(-1)
+        turned_BHSa2 = torch.stack([x * cos - y * sin, x * sin + y * cos], dim=-1)
+    else:
+        turn_B1Sa = torch.view_as_complex(turn_BSa2).unsqueeze(1)
+        turned_BHSa2 = torch.view_as_real(torch.view_as_complex(x_BHSa2) * turn_B1Sa)
+    return turned_BHSa2.flatten(-2).to(x_BHSh.dtype)
 
 
 class Attention(nn.Module):
@@ -95,7 +102,7 @@ class Attention(nn.Module):
         x_BSD: Tensor,
         context_BLD: Tensor,
         *,
-        turn_BSa: Tensor | None = None,
+        turn_BSa2: Tensor | None = None,
         mask_B11L: Tensor | None = None,
         cached: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
@@ -104,8 +111,8 @@ class Attention(nn.Module):
         query = self.query(x_BSD).view(B, S, self.num_heads, self.head_dim).transpose(1, 2)
         query = rms_norm(query, self.query_norm)
         key, value = cached if cached is not None else self.keys_values(context_BLD)
-        if turn_BSa is not None:
-            query, key = rotate(query, turn_BSa), rotate(key, turn_BSa)
+        if turn_BSa2 is not None:
+            query, key = rotate(query, turn_BSa2), rotate(key, turn_BSa2)
         y = attend(query, key, value, mask_B11L)
         out: Tensor = self.out(y.transpose(1, 2).reshape(B, S, D))
         return out
@@ -114,19 +121,27 @@ class Attention(nn.Module):
 def attend(query_BHSh: Tensor, key_BKLh: Tensor, value_BKLh: Tensor, mask_B11L: Tensor | None) -> Tensor:
     """Softmax attention with grouped heads, [B, H, S, h].
 
-    On a CPU with short sequences two matmuls and a softmax are 2-3 times faster, forward and backward,
-    than the fused kernel (measured in bf16 at S = 256); elsewhere the fused kernel is used.
+    | where                                  | how, and why (measured forward + backward)                            |
+    |----------------------------------------|-----------------------------------------------------------------------|
+    | CPU, up to 512 queries                 | two matmuls and a softmax: 2-3 times as fast as the fused kernel      |
+    | GPU, mask and deterministic algorithms | fused, keys and values repeated: grouped, it falls back to slow maths |
+    | elsewhere                              | fused, grouped: a third less time than with repeated keys and values  |
     """
-    groups = query_BHSh.shape[1] // key_BKLh.shape[1]
-    if groups > 1:
+    B, H, S, h = query_BHSh.shape
+    groups = H // key_BKLh.shape[1]
+    if query_BHSh.device.type == "cpu" and S <= 512:
+        # The queries that share a head of keys stand behind each other: no key or value is repeated.
+        score = query_BHSh.reshape(B, -1, groups * S, h) @ (key_BKLh * h**-0.5).transpose(-1, -2)
+        if mask_B11L is not None:
+            score = score.masked_fill(~mask_B11L, -torch.inf)
+        out: Tensor = (score.softmax(dim=-1) @ value_BKLh).view(B, H, S, h)
+        return out
+    if groups > 1 and mask_B11L is not None and torch.are_deterministic_algorithms_enabled():
         key_BKLh, value_BKLh = (t.repeat_interleave(groups, dim=1) for t in (key_BKLh, value_BKLh))
-    if query_BHSh.device.type != "cpu" or query_BHSh.shape[2] > 512:
-        return functional.scaled_dot_product_attention(query_BHSh, key_BKLh, value_BKLh, attn_mask=mask_B11L)
-    score = query_BHSh @ (key_BKLh * query_BHSh.shape[-1] ** -0.5).transpose(-1, -2)
-    if mask_B11L is not None:
-        score = score.masked_fill(~mask_B11L, -torch.inf)
-    out: Tensor = score.softmax(dim=-1) @ value_BKLh
-    return out
+        groups = 1
+    return functional.scaled_dot_product_attention(
+        query_BHSh, key_BKLh, value_BKLh, attn_mask=mask_B11L, enable_gqa=groups > 1
+    )
 
 
 class TimestepEmbedder(nn.Module):

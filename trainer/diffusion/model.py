@@ -23,7 +23,7 @@ from moe.experts import Mlp
 from moe.layer import MoeLayer
 from moe.routers.modules import INITIAL_STD
 from moe.routers.registry import router_class
-from moe.routing import ChoiceMemory, RoutingStats
+from moe.routing import ChoiceMemory, Routed
 from trainer.config import ModelConfig
 from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.layers import (
@@ -77,21 +77,21 @@ class DitBlock(nn.Module):
         condition_B6D: Tensor,
         text_BLD: Tensor,
         mask_B11L: Tensor,
-        turn_BSa: Tensor,
+        turn_BSa2: Tensor,
         time_BD: Tensor,
         memory: ChoiceMemory | None = None,
         cached: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, RoutingStats | None]:
-        """[B, S, D] -> [B, S, D] and, in an MoE block, the routing statistics."""
+    ) -> tuple[Tensor, Routed | None]:
+        """[B, S, D] -> [B, S, D] and, in an MoE block, what its router decided."""
         vectors = (condition_B6D + self.modulation).unbind(1)
         shift1, scale1, gate1, shift2, scale2, gate2 = vectors
         h_BSD = modulate(layer_norm(x_BSD), shift1, scale1)
-        x_BSD = x_BSD + gate1.unsqueeze(1) * self.self_attention(h_BSD, h_BSD, turn_BSa=turn_BSa)
+        x_BSD = x_BSD + gate1.unsqueeze(1) * self.self_attention(h_BSD, h_BSD, turn_BSa2=turn_BSa2)
         x_BSD = x_BSD + self.cross_attention(layer_norm(x_BSD), text_BLD, mask_B11L=mask_B11L, cached=cached)
         plain_BSD = layer_norm(x_BSD)
         h_BSD = modulate(plain_BSD, shift2, scale2)
-        y_BSD, stats = self.mlp(h_BSD, memory, plain_BSD, time_BD) if self.has_moe else (self.mlp(h_BSD), None)
-        return x_BSD + gate2.unsqueeze(1) * y_BSD, stats
+        y_BSD, routed = self.mlp(h_BSD, memory, plain_BSD, time_BD) if self.has_moe else (self.mlp(h_BSD), None)
+        return x_BSD + gate2.unsqueeze(1) * y_BSD, routed
 
 
 class EcDit(nn.Module):
@@ -123,7 +123,7 @@ class EcDit(nn.Module):
     def positions(
         self, keep_BS: Tensor | None, device: torch.device, size: tuple[int, int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Absolute embedding [1, S, D] and RoPE turns [1, S, a] of all tokens; [B, S, .] of the kept ones.
+        """Absolute embedding [1, S, D] and RoPE turns [1, S, a, 2] of all tokens; [B, S, .] of the kept ones.
 
         `size` is the height and width of the latent where it is not the shape's: buckets differ in it.
         """
@@ -155,37 +155,37 @@ class EcDit(nn.Module):
         text_mask_BL: Tensor,
         keep_BS: Tensor | None = None,
         text_cache: TextCache | None = None,
-    ) -> tuple[Tensor, list[RoutingStats]]:
-        """Velocity [B, C, H, W] fp32 (with `keep_BS`: of the kept tokens, [B, S, C P P]) and statistics.
+    ) -> tuple[Tensor, list[Routed]]:
+        """Velocity [B, C, H, W] fp32 (with `keep_BS`: of the kept tokens, [B, S, C P P]), and what the routers decided.
 
         `t_B` is 1 at pure noise. `keep_BS` are the positions of the tokens that masked training keeps.
         """
         dtype = self.patch_embedder.weight.dtype
         patches = patchify(x_BCHW, self.config.patch_size, keep_BS).float()
         H, W = x_BCHW.shape[-2:]
-        position_BSD, turn_BSa = self.positions(keep_BS, patches.device, (H, W))
+        position_BSD, turn_BSa2 = self.positions(keep_BS, patches.device, (H, W))
         x_BSD = self.patch_embedder(patches.to(dtype)) + position_BSD.to(dtype)
         text = self.embed_text(text_BLD)
         time_BD = self._condition(t_B, text, text_mask_BL)
         condition_B6D = self.condition(time_BD).unflatten(1, (6, -1))
         mask_B11L = text_mask_BL[:, None, None, :]
-        all_stats = []
+        decided: list[Routed] = []
         for i, block in enumerate(self.blocks):
-            arguments = (x_BSD, condition_B6D, text, mask_B11L, turn_BSa, time_BD)
+            arguments = (x_BSD, condition_B6D, text, mask_B11L, turn_BSa2, time_BD)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 memory = ChoiceMemory() if block.has_moe else None
-                x_BSD, stats = checkpoint(block, *arguments, memory, use_reentrant=False)
+                x_BSD, routed = checkpoint(block, *arguments, memory, use_reentrant=False)
             else:
-                x_BSD, stats = block(*arguments, cached=text_cache[i] if text_cache else None)
-            if stats is not None:
-                all_stats.append(stats)
+                x_BSD, routed = block(*arguments, cached=text_cache[i] if text_cache else None)
+            if routed is not None:
+                decided.append(routed)
         shift_BD, scale_BD = self.final_modulation(time_BD).chunk(2, dim=-1)
         out = self.final(modulate(layer_norm(x_BSD), shift_BD, scale_BD)).float()
         if self.config.prediction == "data":
             out = (patches - out) / t_B.float().clamp_min(MIN_TIME)[:, None, None]
         if keep_BS is None:
             out = unpatchify(out, self.config.patch_size, H, W)
-        return out, all_stats
+        return out, decided
 
     def _condition(self, t_B: Tensor, text_BLD: Tensor, text_mask_BL: Tensor) -> Tensor:
         """Timestep embedding (plus the mean text token), through SiLU, [B, D]."""

@@ -8,15 +8,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from moe.routing import RoutingStats
+from moe.routing import Routed
 from trainer.config import DiffusionConfig
 from trainer.data.latents.samples import pad_text
 from trainer.diffusion.model import ModelShape
 from trainer.diffusion.solver import guided, initial_noise, solve
 from trainer.encoders.protocols import ImageCodec
 
-Observer = Callable[[float, list[RoutingStats]], None]
-Forward = Callable[[Tensor, Tensor, slice], tuple[Tensor, list[RoutingStats]]]
+Observer = Callable[[float, list[Routed]], None]
+Forward = Callable[[Tensor, Tensor, slice], tuple[Tensor, list[Routed]]]
 
 
 def text_batch(captions: Sequence[Tensor], empty: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -35,9 +35,9 @@ def draw(
     """Sample latents [N, C, H, W] fp32 (normalised), picture n from noise of seed n."""
 
     def velocity(x: Tensor, t_B: Tensor, rows: slice) -> Tensor:
-        out, stats = forward(x, t_B, rows)
+        out, routed = forward(x, t_B, rows)
         if observe is not None:
-            observe(float(t_B[0]), stats)
+            observe(float(t_B[0]), routed)
         return out
 
     noise = initial_noise(seeds, (shape.channels, shape.height, shape.width)).to(device)

@@ -16,14 +16,14 @@ samples bitwise.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe.layer import auxiliary_loss, collect_statistics
+from moe.layer import auxiliary_loss
 from moe.routing import RoutingStats
 from trainer.config import TrainConfig
 from trainer.data.latents.samples import LatentDataset
@@ -59,7 +59,7 @@ def next_step(batches: Iterator[NoisedBatch], config: TrainConfig, step: int) ->
 class StepResult:
     """What a step did. `losses` [num_micro_batches] and `router` are this rank's, on its device, not yet reduced.
 
-    `stats` are those of the last micro-batch, one per MoE layer. `router` is empty where no statistics were asked for.
+    `stats` are those of the last micro-batch, one per MoE layer. Both are empty where no statistics were asked for.
     """
 
     applied: bool
@@ -83,15 +83,14 @@ def train_step(
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
-    collect_statistics(engine.module, statistics)
-    losses, router, last = [], [], []
+    losses, router, stats = [], [], []
     for batch in micro_batches:
         with timer.section("data"):
             noised = batch.to(device)
         with timer.section("forward"):
-            prediction, stats = engine(noised.x_BCHW, noised.t_B, noised.text_BLD, noised.text_mask_BL, noised.keep_BS)
+            prediction, routed = engine(noised.x_BCHW, noised.t_B, noised.text_BLD, noised.text_mask_BL, noised.keep_BS)
             loss = training_loss(prediction, noised, patch_size)
-            own = auxiliary_loss(stats)
+            own = auxiliary_loss(routed)
             total = loss if own is None else loss + own
         with timer.section("backward"):
             engine.backward(poisoned(total))
@@ -101,11 +100,10 @@ def train_step(
         # A router's own loss that is not finite makes the step bad, so it must show in the loss that is recorded.
         losses.append(torch.where(total.isfinite(), loss, total).detach())
         if statistics:
+            stats = [layer.statistics() for layer in routed]
             router.append(router_vector(stats, noised.t_B).to(device))
-        # Detached: the statistics are kept until the report, and must not keep the graph alive so long.
-        last = [replace(item, auxiliary_loss=item.auxiliary_loss.detach()) for item in stats]
     mean = torch.stack(router).mean(0) if router else torch.zeros(0)
-    return StepResult(applied=engine.was_step_applied(), losses=torch.stack(losses), router=mean, stats=last)
+    return StepResult(applied=engine.was_step_applied(), losses=torch.stack(losses), router=mean, stats=stats)
 
 
 def gather_suspects(result: StepResult, micro_batches: list[NoisedBatch]) -> list[int]:
