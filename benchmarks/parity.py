@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 4 -m benchmarks.parity
     torchrun --nproc-per-node 2 -m benchmarks.parity --routers token_choice expert_race --optimizers sgd --stages 3
+    torchrun --nproc-per-node 2 -m benchmarks.parity --compile --recompute
 
 fp32, 5 optimizer steps with gradient accumulation 2 and clipping that is always active. The reference is one process
 with a model, noise and loss of its own (`benchmarks.plain_model`) and torch's plain optimizers; from the code that it
@@ -26,6 +27,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--optimizers", nargs="+", default=["sgd", "adamw"], choices=["sgd", "adamw"])
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--routers", nargs="+", default=["expert_choice"])
+    parser.add_argument("--compile", action="store_true", help="with compiled blocks")
+    parser.add_argument("--recompute", action="store_true", help="with activation checkpointing")
     return parser
 
 
@@ -226,6 +229,8 @@ def main(argv: list[str] | None = None) -> None:
             if world.size % ep_size:
                 continue
             config = parity_config(optimizer, ep_size, world.size, router)
+            how = replace(config.train, compile=arguments.compile, activation_checkpointing=arguments.recompute)
+            config = replace(config, train=how)
             loss, norm, update = differences(
                 reference, engine_trace(config, stage, world, reference.start, arguments.steps)
             )

@@ -32,6 +32,8 @@ CASES = {  # beats, ranks that have stopped beating -> rank, node and reason, or
     "alone": ([beat(0)], [], (0, "n0", "hung")),
     "stopped": ([beat(0), beat(1), beat(2, still=1.0)], [2], (2, "n1", "silent")),
     "has just gone on": ([beat(0), beat(1, **BEHIND | {"still": 0.0, "overdue": False})], [], None),
+    "compiles": ([beat(0), beat(1, **BEHIND | ON_TIME | {"phase": "compile"})], [], None),
+    "compiles for too long": ([beat(0), beat(1, **BEHIND | {"phase": "compile"})], [], (1, "n0", "hung")),
     "leaves after an error": ([beat(0), beat(1, phase="leaving", collectives=899, overdue=False)], [], None),
 }
 

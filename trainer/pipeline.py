@@ -15,6 +15,7 @@ from trainer.checkpoint.reader import check_same_model, read_ema
 from trainer.checkpoint.state import SavedState, read_state
 from trainer.config import TrainConfig, config_from_dict, require
 from trainer.data.latents.samples import LatentInfo
+from trainer.diffusion.compiled import CompiledBlocks, is_wanted
 from trainer.diffusion.model import EcDit, ModelShape, init_weights
 from trainer.diffusion.sampling import Observer, draw, text_batch, to_pictures
 from trainer.encoders.build import build_codec, build_text_encoder
@@ -40,6 +41,8 @@ class Pipeline:
             self.model.load_state_dict(weights)
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         self.model = self.model.to(self.device, dtype).eval().requires_grad_(False)
+        if is_wanted(config.train.compile, self.device):
+            CompiledBlocks(self.model)
         self.codec = build_codec(info.codec)
         self.text_encoder = build_text_encoder(info.text_encoder)
 

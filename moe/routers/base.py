@@ -81,6 +81,9 @@ class RouterTraits:
     not named follow the model's rule: biases 0, matrices 1 / sqrt(fan in)."""
     example: Mapping[str, Any]
     """Settings of `MoeConfig` with which benchmarks show the router, where the defaults do not suit it."""
+    waits_when_sampling: bool = False
+    """Whether sampling asks the device how many rows it needs (`RouterInput.packed` without a width): such a layer is
+    not compiled then."""
     has_sampling_choice: bool = False
     """Whether the router knows `moe.sampling_choice: gate`."""
 

@@ -22,7 +22,7 @@ class DiffMoe(Router):
 
     traits = RouterTraits(
         has_equal_splits=True, has_tie_break=False, initial_std={"threshold.value": 0.0},
-        example={"pool": "batch"}, has_sampling_choice=True,
+        example={"pool": "batch"}, waits_when_sampling=True, has_sampling_choice=True,
     )  # fmt: skip
 
     def check(self) -> None:

@@ -20,7 +20,7 @@ class ExpertRace(Router):
 
     traits = RouterTraits(
         has_equal_splits=False, has_tie_break=False, initial_std={"threshold.value": 0.0},
-        example={"gate": "identity", "pool": "batch"},
+        example={"gate": "identity", "pool": "batch"}, waits_when_sampling=True,
     )  # fmt: skip
 
     def learned_modules(self, dim: int) -> dict[str, nn.Module]:

@@ -8,7 +8,7 @@ and at no cost to a step; all ranks enter them in one order, so their sum orders
 | phase                                         | limit in units of `train.hang_seconds`                          |
 |-----------------------------------------------|-----------------------------------------------------------------|
 | begin, data, forward, backward ... of a step  | 1, or 2.5 times the slowest step if that is more                |
-| load, save, samples                           | 10, or 2.5 times the slowest of its kind                        |
+| load, save, samples, compile                  | 10, or 2.5 times the slowest of its kind                        |
 | each of these until one has ended (but not    | 20, or as long as a collective may take (DEEPSPEED_TIMEOUT)     |
 | the first step: it compiles), start-up, end   |                                                                 |
 | leaving, after an error                       | none: trainer/loop/leaving.py and time limits of its own end it |
@@ -30,7 +30,7 @@ from trainer.cluster.incidents import Incident
 
 FACTOR = 2.5  # and some beats until it is noticed: within 3 times the slowest
 FIRST, OTHER, LEAVING = 20.0, 10.0, "leaving"
-KINDS = ("start-up", "load", "save", "samples", "end", LEAVING)  # all other phases are parts of a step
+KINDS = ("start-up", "load", "save", "samples", "compile", "end", LEAVING)  # all other phases are parts of a step
 BEATS_PER_LIMIT = 12
 
 
@@ -67,7 +67,7 @@ class Progress:
         self.first_seconds = max(FIRST * hang_seconds, 60 * float(os.environ.get("DEEPSPEED_TIMEOUT") or 0))
         self.step, self.phase, self.moves = 0, "start-up", 0
         self.slowest: dict[str, float] = {}
-        self._warm = False
+        self._warm, self._compiled = False, 0.0
         self._seen, self._still, self._clock, self._interval = 0, 0.0, 0.0, 0.0
 
     def enter(self, phase: str) -> None:
@@ -78,11 +78,14 @@ class Progress:
     @contextmanager
     def within(self, kind: str) -> Iterator[None]:
         """A phase of its own, or as `step` a whole step with its phases, whose time is learned."""
-        start, beats = time.perf_counter(), self._clock
+        start, beats, apart = time.perf_counter(), self._clock, self._compiled
         self.enter("begin" if kind == "step" else kind)
         yield
         # In beats, too: else a job that was suspended as a whole in between would have learned that as normal.
-        self._learn(kind, min(time.perf_counter() - start, self._clock - beats + 2 * self._interval))
+        seconds = min(time.perf_counter() - start, self._clock - beats + 2 * self._interval)
+        if kind == "compile":
+            self._compiled += seconds
+        self._learn(kind, seconds - (self._compiled - apart if kind == "step" else 0.0))
 
     def _learn(self, kind: str, seconds: float) -> None:
         if kind == "step" and not self._warm:  # the first one compiles, so it is not normal
@@ -127,6 +130,8 @@ def judge(beats: Sequence[Beat], quiet: Collection[int], interval: float) -> Inc
     behind = [b for b in beats if b.rank in quiet] or [b for b in beats if b.place == last.place]
     if any(b.still < 2 * interval and b.rank not in quiet for b in behind):
         return None  # it has just gone on
+    if any(b.phase == "compile" and not b.overdue and b.rank not in quiet for b in behind):
+        return None  # that may take longer than the phase in which others wait for it
     seconds, one = max(beat.still for beat in beats), behind[0]
     if len(behind) == len(beats) > 1:
         return _incident(

@@ -108,6 +108,7 @@ class EcDit(nn.Module):
         D, P = config.dim, config.patch_size
         self.config, self.moe, self.shape = config, moe, shape
         self.activation_checkpointing = False
+        self.is_compiled = False  # trainer/diffusion/compiled.py, which then recomputes within the blocks
         self.patch_embedder = nn.Linear(shape.channels * P * P, D)
         self.timestep_embedder = TimestepEmbedder(D)
         self.text_projection = Mlp(shape.text_dim, D, D)
@@ -172,7 +173,7 @@ class EcDit(nn.Module):
         decided: list[Routed] = []
         for i, block in enumerate(self.blocks):
             arguments = (x_BSD, condition_B6D, text, mask_B11L, turn_BSa2, time_BD)
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled() and not self.is_compiled:
                 memory = ChoiceMemory() if block.has_moe else None
                 x_BSD, routed = checkpoint(block, *arguments, memory, use_reentrant=False)
             else:

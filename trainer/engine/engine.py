@@ -1,7 +1,7 @@
 """Builds the DeepSpeed engine: the only call of `deepspeed.initialize`."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moe.deepspeed_expert import ExpertParallelMoe, build_expert_group, expert_range
 from moe.layer import MoeLayer
 from trainer.config import TrainConfig
+from trainer.diffusion.compiled import CompiledBlocks, is_wanted
 from trainer.diffusion.model import DitBlock, EcDit, ModelShape, initial_value
 from trainer.engine.deepspeed_config import zero_stage
 from trainer.engine.optim import build_optimizer
@@ -85,10 +86,13 @@ def build_engine(
     shape: ModelShape,
     device: torch.device,
     initial: InitialValue | None = None,
+    compiling: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Any:
-    """Model, optimizer and ZeRO in one DeepSpeed engine."""
+    """Model, optimizer and ZeRO in one DeepSpeed engine; `compiling` surrounds each compilation of blocks."""
     _import_muon_uncompiled()
-    model: nn.Module = build_model(config, deepspeed_config, shape, initial)
+    model = build_model(config, deepspeed_config, shape, initial)
+    if is_wanted(config.train.compile, device):
+        CompiledBlocks(model, waiting=compiling)
     if zero_stage(deepspeed_config) < 3:
         model = model.to(device)
     optimizer = build_optimizer(model.named_parameters(), config.optim)

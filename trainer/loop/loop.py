@@ -59,7 +59,9 @@ class Trainer:
         config, world, info = checked.config, checked.world, checked.dataset.info
         self.checked, self.config, self.device, self.stop, self.lock = checked, config, device, stop, lock
         self.progress = progress or Progress()
-        self.engine = build_engine(config, checked.deepspeed_config, checked.model_shape, device)
+        self.engine = build_engine(
+            config, checked.deepspeed_config, checked.model_shape, device, compiling=self._compiling
+        )
         if checked.init_from is not None:
             load_init(checked.init_from, self.engine, config)
         self.ema = Ema(self.engine, config.ema)  # after the initial weights, from which the average starts
@@ -158,6 +160,15 @@ class Trainer:
                 self._skip(data, found, gather_suspects(result, used))
         # Only now, so that an error of one rank finds a state that all of them can save.
         return self._settle(found)
+
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """A graph is made in the middle of a step: no part of its speed, and no sign that it hangs."""
+        start = time.perf_counter()
+        with self.progress.within("compile"):
+            yield
+        self.progress.enter("forward")
+        self.reporter.pause(time.perf_counter() - start)
 
     def _read_and_report(self, *, more: bool, result: StepResult | None = None) -> StepReport:
         """Read the data of the next step if there are `more`, then tell all ranks how this one went. Collective.

@@ -53,6 +53,9 @@ class TrainLoopConfig:
     """Numbers that the model computes in, also when sampling; the optimizer's copy of the weights stays fp32."""
     deterministic: bool = True
     """Sum in a fixed order on a GPU, so that a resumed run repeats an unbroken one bitwise; a CPU always does."""
+    compile: bool | None = None
+    """Compile the blocks: a minute or two at each start and for each new shape, then fewer passes over memory and a
+    third of the host's work (trainer/diffusion/compiled.py). Null: on a GPU yes, on a CPU no."""
     activation_checkpointing: bool = False
     """Keep only the inputs of each block for the backward pass and compute the rest again: less memory, more time."""
 

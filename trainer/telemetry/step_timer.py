@@ -4,11 +4,13 @@
 |--------------|---------------------------------------------------------------------------|
 | `data`       | reading and noising the next step's micro-batches, the copy to the device |
 | `forward`    | the model and the loss                                                    |
-| `experts`    | the experts' MLPs, forward (their backward is part of `backward`)         |
-| `all_to_all` | exchanges of rows between ranks, forward and backward                     |
+| `experts`    | the experts' MLPs, forward (their backward is part of `backward`) (*)     |
+| `all_to_all` | exchanges of rows between ranks, forward and backward (*)                 |
 | `gather`     | ZeRO-3 fetching weights, forward and backward                             |
 | `backward`   | gradients, and their reduction where it does not overlap                  |
 | `optimizer`  | gradient reduction that is left, clipping, the update, the average        |
+
+(*) Not where blocks are compiled: a graph has no borders inside.
 
 Waiting at borders takes overlap away, so a measured step is slower than others. Other steps run as if there were no
 timer: nothing is hooked into the model then.
@@ -83,6 +85,8 @@ class StepTimer:
         return {f"time/{name}": value for name, value in taken.items()}
 
     def _watch_layers(self, model: torch.nn.Module) -> Iterator[tuple[Any, str, object]]:
+        if getattr(model, "is_compiled", False):
+            return
         for layer in [module for module in model.modules() if isinstance(module, MoeLayer)]:
             yield layer.experts, "forward", self._timed("experts", layer.experts.forward)
             if isinstance(layer.group, ExpertGroup):
