@@ -19,6 +19,11 @@ from moe.config import MoeConfig
 from moe.routing import ChoiceMemory
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # exact fractions: torch 2.11 cannot trace them
+def _capacity(num_tokens: int, num_experts: int, factor: float) -> int:
+    return MoeConfig(num_experts=num_experts, capacity_factor=factor).capacity(num_tokens)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RouterInput:
     """What a router sees in one forward pass of one layer.
@@ -36,6 +41,13 @@ class RouterInput:
     learned: Mapping[str, nn.Module]
     memory: ChoiceMemory
     group: ExpertGroup | None
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a pool that each expert takes: floor(S * f_c / E)."""
+        _, num_tokens, num_experts = self.logits_BSE.shape
+        rows: int = _capacity(num_tokens, num_experts, self.capacity_factor)
+        return rows
 
     def packed(self, mask_BSE: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
         """Rows of a choice given as a mask, or of the memory: (index_BEC, valid_BEC), see `pack`.

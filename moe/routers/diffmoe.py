@@ -50,7 +50,7 @@ class DiffMoe(Router):
             return Choice(index_BEC=index_BEC, valid_BEC=valid_BEC, affinity_BSE=seen.affinity_BSE)
         num_tokens, best_BEC = seen.x_BSD.shape[1], seen.memory.index_BEC
         if best_BEC is None:
-            best_BEC = choose_tokens(seen.affinity_BSE, self.config.capacity(num_tokens, seen.capacity_factor))
+            best_BEC = choose_tokens(seen.affinity_BSE, seen.capacity)
         taken_BSE = chosen_mask(best_BEC, None, num_tokens).to(predicted_BSE.dtype)
         last_BE = predicted_BSE.detach().transpose(1, 2).topk(best_BEC.shape[-1], dim=-1).values[..., -1]
         loss = functional.binary_cross_entropy_with_logits(predicted_BSE, taken_BSE)

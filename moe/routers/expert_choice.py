@@ -19,7 +19,7 @@ class ExpertChoice(Router):
         index_BEC = seen.memory.index_BEC
         if index_BEC is None:
             choose = choose_tokens_in_turn if self.config.tie_break == "rotate" else choose_tokens
-            index_BEC = choose(seen.affinity_BSE, self.config.capacity(seen.x_BSD.shape[1], seen.capacity_factor))
+            index_BEC = choose(seen.affinity_BSE, seen.capacity)
         return Choice(index_BEC=index_BEC, affinity_BSE=seen.affinity_BSE)
 
     def multiply_adds(self, num_tokens: int, dim: int) -> int:

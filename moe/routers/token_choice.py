@@ -35,7 +35,7 @@ class TokenChoice(Router):
 
     def choose(self, seen: RouterInput) -> Choice:
         """GShard's choice; gates are the affinities divided by the sum over the token's wishes, met or not."""
-        capacity = self.config.capacity(seen.x_BSD.shape[1], seen.capacity_factor)
+        capacity = seen.capacity
         places = place_tokens(seen.affinity_BSE, self.config.top_k, capacity)
         index_BEC, valid_BEC = seen.packed(places.mask_BSE, capacity)
         return Choice(
