@@ -11,7 +11,7 @@ L text tokens, D width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -124,14 +124,14 @@ class EcDit(nn.Module):
     def positions(
         self, keep_BS: Tensor | None, device: torch.device, size: tuple[int, int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Absolute embedding [1, S, D] and RoPE turns [1, S, a, 2] of all tokens; [B, S, .] of the kept ones.
+        """Absolute embedding [1, S, D] in the weights' dtype and RoPE turns [1, S, a, 2]; [B, S, .] of the kept tokens.
 
         `size` is the height and width of the latent where it is not the shape's: buckets differ in it.
         """
         P, config = self.config.patch_size, self.config
         height, width = size or (self.shape.height, self.shape.width)
         grid = height // P, width // P
-        tables = sincos_2d(*grid, config.dim, device), rope_2d(*grid, config.dim // config.num_heads, device)
+        tables = _tables(*grid, config.dim, config.num_heads, device, self.patch_embedder.weight.dtype)
         absolute, turn = (table.unsqueeze(0) if keep_BS is None else table[keep_BS] for table in tables)
         return absolute, turn
 
@@ -165,7 +165,7 @@ class EcDit(nn.Module):
         patches = patchify(x_BCHW, self.config.patch_size, keep_BS).float()
         H, W = x_BCHW.shape[-2:]
         position_BSD, turn_BSa2 = self.positions(keep_BS, patches.device, (H, W))
-        x_BSD = self.patch_embedder(patches.to(dtype)) + position_BSD.to(dtype)
+        x_BSD = self.patch_embedder(patches.to(dtype)) + position_BSD
         text = self.embed_text(text_BLD)
         time_BD = self._condition(t_B, text, text_mask_BL)
         condition_B6D = self.condition(time_BD).unflatten(1, (6, -1))
@@ -195,6 +195,15 @@ class EcDit(nn.Module):
             weight_BL1 = (text_mask_BL / text_mask_BL.sum(1, keepdim=True)).unsqueeze(-1).to(text_BLD.dtype)
             time_BD = time_BD + self.pooled_projection((text_BLD * weight_BL1).sum(1))
         return functional.silu(time_BD)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # also when first asked for while sampling: training keeps them for its backward pass
+def _tables(
+    height: int, width: int, dim: int, num_heads: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`sincos_2d` in the dtype and `rope_2d`, made once: dozens of small kernels, and a cast of every token's."""
+    return sincos_2d(height, width, dim, device).to(dtype), rope_2d(height, width, dim // num_heads, device)
 
 
 def initial_value(name: str, shape: tuple[int, ...], seed: int, first_expert: int = 0, *, moe: MoeConfig) -> Tensor:

@@ -77,9 +77,9 @@ def block_bytes(job: Job, micro_batch_size: int, *, moe: bool) -> float:
     T, D, L = micro_batch_size * job.num_tokens, model.dim, micro_batch_size * job.text_tokens
     H, r = model.num_heads, model.num_kv_heads / model.num_heads
     if s == 2:
-        attention = T * D * (17 * 2 + 4 * 4 + 8 * r) + L * D * (4 + 8 * r)
+        attention = T * D * (15 * 2 + 4 * 4 + 12 * r) + L * D * 12 * r
     else:
-        attention = T * D * (21 + 3 * r) * 4 + L * D * (2 + 2 * r) * 4
+        attention = T * D * (19 + 5 * r) * 4 + L * D * 4 * r * 4
     attention += T * 4 * (4 * H + model.num_kv_heads) + T * s * 6
     if not moe:
         return attention + s * T * D * (1 + 2 * model.mlp_ratio)
@@ -101,7 +101,8 @@ def activation_terms(job: Job, layout: Layout) -> list[Term]:
     ends += s * b * job.text_tokens * (3 * D + job.shape.text_dim)
     ends += 8 * (T if config.diffusion.mask_ratio else job.num_tokens) * (D / config.model.num_heads / 2)  # RoPE
     if layout.recompute:
-        kept = config.model.num_layers * s * T * D + max(dense, moe) + ends
+        decided = num_moe * T * (4 * config.moe.num_experts + 8 * config.moe.capacity_factor)  # logits and choice
+        kept = config.model.num_layers * s * T * D + max(dense, moe) + ends + decided
         formula, figures = "N s T D + one block", f"{config.model.num_layers} x {s * T * D:.4g} + {max(dense, moe):.4g}"
     else:
         kept = num_dense * dense + num_moe * moe + ends
