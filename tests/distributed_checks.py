@@ -25,7 +25,7 @@ from named_checks import run_named
 from benchmarks.parity import SHAPE, VARIANTS, parity_config, random_value
 from benchmarks.whole_weights import gather_master
 from moe.deepspeed_expert import build_expert_group
-from moe.layer import MoeLayer
+from moe.layer import MoeLayer, set_capacity_factor
 from trainer.checkpoint import save as save_module
 from trainer.checkpoint.agree import CheckpointError, agree
 from trainer.checkpoint.folder import checkpoint_dir, fault, list_checkpoints
@@ -35,6 +35,7 @@ from trainer.checkpoint.state import Topology, TrainState
 from trainer.config import EmaConfig, TrainConfig
 from trainer.data.dataset import open_dataset
 from trainer.data.position import DataState
+from trainer.diffusion.compiled import CompiledBlocks
 from trainer.diffusion.model import EcDit
 from trainer.distributed import World, barrier
 from trainer.engine.deepspeed_config import load_deepspeed_config
@@ -119,6 +120,33 @@ def routers_sample_alike_with_and_without_expert_parallelism(world: World) -> No
         for ours, theirs in zip(routed, plain, strict=True):
             assert torch.equal(ours.index_BEC, theirs.index_BEC), router
         engine.destroy()
+
+
+def compiled_blocks_learn_what_plain_ones_do(world: World) -> None:
+    """Weights after two steps of SGD under ZeRO-3 with the all-to-all inside the graphs, recomputed or not; and while
+    the capacity falls, when MoE blocks run uncompiled between compiled ones."""
+    falling = {"capacity_factor_start": 3.0, "capacity_anneal_steps": 2}
+    for recompute, schedule in ((False, {}), (True, {}), (True, falling)):
+        config = parity_config("sgd", 2, world.size)
+        config = replace(
+            config, moe=replace(config.moe, **schedule),
+            train=replace(config.train, activation_checkpointing=recompute, gradient_accumulation_steps=1),
+        )  # fmt: skip
+        weights = []
+        for compiled in (False, True):
+            engine: Any = engine_of(config, 3, world)
+            if compiled:
+                CompiledBlocks(engine.module, backend="aot_eager")
+            for step in range(2):
+                set_capacity_factor(engine.module, config.moe.factor_at(step))
+                engine.backward(engine(*inputs(4))[0].square().mean())
+                engine.step()
+            weights.append(gather_master(engine))
+            engine.destroy()
+        for name, value in weights[0].items():
+            torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-6, msg=f"{name} {recompute}")
+    found = torch._dynamo.utils.counters
+    assert not found["graph_break"] and found["stats"]["unique_graphs"] == 4, "two kinds, recomputed or not"
 
 
 def bf16_gradients_are_summed_in_fp32(world: World) -> None:

@@ -45,6 +45,7 @@ CHECKS = (
     "all_to_all_count",
     "routers_sample_alike_with_and_without_expert_parallelism",
     "bf16_gradients_are_summed_in_fp32",
+    "compiled_blocks_learn_what_plain_ones_do",
     "ema_is_the_average_of_the_weights",
     "topology_does_not_change_the_start",
     "one_rank_cannot_write",

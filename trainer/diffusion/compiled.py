@@ -58,6 +58,8 @@ class CompiledBlocks:
         functorch: Any = import_module("torch._functorch.config")
         functorch.force_non_lazy_backward_lowering = True
         dynamo.recompile_limit = max(2 * MAX_GRAPHS, dynamo.recompile_limit)
+        # Tells every process that to choose what is recomputed is a new feature.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         for block in model.blocks:
             assert isinstance(block, DitBlock)
             eager = block.forward
