@@ -10,6 +10,8 @@ size, with biases:
 - `bare matmuls`       the layer's six batched matmuls with outputs allocated beforehand: the floor
 - `expert choice`      moe.layer.MoeLayer, the layer under test, as in a step that reports no statistics
 - `one-hot einsum`     the same router and experts, tokens moved by one-hot products (the paper's pseudo-code)
+- `..., compiled`      the dense MLP and the layer as the blocks of a run are on a GPU (trainer/diffusion/compiled.py);
+                       there always, on a CPU with `--compile`, where each column takes a minute more
 - `DeepSpeed MoE top-2` deepspeed.moe.layer.MoE: token choice, capacity factor 1, no dropped-token rescue
 
 Shapes: B images, S tokens, D width, F hidden width, E experts, C capacity, N = B * C rows of one expert.
@@ -33,6 +35,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="of torch (default: what it takes by itself)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default %(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="calls of a turn, 10 on a GPU (default %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="compiled forms also on a CPU")
     parser.add_argument("--json", type=Path, help="also write ratios with quartiles to this file")
     return parser
 
@@ -164,7 +167,19 @@ def train_step(forward: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor
     return run
 
 
-def build_work(case: Case) -> dict[str, Work]:
+def compiled_form(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A module's output, by its forward as one graph."""
+    made: Callable[[Tensor], Any] = torch.compile(module.forward, fullgraph=True, dynamic=False)
+
+    def run(x: Tensor) -> Tensor:
+        out = made(x)
+        found: Tensor = out[0] if isinstance(out, tuple) else out
+        return found
+
+    return run
+
+
+def build_work(case: Case, *, compiled: bool) -> dict[str, Work]:
     """The rows of the table, ready to run; they share the layer's weights where they can."""
     torch.manual_seed(0)
     dtype = DTYPES[case.dtype]
@@ -176,10 +191,13 @@ def build_work(case: Case) -> dict[str, Work]:
     dense, native = Mlp(case.dim, case.hidden_dim, case.dim).to(dtype), build_deepspeed_moe(case)
     x_BSD, grad_BSD = (torch.randn(case.batch_size, case.num_tokens, case.dim).to(dtype) for _ in range(2))
     wide = (CAPACITY_FACTOR, 1, 1)
+    forms = {name: train_step(compiled_form(module), module, x_BSD.repeat(times), grad_BSD.repeat(times))
+             for name, module, times in ((DENSE, dense, wide), (LAYER, layer, (1, 1, 1))) if compiled}  # fmt: skip
     return {
         DENSE: train_step(dense, dense, x_BSD.repeat(wide), grad_BSD.repeat(wide)),
         FLOOR: bare_matmuls(layer, case),
         LAYER: train_step(lambda x: layer(x)[0], layer, x_BSD, grad_BSD),
+        **{f"{name}, compiled": work for name, work in forms.items()},
         ONE_HOT: train_step(lambda x: one_hot_forward(layer, x), layer, x_BSD, grad_BSD),
         DEEPSPEED: train_step(lambda x: native(x)[0], native, x_BSD, grad_BSD),
     }
@@ -232,7 +250,7 @@ def run(options: argparse.Namespace) -> None:
     results = []
     for case in cases:
         with torch.device(options.device):
-            work = build_work(case)
+            work = build_work(case, compiled=options.compile or options.device == "cuda")
         times = time_interleaved(work, rounds=options.rounds, repeats=options.repeats)
         results.append(summarise(case, times))
         print(f"{case.label}: {options.rounds} rounds measured", flush=True)

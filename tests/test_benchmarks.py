@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import sampling
 from benchmarks.interleaved import markdown_table, ratio, time_interleaved
 from benchmarks.moe_layer import Case, one_hot_forward, table
 from moe.config import MoeConfig
@@ -78,6 +79,16 @@ def test_ratio_is_taken_within_rounds() -> None:
     assert ratio([3.0], [2.0]).median == 1.5
     with pytest.raises(ValueError):
         ratio([1.0], [1.0, 2.0])
+
+
+def test_sampling_benchmark_compares_and_times_each_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "sampling.json"
+    sampling.main(["debug", "model.dim=32", "--images", "2", "--rounds", "1", "--json", str(file)])
+    content, said = json.loads(file.read_text()), capsys.readouterr().out
+    measures = ["naive", "gathered experts", "one batch", "keys of text kept", "bf16"]
+    assert list(content) == [*measures, "apart"] and content["naive"]["median"] == 1.0
+    assert max(content["apart"][name] for name in measures[:4]) < 1e-5 < content["apart"]["bf16"] < 0.5
+    assert all(f"| {name} | {content[name]['median']:.2f}x |" in said for name in measures)
 
 
 def test_markdown_table() -> None:
