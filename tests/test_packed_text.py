@@ -13,13 +13,14 @@ from torch import Tensor
 from trainer.config import ConfigError, DataConfig, TrainConfig, TrainLoopConfig
 from trainer.data import inspect
 from trainer.data.dataset import open_dataset
-from trainer.data.demo import scene_shards
+from trainer.data.demo import scene_shards, scenes
 from trainer.data.latents.encode_folder import build_encoder, encode
 from trainer.data.latents.packed_text import pack_text, relative_errors, restored, stored_width, to_int8
 from trainer.data.latents.samples import pad_text
 from trainer.data.latents.shard_file import DamagedShardError
 from trainer.data.loader import build_loader
 from trainer.data.position import DataState
+from trainer.encoders.build import build_text_encoder
 
 NUM_IMAGES = 8
 
@@ -100,13 +101,18 @@ def test_batches_of_both_differ_by_what_8_bits_lose(root: Path) -> None:
     assert 0.001 < error.max() < 0.03
 
 
+def scene_of(number: int) -> scenes.Scene:
+    return scenes.training_scene(0, number)
+
+
 def test_the_description_says_it(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inspect.main([str(root / "int8"), "--num-samples", "0"])
     printed = capsys.readouterr().out
     text, bytes_ = (load_file(root / "int8" / "00000.safetensors")[name] for name in ("text", "text_check"))
     assert text.dtype == torch.int8 and text.shape[1] == 396 and len(bytes_) <= 4
     worst = float(printed.partition("stored in int8 with an error of at most ")[2].partition("%")[0])
-    assert 0.1 < worst < 3
+    tokens = build_text_encoder("minilm").encode([scene.caption for scene in map(scene_of, range(NUM_IMAGES))])
+    assert worst == pytest.approx(100 * max(float(relative_errors(t, to_int8(t)).max()) for t in tokens), rel=0.01)
     inspect.main([str(root / "fp16"), "--num-samples", "0"])
     assert "int8" not in capsys.readouterr().out
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from trainer.config import TrainConfig, require
 from trainer.data.latents.packed_text import pack_text
@@ -147,5 +147,5 @@ def finish_batch(dataset: LatentDataset, raw: RawBatch) -> Batch:
         raw = encode_captions(dataset.online_encoder, raw)
     texts = [text for text in raw.texts if isinstance(text, Tensor)]
     assert len(texts) == len(raw.texts), "captions have to be encoded first"
-    packed = pack_text(texts, dataset.info.max_tokens)
+    packed = pack_text(texts, dataset.info.max_tokens, shared=get_worker_info() is not None)
     return Batch(latent_BCHW=raw.latent_BCHW, text=packed, index_B=raw.index_B)

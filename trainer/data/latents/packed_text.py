@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import pad
-from torch.utils.data import get_worker_info
 
 _SCALE_BYTES, _GROUP, _LARGEST = 4, 128, 127
 
@@ -64,7 +63,8 @@ def relative_errors(text_TD: Tensor, row_TR: Tensor) -> Tensor:
     """Per token the length of the error of what is stored, over the length of the token."""
     text_TD = text_TD.double()
     error_T, length_T = (vector_norm(x, dim=1) for x in (restored(row_TR).double() - text_TD, text_TD))
-    return error_T / length_T.clamp_min(torch.finfo(torch.float64).tiny)
+    relative_T: Tensor = error_T / length_T.clamp_min(torch.finfo(torch.float64).tiny)
+    return relative_T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,19 +97,20 @@ class PackedText:
         return self.offset_B1[:-1, None] + torch.arange(self.length, device=self.offset_B1.device)
 
 
-def pack_text(tokens: Sequence[Tensor], length: int) -> PackedText:
-    """Captions as stored [n, R], to be padded to `length` tokens or the longest of them; copied once."""
+def pack_text(tokens: Sequence[Tensor], length: int, *, shared: bool = False) -> PackedText:
+    """Captions as stored [n, R], to be padded to `length` tokens or the longest of them; copied once.
+
+    `shared`: into memory that other processes can be given, so that a data worker's queue need not copy it again.
+    """
     offset_B1 = torch.tensor([0, *map(len, tokens)]).cumsum(0)
     same = len({token.dtype for token in tokens}) == 1
     dtype = tokens[0].dtype if same else torch.float32
-    token_TR = _memory_to_send((int(offset_B1[-1]) + 1, tokens[0].shape[1]), dtype)
+    shape = int(offset_B1[-1]) + 1, tokens[0].shape[1]
+    token_TR = _shared_memory(shape, dtype) if shared else torch.empty(shape, dtype=dtype)
     torch.cat([*tokens, torch.zeros(1, tokens[0].shape[1], dtype=dtype)], out=token_TR)
     return PackedText(token_TR=token_TR, offset_B1=offset_B1, length=max(length, *map(len, tokens)))
 
 
-def _memory_to_send(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Memory not yet written to; in a data worker it is shared with the process that trains, which saves a copy."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype)
+def _shared_memory(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     storage = torch.UntypedStorage._new_shared(shape[0] * shape[1] * dtype.itemsize)
     return torch.empty(0, dtype=dtype).set_(storage, 0, shape, (shape[1], 1))
