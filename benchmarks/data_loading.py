@@ -2,6 +2,7 @@
 
     python -m benchmarks.data_loading                                      # all tables, some minutes
     python -m benchmarks.data_loading --only reader --samples 8000 --rounds 9 --json data.json
+    python -m benchmarks.data_loading --real-shapes                        # only the last section
 
 reader   samples of 8 KiB latent and 20 tokens of width 1280 (50 KiB) from the same values, latents as fp32
          `shards`            ShardDataset in the order of an epoch, checks included; every ratio is to this
@@ -12,6 +13,7 @@ reader   samples of 8 KiB latent and 20 tokens of width 1280 (50 KiB) from the s
 encode   a tar of JPEGs, 128 pixels: `encode` is trainer.data.encode with its decoding, hashing and writing,
          `bare` the same codec (a narrow AutoencoderKL) and text encoder on what is already in memory
 scale    10^9 samples in 10^5 shards: set-up, look-up and memory of the order of an epoch
+real shapes: see benchmarks/real_shapes.py
 """
 
 import argparse
@@ -24,6 +26,7 @@ def command_line() -> argparse.ArgumentParser:
     """Options; see the module docstring."""
     parser = command_parser("benchmarks.data_loading", __doc__)
     parser.add_argument("--only", choices=["reader", "encode", "scale"], help="one of the tables")
+    parser.add_argument("--real-shapes", action="store_true", help="what a micro-batch costs stage by stage, alone")
     parser.add_argument("--samples", type=int, default=4000, help="samples of the reader's table")
     parser.add_argument("--pictures", type=int, default=192, help="pictures of the encoders' table")
     parser.add_argument("--rounds", type=int, default=7)
@@ -58,6 +61,7 @@ import torch
 from PIL import Image
 
 from benchmarks.interleaved import markdown_table, ratio, time_interleaved, write_json
+from benchmarks.real_shapes import real_shapes
 from trainer.config import TrainConfig, TrainLoopConfig, command, require
 from trainer.data.index import build_index
 from trainer.data.latents.dataset_file import read_dataset_file
@@ -276,6 +280,10 @@ def main(argv: list[str] | None = None) -> None:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if args.real_shapes:
+            text, found["real shapes"] = real_shapes(folder, args.rounds)
+            print(text)
+            args.only = "real shapes"
         if args.only in (None, "scale"):
             text, found["scale"] = scale_table(folder)
             print(text + "\n")

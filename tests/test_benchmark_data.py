@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.data_loading import CHANNELS, SIDE, TOKENS, WIDTH, open_samples, write_samples
+from benchmarks.real_shapes import lengths_of, real_shapes
 
 
 def test_both_formats_hold_the_same_samples(tmp_path: Path) -> None:
@@ -23,6 +24,18 @@ def test_both_formats_hold_the_same_samples(tmp_path: Path) -> None:
             assert sample.latent.shape == (CHANNELS, SIDE, SIDE) and sample.text.shape == (TOKENS, WIDTH)
             assert torch.equal(sample.latent, torch.from_numpy(latent).float())
             assert torch.equal(sample.text, torch.from_numpy(text).float())
+
+
+def test_real_shapes_say_what_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"MICRO": 2, "COUNT": 4, "WIDTH": 256, "CASES": {"typical": 4}}.items():
+        monkeypatch.setattr(f"benchmarks.real_shapes.{name}", value)
+    text, found = real_shapes(tmp_path, rounds=1)
+    latents, tokens = 2 * 4 * 4 * 32 * 32, sum(lengths_of("typical")) + 2  # of each micro-batch one of zeros
+    assert found["typical, sent padded"]["bytes"] == latents + 2 * 120 * 256
+    assert found["typical, packed"]["bytes"] == latents + 2 * 256 * tokens / 4
+    assert found["typical, packed, int8"]["bytes"] == latents + (256 + 8) * tokens / 4
+    assert set(found["typical, stages"]["int8"]) == set("read check unpack pack noise send copy pad".split())
+    assert "| packed, int8 |" in text
 
 
 @pytest.mark.slow

@@ -103,7 +103,12 @@ def global_batches(config: TrainConfig, state: DataState, steps: int, world: int
     found = []
     for _ in range(steps):
         parts = [next(rank) for _ in range(config.train.gradient_accumulation_steps) for rank in ranks]
-        whole = [vars(part) | {k: v for k, v in vars(noised(part)).items() if k != "keep_BS"} for part in parts]
+        text = ("text_BLD", "text_mask_BL")
+        whole = [
+            {k: v for k, v in (vars(part) | vars(noised(part))).items() if k not in ("keep_BS", "text")}
+            | {name: getattr(part, name) for name in text}
+            for part in parts
+        ]
         found.append({name: torch.cat([part[name] for part in whole]) for name in whole[0]})
     return found
 

@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from trainer.config import ConfigError, DataConfig, TrainConfig, load_config
 from trainer.data.dataset import open_dataset
@@ -44,18 +45,28 @@ def config_for(latents: Path | None, micro: int = 4, accumulation: int = 1, *ove
     return load_config("debug", [*data, *batch, "data.shuffle_group=2", *overrides])
 
 
-def join(batches: list[Batch]) -> Batch:
-    parts = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in vars(batches[0])}
-    return Batch(**parts)
+@dataclass(frozen=True, kw_only=True)
+class Padded:
+    """A batch, its text padded."""
+
+    latent_BCHW: Tensor
+    text_BLD: Tensor
+    text_mask_BL: Tensor
+    index_B: Tensor
 
 
-def equal(a: Batch, b: Batch) -> bool:
+def join(batches: Sequence[Batch | Padded]) -> Padded:
+    names = [f.name for f in fields(Padded)]
+    return Padded(**{name: torch.cat([getattr(batch, name) for batch in batches]) for name in names})
+
+
+def equal(a: Padded, b: Padded) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in vars(a))
 
 
 def global_batches(
     dataset: LatentDataset, config: TrainConfig, state: DataState, steps: int, world_size: int = 1
-) -> list[Batch]:
+) -> list[Padded]:
     """What all ranks together train on, in the order accumulation step, rank, row."""
     ranks = [build_loader(dataset, config, rank=r, world_size=world_size, state=state) for r in range(world_size)]
     count = config.train.gradient_accumulation_steps

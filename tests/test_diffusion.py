@@ -10,6 +10,7 @@ import torch
 from benchmarks.plain_model import plain_noise
 from moe.routing import Routed
 from trainer.config import DiffusionConfig, OptimConfig
+from trainer.data.latents.packed_text import pack_text
 from trainer.data.latents.samples import Batch
 from trainer.diffusion.flow import interpolate, noise_batch, shift_time, training_loss
 from trainer.diffusion.layers import patchify
@@ -24,11 +25,8 @@ CONFIG = DiffusionConfig()
 
 def batch(indices: list[int]) -> Batch:
     latents = torch.stack([torch.full((3, 8, 8), float(i)) for i in indices])
-    text = torch.zeros(len(indices), 2, 4)
-    return Batch(
-        latent_BCHW=latents, text_BLD=text, text_mask_BL=torch.ones(len(indices), 2, dtype=torch.bool),
-        index_B=torch.tensor(indices),
-    )  # fmt: skip
+    text = pack_text([torch.zeros(2, 4)] * len(indices), 2)
+    return Batch(latent_BCHW=latents, text=text, index_B=torch.tensor(indices))
 
 
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.5])

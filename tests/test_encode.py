@@ -222,7 +222,8 @@ def test_online_text_is_what_cached_text_is(images: Path, latents: Path, tmp_pat
     ]
     for _ in range(4):
         batch, in_workers, cached = (next(loader) for loader in loaders)
-        assert all(torch.equal(getattr(batch, name), getattr(in_workers, name)) for name in vars(batch))
+        names = ("latent_BCHW", "text_BLD", "text_mask_BL", "index_B")
+        assert all(torch.equal(getattr(batch, name), getattr(in_workers, name)) for name in names)
         length = cached.text_BLD.shape[1]
         assert torch.equal(batch.latent_BCHW, cached.latent_BCHW) and torch.equal(batch.index_B, cached.index_B)
         assert torch.equal(batch.text_mask_BL[:, :length], cached.text_mask_BL) and batch.text_BLD.shape[1] == 64
@@ -314,7 +315,7 @@ def test_changed_pictures_are_encoded_again(images: Path, latents: Path, tmp_pat
 
 def test_other_settings_are_refused_before_anything_is_written(images: Path, latents: Path) -> None:
     before = files_in(latents)
-    with pytest.raises(ConfigError, match="shards made with other encoders or another"):
+    with pytest.raises(ConfigError, match="shards made with other encoders or settings"):
         encode(encoder_for(images, latents, image_size=8))
     assert files_in(latents) == before
 

@@ -21,6 +21,7 @@ from moe.oracle.layer import ReferenceMoe
 from moe.routers.registry import ROUTERS, router_class
 from moe.routing import ChoiceMemory
 from trainer.config import ModelConfig
+from trainer.data.latents.packed_text import pack_text
 from trainer.diffusion.flow import NoisedBatch, training_loss
 from trainer.diffusion.model import EcDit, ModelShape
 from trainer.engine.determinism import make_deterministic
@@ -93,12 +94,10 @@ def test_layer_never_waits_for_the_gpu(router: Any, dtype: torch.dtype, waiting_
 def batch_of(size: int) -> NoisedBatch:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(size, 4, 16, 16, generator=generator)
-    mask = torch.ones(size, 6, dtype=torch.bool)
-    mask[:, 4:] = False
     keep = torch.stack([torch.randperm(64, generator=generator)[:32].sort().values for _ in range(size)])
     return NoisedBatch(
         index_B=torch.arange(size), x_BCHW=x, t_B=torch.rand(size, generator=generator), target_BCHW=x.flip(0),
-        text_BLD=torch.randn(size, 6, 24, generator=generator), text_mask_BL=mask, keep_BS=keep,
+        text=pack_text(list(torch.randn(size, 4, 24, generator=generator)), 6), keep_BS=keep,
     )  # fmt: skip
 
 

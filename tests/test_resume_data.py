@@ -65,6 +65,10 @@ CHANGES: dict[str, tuple[Change, Change, str]] = {
         lambda r: {"latents": f"{r}/a"}, lambda r: {"stage_dir": f"{r}/s", "stage_gb": 0.001}, "data.stage_dir:  -> ",
     ),
     "workers": (lambda r: {"mix": mix(r, "ab")}, lambda r: {"num_workers": 2}, "data.num_workers: 0 -> 2"),
+    "text_dtype": (
+        lambda r: {"latents": f"{r}/a"}, lambda r: {"latents": f"{r}/a8", "text_dtype": "int8"},
+        r"error: .*/a8 is not the data set that .* \(data\.latents: .*; data\.text_dtype: fp16 -> int8\)",
+    ),
     "synthetic": (
         lambda r: {"latents": f"{r}/a"}, lambda r: {"source": "synthetic", "latents": ""},
         r"error: data is not the data set that .* trained on \(data.source: shards -> synthetic; data.latents",
@@ -81,13 +85,15 @@ def mix(root: Path, names: str, first: float = 1.0) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders a, b, c of 16 drawn scenes each, and x, a copy of a."""
+    """Folders a, b, c of 16 drawn scenes each, x, a copy of a, and a8, its captions in 8 bits."""
     folder = tmp_path_factory.mktemp("resume_data")
     for seed, name in enumerate("abc"):
         sizes = ["--num-images", "16", "--shard-size", "8", "--image-size", "8", "--seed", str(seed)]
         scene_shards.main(["--out", str(folder / f"{name}_images"), *sizes])
         data = DataConfig(images=str(folder / f"{name}_images"), latents=str(folder / name), image_size=8)
         assert encode_folder.encode(encode_folder.build_encoder(data))
+    data = DataConfig(images=f"{folder}/a_images", latents=f"{folder}/a8", image_size=8, text_dtype="int8")
+    assert encode_folder.encode(encode_folder.build_encoder(data))
     shutil.copytree(folder / "a", folder / "x")
     return folder
 

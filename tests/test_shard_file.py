@@ -218,7 +218,7 @@ def test_shards_without_checks_can_still_be_read(latents: Path, tmp_path: Path) 
     content["format_version"] = 1
     for old in ("empty_sha256", "sha256"):
         del content[old]
-    for new in ("latent_std", "text"):
+    for new in ("latent_std", "text", "text_dtype"):
         del content["settings"][new]
     for new in ("codec_shift", "codec_scale"):
         del content["info"][new]

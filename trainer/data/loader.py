@@ -1,6 +1,6 @@
-"""Samples -> this rank's micro-batches for ever: normalised latents, padded text, dropped captions.
+"""Samples -> this rank's micro-batches for ever: normalised latents, packed text, dropped captions.
 
-Shapes: B samples, C x H x W latent, L text tokens, D text width.
+Shapes: B samples, C x H x W latent.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,10 +10,11 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from trainer.config import TrainConfig, require
-from trainer.data.latents.samples import Batch, LatentDataset, pad_text
+from trainer.data.latents.packed_text import pack_text
+from trainer.data.latents.samples import Batch, LatentDataset
 from trainer.data.position import DataState, MicroBatch, micro_batches
 from trainer.encoders.protocols import TextEncoder
 from trainer.randomness import keyed_generator
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class RawBatch:
-    """A micro-batch before its text is padded (and, online, encoded)."""
+    """A micro-batch before its text is packed (and, online, encoded)."""
 
     latent_BCHW: Tensor
     texts: list[Tensor | str]
@@ -117,9 +118,11 @@ class _Reader(Dataset[object]):
 def read_batch(dataset: LatentDataset, micro: MicroBatch, *, caption_dropout: float, seed: int) -> RawBatch:
     """Read and normalise one micro-batch; draw its latents and drop captions by (seed, global sample index)."""
     info = dataset.info
+    # In the order of the files: each is opened once and read from front to back.
+    samples = {number: dataset.read(number) for number in sorted(set(micro.samples))}
     latents, texts = [], []
     for number, index in zip(micro.samples, micro.indices, strict=True):
-        sample = dataset.read(number)
+        sample = samples[number]
         latent = sample.latent
         if sample.latent_std is not None:  # draw from the distribution
             noise = torch.randn(latent.shape, generator=keyed_generator(seed, index, "posterior"))
@@ -139,14 +142,10 @@ def encode_captions(encoder: TextEncoder, raw: RawBatch) -> RawBatch:
 
 
 def finish_batch(dataset: LatentDataset, raw: RawBatch) -> Batch:
-    """Encode captions that are stored as text, and pad to [B, max_tokens, D].
-
-    What is stored in fp16 stays so, for it is most of a batch's bytes.
-    """
+    """Encode captions that are stored as text, and put all end to end as they are stored; they are padded later."""
     if dataset.online_encoder is not None:
         raw = encode_captions(dataset.online_encoder, raw)
     texts = [text for text in raw.texts if isinstance(text, Tensor)]
     assert len(texts) == len(raw.texts), "captions have to be encoded first"
-    halves = all(text.dtype == torch.float16 for text in texts)
-    text_BLD, mask_BL = pad_text(texts, dataset.info.max_tokens, torch.float16 if halves else torch.float32)
-    return Batch(latent_BCHW=raw.latent_BCHW, text_BLD=text_BLD, text_mask_BL=mask_BL, index_B=raw.index_B)
+    packed = pack_text(texts, dataset.info.max_tokens, shared=get_worker_info() is not None)
+    return Batch(latent_BCHW=raw.latent_BCHW, text=packed, index_B=raw.index_B)

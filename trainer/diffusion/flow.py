@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trainer.config import DiffusionConfig
+from trainer.data.latents.packed_text import PackedText
 from trainer.data.latents.samples import Batch
 from trainer.diffusion.layers import patchify
 from trainer.randomness import keyed_generator
@@ -34,9 +35,18 @@ class NoisedBatch:
     x_BCHW: Tensor
     t_B: Tensor
     target_BCHW: Tensor
-    text_BLD: Tensor
-    text_mask_BL: Tensor
+    text: PackedText
     keep_BS: Tensor | None
+
+    @property
+    def text_BLD(self) -> Tensor:  # noqa: N802
+        """Padded captions where the batch is, fp16 or fp32, made anew at each call."""
+        return self.text.padded_BLD()
+
+    @property
+    def text_mask_BL(self) -> Tensor:  # noqa: N802
+        """True for a real token."""
+        return self.text.mask_BL()
 
     def to(self, device: torch.device) -> "NoisedBatch":
         """The same batch on another device; nobody waits for the copy of a pinned one to a GPU."""
@@ -48,7 +58,8 @@ class NoisedBatch:
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "NoisedBatch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: change(value) for name, value in values.items() if value is not None})
+        tensors = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, text=self.text.each(change), **tensors)
 
 
 def interpolate(x0: Tensor, x1: Tensor, t_B: Tensor) -> Tensor:
@@ -101,8 +112,7 @@ def draw_noise(batch: Batch, config: DiffusionConfig, *, seed: int, patch_size: 
         x_BCHW=interpolate(batch.latent_BCHW, x1, t_B),
         t_B=t_B,
         target_BCHW=x1 - batch.latent_BCHW,
-        text_BLD=batch.text_BLD,
-        text_mask_BL=batch.text_mask_BL,
+        text=batch.text,
         keep_BS=torch.stack(keeps) if keeps else None,
     )
 

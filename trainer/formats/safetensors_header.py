@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import NonNegativeInt, TypeAdapter
 
-_ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "I32": 4, "I64": 8}
+_ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1, "I32": 4, "I64": 8}
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 
@@ -42,7 +42,7 @@ class SafetensorsHeader:
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    dtype: Literal["F32", "BF16", "F16", "U8", "I32", "I64"]
+    dtype: Literal["F32", "BF16", "F16", "I8", "U8", "I32", "I64"]
     shape: tuple[NonNegativeInt, ...]
     data_offsets: tuple[NonNegativeInt, NonNegativeInt]
 

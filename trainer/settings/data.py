@@ -35,6 +35,9 @@ class DataConfig:
     t5@MAX_TOKENS:DIR, or several joined by +, whose tokens follow each other."""
     text: Literal["cache", "online"] = "cache"
     """Store the encoded captions, or the captions alone, which are then encoded while training (for large data)."""
+    text_dtype: Literal["fp16", "int8"] = "fp16"
+    """How encoded captions are stored: in 16 bits a value, or in 8 with a scale for every 128 (docs/data.md has the
+    error), half of what is read and sent; only with `text` cache."""
     latent_std: bool = False
     """Store the standard deviation of the codec's latents too, and draw from their distribution in training; needs a
     codec that has one."""
@@ -91,6 +94,11 @@ class DataConfig:
             self.bucket_block > 0 or (len(self.buckets) < 2 and len(self.mix) < 2),
             "data.bucket_block is 0, but data.buckets or data.mix names several: "
             "set it to the global batch size or a multiple of it",
+        )
+        require(
+            self.text == "cache" or self.text_dtype == "fp16",
+            f"data.text_dtype={self.text_dtype} is about stored captions, but data.text=online stores none encoded: "
+            "use data.text_dtype=fp16 or data.text=cache",
         )
         require(
             self.whitening == 1 or self.normalize == "measured",

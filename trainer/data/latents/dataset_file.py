@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
 from trainer.data.latents.format import DATASET_NAME, READABLE_VERSIONS, SETTINGS, encoding_fingerprint, is_signed
+from trainer.data.latents.packed_text import stored_width
 from trainer.data.latents.shard_file import DamagedShardError, ShardEntry, ShardFile
 from trainer.encoders.protocols import ImageCodec, TextEncoder
 from trainer.errors import ConfigError, require
@@ -48,7 +50,7 @@ class LatentFolder:
         return sum(shard.num_samples for shard in self.shards)
 
     def read_empty(self) -> Tensor | str:
-        """The empty caption's tokens [n, D]; "" where captions are encoded while training."""
+        """The empty caption's tokens as stored; "" where captions are encoded while training."""
         if self.empty_text is None:
             return ""
         path = self.path / self.empty_text
@@ -59,8 +61,10 @@ class LatentFolder:
             raise ConfigError(f"data.latents={self.path}: {DamagedShardError(path, 'cannot be read')}") from error
         same = self.empty_sha256 is None or hashlib.sha256(content).hexdigest() == self.empty_sha256
         damage = DamagedShardError(path, "is not the empty caption of this data set")
+        text_dtype = self.settings.get("text_dtype", DataConfig().text_dtype)
+        fits = tokens.dim() == 2 and tokens.shape[1] == stored_width(self.info["text_dim"], text_dtype)
         require(
-            same and tokens.dim() == 2 and tokens.shape[1] == self.info["text_dim"],
+            same and fits and (tokens.dtype == torch.int8) == (text_dtype == "int8"),
             f"data.latents={self.path}: {damage}",
         )
         return tokens

@@ -73,6 +73,12 @@ def _bucket_table(folder: LatentFolder, factor: int, block: int) -> list[str]:
     return lines
 
 
+def _precision(folder: LatentFolder) -> str:
+    """How captions are stored, where that is not in fp16."""
+    error = folder.info.get("text_error")
+    return "" if error is None else f", stored in int8 with an error of at most {error:.2%} of a token's length"
+
+
 def describe(folder: LatentFolder, factor: int, block: int) -> str:
     """What is printed about a folder of latents."""
     info = folder.info
@@ -81,7 +87,7 @@ def describe(folder: LatentFolder, factor: int, block: int) -> str:
     lines = [
         f"{folder.num_samples} samples in {len(folder.shards)} shards, {size / 1e9:.3f} GB, "
         f"{size / folder.num_samples / 1e3:.1f} kB a sample",
-        f"codec {info['codec']}, {info['channels']} channels, factor {factor}; text encoder {text}",
+        f"codec {info['codec']}, {info['channels']} channels, factor {factor}; text encoder {text}{_precision(folder)}",
         f"fingerprint {folder.fingerprint}",
         "mean    " + " ".join(f"{value:8.4f}" for value in info["mean"]),
         "std     " + " ".join(f"{value:8.4f}" for value in info["std"]),

@@ -23,6 +23,7 @@ from trainer.data.images.tar_scan import IndexRow
 from trainer.data.index import index_or_open
 from trainer.data.latents.enlargement import check_enlargement
 from trainer.data.latents.format import CROP, DATASET_NAME, FORMAT_VERSION, SETTINGS, encoding_fingerprint, signed_json
+from trainer.data.latents.packed_text import stored_text
 from trainer.data.latents.shard_writer import Encoder, write_shard
 from trainer.encoders.build import build_codec, build_text_encoder
 from trainer.encoders.protocols import TextEncoder
@@ -83,7 +84,7 @@ def read_sidecar(encoder: Encoder, name: str, entry: TarEntry) -> Sidecar | None
         return None
     require(
         fingerprint == encoder.fingerprint,
-        f"data.latents={encoder.latents} holds shards made with other encoders or another data.image_size: "
+        f"data.latents={encoder.latents} holds shards made with other encoders or settings, such as data.image_size: "
         "name another folder or delete this one",
     )
     if version != FORMAT_VERSION or sidecar["source"] != entry.source:
@@ -145,9 +146,9 @@ def _statistics(encoder: Encoder, shards: list[dict[str, Any]]) -> dict[str, Any
     }
 
 
-def _write_empty_text(folder: Path, text_encoder: TextEncoder) -> tuple[str, int]:
+def _write_empty_text(folder: Path, text_encoder: TextEncoder, text_dtype: str) -> tuple[str, int]:
     """Write the empty caption's tokens; returns the file's hash and their number."""
-    empty = text_encoder.encode([""])[0].half()
+    empty = stored_text(text_encoder.encode([""])[0], text_dtype)
     content = save({"text": empty})
     with replacing(folder / _EMPTY_NAME) as temporary:
         temporary.write_bytes(content)
@@ -161,7 +162,7 @@ def write_dataset(encoder: Encoder, sidecars: list[Sidecar]) -> None:
     buckets = [[height // factor, width // factor] for height, width in encoder.data.picture_sizes()]
     longest, empty_sha256 = 0, None
     if encoder.text_encoder is not None:
-        empty_sha256, length = _write_empty_text(encoder.latents, encoder.text_encoder)
+        empty_sha256, length = _write_empty_text(encoder.latents, encoder.text_encoder, encoder.data.text_dtype)
         longest = max(length, *(part["max_tokens"] for part in parts))
     info = {
         "channels": encoder.codec.channels,
@@ -174,6 +175,8 @@ def write_dataset(encoder: Encoder, sidecars: list[Sidecar]) -> None:
         "fingerprint": encoder.fingerprint,
         **_statistics(encoder, parts),
     }
+    if encoder.data.text_dtype == "int8":
+        info["text_error"] = max(part["text_error"] for part in parts)
     keys = ("file", "num_samples", "size", "sha256", "index_sha256")
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,

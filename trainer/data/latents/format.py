@@ -4,11 +4,12 @@ dataset.json            written last: what the data set is (`LatentInfo`), the l
                         "buckets" are the latent sizes [h, w], of which each shard has one
 NAME.safetensors        latent [n, C, h, w] fp16, unscaled; with data.latent_std also latent_std of the same shape;
                         caption_id [n] int32; for the shard's distinct captions, unpadded one after the other,
-                        text [sum of tokens, D] fp16 (data.text=cache) or caption [sum of bytes] uint8 (online), with
+                        text [sum of tokens, D] fp16, or with data.text_dtype=int8 [sum of tokens, R] int8 as in
+                        packed_text.py (data.text=cache), or caption [sum of bytes] uint8 (online), with
                         text_offset [captions + 1] int64; latent_check [n] and text_check [captions] int64: CRC-32
 NAME.json               counts, sums, hashes, fingerprints and code version of that shard
 NAME.samples.json       keys, captions and labels of its samples
-empty.safetensors       text [tokens, D] of the empty caption, for caption dropout and guidance (not when online)
+empty.safetensors       text of the empty caption, stored alike, for caption dropout (not when online)
 
 Every byte is guarded: samples and captions by their CRC when they are read, all else of a shard by `index_sha256`
 when it is opened, dataset.json by its own hash. Shards of format 1 have no checks and are read without.
@@ -30,7 +31,7 @@ VALUES_VERSION = 1  # of what the values mean; stays when only the layout change
 CROP = "cover, centre, lanczos"
 DATASET_NAME = "dataset.json"
 # Of DataConfig: those that shape the latents. Of encoders the kind is compared; the fingerprint covers the rest.
-SETTINGS = ("image_size", "buckets", "latent_std", "text", "codec", "text_encoder")
+SETTINGS = ("image_size", "buckets", "latent_std", "text", "text_dtype", "codec", "text_encoder")
 INDEX_TENSORS = ("caption_id", "text_offset", "latent_check", "text_check")
 
 
@@ -48,6 +49,8 @@ def encoding_fingerprint(data: "DataConfig", codec: "ImageCodec", text_encoder: 
     }
     if data.latent_std:
         parts["latent_std"] = True
+    if data.text_dtype != "fp16":
+        parts["text_dtype"] = data.text_dtype
     if data.buckets:
         parts["buckets"] = data.buckets
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from trainer.data.latents.packed_text import PackedText
 from trainer.data.order import SampleLayout
 from trainer.encoders.protocols import TextEncoder
 from trainer.errors import require
@@ -17,7 +18,7 @@ from trainer.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Latent [C, H, W] fp32, unnormalised; its standard deviation if stored; tokens [n, D] or the caption."""
+    """Latent [C, H, W] fp32, unnormalised; its standard deviation if stored; tokens as stored or the caption."""
 
     latent: Tensor
     text: Tensor | str
@@ -64,12 +65,21 @@ class LatentInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Normalised latents fp32, padded text fp16 or fp32 with its mask (True: a real token), global sample indices."""
+    """Normalised latents fp32, their captions, global sample indices."""
 
     latent_BCHW: Tensor
-    text_BLD: Tensor
-    text_mask_BL: Tensor
+    text: PackedText
     index_B: Tensor
+
+    @property
+    def text_BLD(self) -> Tensor:  # noqa: N802
+        """Padded captions fp16 or fp32, made anew at each call."""
+        return self.text.padded_BLD()
+
+    @property
+    def text_mask_BL(self) -> Tensor:  # noqa: N802
+        """True for a real token."""
+        return self.text.mask_BL()
 
 
 def pad_text(tokens: Sequence[Tensor], length: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

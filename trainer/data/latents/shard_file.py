@@ -18,17 +18,18 @@ from trainer.data.latents.format import INDEX_TENSORS, check_of, index_digest
 from trainer.data.latents.samples import Sample
 from trainer.formats.safetensors_header import TensorPlace, read_header
 
-# Name of a tensor -> its dtype in the safetensors format; and what numpy calls those of the index.
+# Name of a tensor -> its dtypes in the safetensors format; and what numpy calls those of the index.
 _DTYPES = {
-    "latent": "F16",
-    "latent_std": "F16",
-    "text": "F16",
-    "caption": "U8",
-    "caption_id": "I32",
-    "text_offset": "I64",
-    "latent_check": "I64",
-    "text_check": "I64",
+    "latent": ("F16",),
+    "latent_std": ("F16",),
+    "text": ("F16", "I8"),
+    "caption": ("U8",),
+    "caption_id": ("I32",),
+    "text_offset": ("I64",),
+    "latent_check": ("I64",),
+    "text_check": ("I64",),
 }
+_TORCH = {"F16": torch.float16, "I8": torch.int8}
 _NUMPY = {"I32": "<i4", "I64": "<i8"}
 
 
@@ -78,7 +79,7 @@ class ShardFile:
         except ValueError as error:
             raise self._damage(f"cannot be read, {error}") from error
         self.places = header.places
-        if any(not place.shape or place.dtype != _DTYPES.get(name) for name, place in self.places.items()):
+        if any(not place.shape or place.dtype not in _DTYPES.get(name, ()) for name, place in self.places.items()):
             raise self._damage("cannot be read, its header is damaged")
         found = header.metadata.get("fingerprint")
         if found != fingerprint:
@@ -147,9 +148,9 @@ class ShardFile:
             raise self._damage(f"has a damaged caption of sample {self.key(row)}")
         shape = self.places["latent"].shape[1:]
         return Sample(
-            latent=_half(latent, shape).float(),  # by torch: ten times faster than numpy
-            latent_std=None if std is None else _half(std, shape).float(),
-            text=text.decode() if self.text.dtype == "U8" else _half(text, (-1, self.text.shape[1])),
+            latent=_tensor(latent, "F16", shape).float(),  # by torch: ten times faster than numpy
+            latent_std=None if std is None else _tensor(std, "F16", shape).float(),
+            text=text.decode() if self.text.dtype == "U8" else _tensor(text, self.text.dtype, (-1, self.text.shape[1])),
         )
 
     def key(self, row: int) -> str:
@@ -164,8 +165,8 @@ class ShardFile:
         os.close(self.handle)
 
 
-def _half(content: bytearray, shape: tuple[int, ...]) -> Tensor:
-    """The fp16 values as they are stored."""
+def _tensor(content: bytearray, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """Values as they are stored, without a copy."""
     if not content:
-        return torch.zeros(0, *shape[1:], dtype=torch.float16)
-    return torch.frombuffer(content, dtype=torch.float16).view(shape)
+        return torch.zeros(0, *shape[1:], dtype=_TORCH[dtype])
+    return torch.frombuffer(content, dtype=_TORCH[dtype]).view(shape)

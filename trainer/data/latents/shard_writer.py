@@ -25,6 +25,7 @@ from trainer.data.images.decode import BadPictureError, cover_crop, read_rgb
 from trainer.data.images.tar_scan import IndexRow
 from trainer.data.latents.enlargement import scale_of
 from trainer.data.latents.format import INDEX_TENSORS, check_of, index_digest
+from trainer.data.latents.packed_text import relative_errors, stored_text
 from trainer.encoders.protocols import ImageCodec, TextEncoder
 from trainer.files import remove_leftovers, replacing, write_json
 from trainer.formats.safetensors_header import read_header
@@ -61,7 +62,8 @@ class Encoder:
         """How many samples of a picture size fill a shard of MAX_SHARD_BYTES."""
         area = (height // self.codec.factor) * (width // self.codec.factor)
         latent = 2 * self.codec.channels * area * (2 if self.data.latent_std else 1)
-        text = 2 * self.text_encoder.dim * _TYPICAL_TOKENS if self.text_encoder else 0
+        value_bytes = 1 if self.data.text_dtype == "int8" else 2
+        text = value_bytes * self.text_encoder.dim * _TYPICAL_TOKENS if self.text_encoder else 0
         return max(1, MAX_SHARD_BYTES // (latent + text))
 
 
@@ -114,16 +116,22 @@ def _latents(
     return means, stds, sums, square_sums
 
 
-def _texts(encoder: Encoder, captions: list[str]) -> list[Tensor]:
-    """Per caption fp16 tokens [n, D], or its bytes as uint8 [n]."""
+def _texts(encoder: Encoder, captions: list[str]) -> tuple[list[Tensor], float]:
+    """Per caption its tokens as stored, or its bytes as uint8 [n]; the largest relative error of a token in 8 bits."""
     if encoder.text_encoder is None:
-        return [torch.frombuffer(bytearray(caption.encode()), dtype=torch.uint8) for caption in captions]
+        return [torch.frombuffer(bytearray(caption.encode()), dtype=torch.uint8) for caption in captions], 0.0
     found: list[Tensor] = []
+    worst = 0.0
     for start in range(0, len(captions), _CAPTION_BATCH):
-        found += [text.half() for text in encoder.text_encoder.encode(captions[start : start + _CAPTION_BATCH])]
-    if not all(bool(text.isfinite().all()) for text in found):
-        raise RuntimeError(f"data.text_encoder={encoder.data.text_encoder} gave features that do not fit into fp16")
-    return found
+        for text in encoder.text_encoder.encode(captions[start : start + _CAPTION_BATCH]):
+            if not text.half().isfinite().all():
+                raise RuntimeError(
+                    f"data.text_encoder={encoder.data.text_encoder} gave features that do not fit into fp16"
+                )
+            found.append(stored_text(text, encoder.data.text_dtype))
+            if found[-1].dtype == torch.int8 and len(text):
+                worst = max(worst, float(relative_errors(text, found[-1]).max()))
+    return found, worst
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -133,7 +141,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 def pack_shard(
     latents: Sequence[Tensor], stds: Sequence[Tensor], texts: Sequence[Tensor], caption_id: Sequence[int]
 ) -> dict[str, Tensor]:
-    """The tensors of a shard with their checks: batches of fp16 latents, fp16 tokens or uint8 bytes per caption."""
+    """The tensors of a shard with their checks: batches of fp16 latents, stored tokens or uint8 bytes per caption."""
     tensors = {
         "latent": torch.cat(list(latents)),
         "caption_id": torch.tensor(caption_id, dtype=torch.int32),
@@ -167,7 +175,7 @@ def write_shard(encoder: Encoder, name: str, rows: Sequence[IndexRow], height: i
     # Each distinct caption is encoded and stored once, in sorted order: the bytes depend on the samples alone.
     captions = sorted({row.caption for row in rows})
     number = {caption: i for i, caption in enumerate(captions)}
-    texts = _texts(encoder, captions)
+    texts, text_error = _texts(encoder, captions)
     means, stds, sums, square_sums = _latents(encoder, rows, height, width)
     tensors = pack_shard(means, stds, texts, [number[row.caption] for row in rows])
     path = encoder.latents / f"{name}.safetensors"
@@ -186,6 +194,7 @@ def write_shard(encoder: Encoder, name: str, rows: Sequence[IndexRow], height: i
         "num_captions": len(captions),
         "num_enlarged": sum(scale_of(encoder.data, row) > 1 for row in rows),
         "max_tokens": max(len(text) for text in texts) if encoder.text_encoder else 0,
+        **({"text_error": text_error} if encoder.data.text_dtype == "int8" else {}),
         "latent_shape": list(tensors["latent"].shape[1:]),
         "latent_sum": sums.tolist(),
         "latent_square_sum": square_sums.tolist(),
