@@ -1,5 +1,7 @@
 """The exchange of expert rows, there and back, forward and backward, between simulated ranks of one group."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from simulated_ranks import on_ranks
 from torch import Tensor
 
-from moe.all_to_all import ExpertGroup, from_local_experts, largest, to_local_experts
+from moe.all_to_all import ExpertGroup, largest, send_rows, through_experts
 from moe.config import MoeConfig
 from moe.layer import MoeLayer
 from moe.oracle.layer import ReferenceMoe
@@ -21,58 +23,97 @@ def labelled(rank: int, num_experts: int) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float32)
 
 
-@pytest.mark.parametrize(("size", "num_experts"), [(2, 2), (2, 4), (3, 6), (4, 4)])
-def test_rows_go_to_the_rank_of_their_expert_ordered_by_source(size: int, num_experts: int) -> None:
+@pytest.mark.parametrize(("size", "num_experts", "chunks"), [(2, 2, 1), (2, 4, 1), (2, 4, 2), (3, 6, 3), (4, 4, 8)])
+def test_rows_go_to_the_rank_of_their_expert_ordered_by_source(size: int, num_experts: int, chunks: int) -> None:
     local = num_experts // size
-    found = on_ranks(size, lambda group: to_local_experts(labelled(group.rank, num_experts), group))
-    for rank in range(size):
-        assert found[rank].shape == (local, size * N, D)
-        for j in range(local):
-            wanted = [
-                [1000 * source + 100 * (rank * local + j) + 10 * n + d for d in range(D)]
-                for source in range(size)
-                for n in range(N)
-            ]
-            assert found[rank][j].tolist() == wanted, (rank, j)
+
+    def seen_by_experts(group: ExpertGroup) -> list[Tensor]:
+        seen: list[Tensor] = []
+        through_experts(send_rows(labelled(group.rank, num_experts), group), lambda x: seen.append(x) or x, group)  # type: ignore[func-returns-value]
+        return seen
+
+    for rank, parts in enumerate(on_ranks(size, seen_by_experts, chunks)):
+        assert len(parts) == {1: 1, 2: 2, 3: 3, 8: 3}[chunks], "N is 3"
+        first = 0
+        for part in parts:
+            rows = part.shape[1] // size
+            assert part.shape == (local, size * rows, D)
+            for j in range(local):
+                wanted = [
+                    [1000 * source + 100 * (rank * local + j) + 10 * n + d for d in range(D)]
+                    for source in range(size)
+                    for n in range(first, first + rows)
+                ]
+                assert part[j].tolist() == wanted, (rank, j)
+            first += rows
+        assert first == N
 
 
-@pytest.mark.parametrize(("size", "num_experts"), [(2, 2), (2, 4), (3, 6), (4, 4)])
-def test_rows_come_back_to_their_rank_and_expert(size: int, num_experts: int) -> None:
-    """The way back by itself: rank r's output for row n of source s of expert e is known, and so is who gets it."""
-    local = num_experts // size
+@pytest.mark.parametrize(("size", "num_experts", "chunks"), [(2, 2, 1), (2, 4, 2), (3, 6, 1), (4, 4, 3)])
+def test_rows_come_back_to_their_rank_and_expert(size: int, num_experts: int, chunks: int) -> None:
+    """Experts that add 10^5 times their rank: what comes back says who computed it."""
 
     def back(group: ExpertGroup) -> Tensor:
-        outputs = [
-            [[1000 * s + 100 * (group.rank * local + j) + 10 * n + d for d in range(D)]
-             for s in range(size) for n in range(N)]
-            for j in range(local)
-        ]  # fmt: skip
-        return from_local_experts(torch.tensor(outputs, dtype=torch.float32), group)
+        sent = send_rows(labelled(group.rank, num_experts), group)
+        return through_experts(sent, lambda x: x + 1e5 * group.rank, group)
 
-    for rank, found in enumerate(on_ranks(size, back)):
-        assert torch.equal(found, labelled(rank, num_experts))
+    holder = torch.arange(num_experts).view(-1, 1, 1) // (num_experts // size)
+    for rank, found in enumerate(on_ranks(size, back, chunks)):
+        assert torch.equal(found, labelled(rank, num_experts) + 1e5 * holder)
 
 
-@pytest.mark.parametrize(("size", "num_experts"), [(2, 4), (3, 6)])
-def test_gradients_take_the_same_way_back(size: int, num_experts: int) -> None:
+@pytest.mark.parametrize(("size", "num_experts", "chunks"), [(2, 4, 1), (3, 6, 1), (2, 4, 2), (3, 6, 3)])
+def test_gradients_take_the_same_way_back(size: int, num_experts: int, chunks: int) -> None:
     """Each (rank, expert, row) is multiplied by a number of the rank that holds the expert: that is its gradient."""
     local = num_experts // size
 
     def work(group: ExpertGroup) -> tuple[Tensor, Tensor]:
         x = labelled(group.rank, num_experts).requires_grad_()
-        factor = torch.arange(1.0, size * N + 1).view(1, -1, 1) * (10.0 ** torch.arange(local)).view(-1, 1, 1)
-        y = from_local_experts(to_local_experts(x, group) * factor * (group.rank + 1), group)
-        (y * (group.rank + 5)).sum().backward()
+        factor = torch.arange(1.0, local + 1).view(-1, 1, 1) * (group.rank + 1)
+        y = through_experts(send_rows(x, group), lambda rows: rows * factor, group)
+        (y * weight(group.rank)).sum().backward()
         assert x.grad is not None
         return y.detach(), x.grad
 
-    for rank, (y, grad) in enumerate(on_ranks(size, work)):
-        for e in range(num_experts):
-            holder, j = divmod(e, local)
-            for n in range(N):
-                factor = (rank * N + n + 1) * 10.0**j * (holder + 1)
-                torch.testing.assert_close(y[e, n], labelled(rank, num_experts)[e, n] * factor)
-                torch.testing.assert_close(grad[e, n], torch.full((D,), factor * (rank + 5)))
+    def weight(rank: int) -> Tensor:
+        return torch.arange(1.0, num_experts * N * D + 1).view(num_experts, N, D) + 100 * rank
+
+    factor = torch.tensor([(e % local + 1.0) * (e // local + 1) for e in range(num_experts)]).view(-1, 1, 1)
+    for rank, (y, grad) in enumerate(on_ranks(size, work, chunks)):
+        assert torch.equal(y, labelled(rank, num_experts) * factor)
+        assert torch.equal(grad, weight(rank) * factor)
+
+
+def test_experts_compute_while_rows_are_under_way() -> None:
+    """What is begun before what is waited for, forward and backward; the shared expert's turn included."""
+
+    def work(group: ExpertGroup) -> list[str]:
+        said: list[str] = []
+        layer = MoeLayer(MoeConfig(num_experts=4, num_shared_experts=1), dim=8, hidden_dim=8, group=group)
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter)
+        layer.group = replace(group, begin=telling(said, "begin", group.begin), end=telling(said, "end", group.end))
+        for name in ("experts", "shared"):
+            module = layer.get_submodule(name)
+            module.register_forward_hook(lambda *_, name=name: said.append(name))
+            module.register_full_backward_hook(lambda *_, name=name: said.append(name))
+        y, _ = layer(torch.randn(2, 8, 8, requires_grad=True))
+        said.append("|")
+        y.sum().backward()
+        return said
+
+    forward = "begin begin shared end experts begin end experts begin end end"
+    backward = "begin begin end experts begin end experts begin shared end end"
+    for said in on_ranks(2, work, chunks=2):
+        assert " ".join(said) == f"{forward} | {backward}"
+
+
+def telling(said: list[str], name: str, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def run(tensor: Tensor) -> Tensor:
+        said.append(name)
+        return function(tensor)
+
+    return run
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -83,9 +124,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(("size", "chunks"), [(1, 1), (2, 1), (4, 1), (2, 2), (2, 3)])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_any_expert_group_computes_what_the_plain_loops_do(variant: str, size: int) -> None:
+def test_any_expert_group_computes_what_the_plain_loops_do(variant: str, size: int, chunks: int) -> None:
     """Each rank has images of its own; an expert's gradient is the sum over all of them, a rank has its experts'."""
     config = MoeConfig(num_experts=4, **VARIANTS[variant])
     generator = torch.Generator().manual_seed(0)
@@ -107,7 +148,7 @@ def test_any_expert_group_computes_what_the_plain_loops_do(variant: str, size: i
         ((y * weights[group.rank]).sum() + stats.auxiliary_loss).backward()
         return y, x.grad, {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
 
-    found, total = on_ranks(size, work), []
+    found, total = on_ranks(size, work, chunks), []
     for rank in range(size):
         x = images[rank].clone().requires_grad_()
         y, stats = oracle(x)
