@@ -6,6 +6,7 @@ block of one fixed size: one collective, no exchange of counts, no host synchron
 An exchange has a begin and an end, and what the host does between them runs beside it. Begin and end are each the
 other's adjoint: in the backward pass the end sends the gradient off, and the begin waits for it. Autograd runs what was
 recorded last first, so that what lay between the two in the forward pass lies between them in the backward pass, too.
+A compiler must be told to keep it so: `COMPILER_OPTIONS`.
 
 Shapes: E experts, e = E / ep_size local experts, R = ep_size, N rows of one expert from one rank, n of them in a
 chunk, D width.
@@ -17,6 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# Of `torch.compile`. As it is, inductor puts ends right behind their begins in the backward pass, to hold less at once.
+# With these it moves ends down and begins up; exchanges keep their order, which must be that of the other ranks.
+COMPILER_OPTIONS: dict[str, Any] = {
+    "reorder_for_compute_comm_overlap": True,
+    "reorder_for_compute_comm_overlap_passes": ["sink_waits", "raise_comms"],
+}
 
 
 @dataclass(frozen=True, kw_only=True)

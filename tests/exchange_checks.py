@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import exchange
+from benchmarks.interleaved import time_interleaved
 from benchmarks.parity import VARIANTS, parity_config
 from moe.all_to_all import ExpertGroup, send_rows, through_experts
 from moe.config import MoeConfig
@@ -83,3 +85,16 @@ def gradients_of_exchange(group: ExpertGroup, device: torch.device, compiling: b
 def drawn(device: torch.device, seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+
+
+def exchange_benchmark_measures_what_it_says(world: World) -> None:
+    """Each row of its table does something, on all ranks, with more chunks than rows, too."""
+    options = exchange.command_line().parse_args(
+        ["--experts", "4", "--rows", "3", "--dim", "8", "--chunks", "1", "2", "4"]
+    )
+    group = build_expert_group(world.size)
+    assert group is not None
+    work = exchange.build_work(options, group, torch.device("cpu"))
+    rows = exchange.summarise(exchange.mean_over_ranks(time_interleaved(work, rounds=2), torch.device("cpu")))
+    assert list(rows) == ["experts alone", "exchange alone", "chunks 1", "chunks 2", "chunks 4"]
+    assert all(row.wall.median > 0 for row in rows.values()) and rows["experts alone"].wall.median == 1

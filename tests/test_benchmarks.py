@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.interleaved import markdown_table, ratio, time_interleaved
+from benchmarks import exchange
+from benchmarks.interleaved import Times, markdown_table, ratio, time_interleaved
 from benchmarks.moe_layer import Case, one_hot_forward, table
 from moe.config import MoeConfig
 from moe.layer import MoeLayer
@@ -82,6 +83,17 @@ def test_ratio_is_taken_within_rounds() -> None:
 
 def test_markdown_table() -> None:
     assert markdown_table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_the_exchange_is_hidden_by_as_much_as_it_did_not_add(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = {"experts alone": 2.0, "exchange alone": 1.0, "chunks 1": 3.0, "chunks 2": 2.5, "chunks 4": 3.5}
+    times = {name: Times(cpu=[2 * value, 4.0], wall=[value, 3 * value]) for name, value in seconds.items()}
+    rows = exchange.summarise(times)
+    assert [row.hidden for row in rows.values()] == [None, None, 0.0, 0.5, -0.5]
+    assert "| chunks 2 | 1.25 | 1.25 to 1.25 | 1.12 | 0.50 |" in exchange.table(rows)
+    with pytest.raises(SystemExit) as refused:
+        exchange.main(["--rounds", "0"])
+    assert refused.value.code == 2 and "--rounds is 0: use 1 or more" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -44,6 +44,7 @@ CHECKS = (
     "construction_allocates_one_layer_beside_the_shards",
     "all_to_all_count",
     "chunks_change_rounding_only",
+    "exchange_benchmark_measures_what_it_says",
     "routers_sample_alike_with_and_without_expert_parallelism",
     "bf16_gradients_are_summed_in_fp32",
     "ema_is_the_average_of_the_weights",
