@@ -10,12 +10,14 @@ import torch
 from simulated_ranks import on_ranks
 from torch import Tensor
 from torch._inductor.utils import run_fw_bw_and_get_code
+from torch.utils.checkpoint import checkpoint
 
 from moe.all_to_all import COMPILER_OPTIONS, ExpertGroup, largest, send_rows, through_experts
 from moe.config import MoeConfig
 from moe.experts import Experts
 from moe.layer import MoeLayer
 from moe.oracle.layer import ReferenceMoe
+from moe.routing import ChoiceMemory
 
 N, D = 3, 2
 
@@ -109,6 +111,23 @@ def test_experts_compute_while_rows_are_under_way() -> None:
     backward = "begin begin end experts begin end experts begin shared end end"
     for said in on_ranks(2, work, chunks=2):
         assert " ".join(said) == f"{forward} | {backward}"
+
+
+def test_recomputation_ends_each_exchange_that_it_begins() -> None:
+    """It stops when it has what the backward pass needs, which must not be between begin and end; same gradients."""
+
+    def work(group: ExpertGroup) -> None:
+        layer, x = MoeLayer(MoeConfig(num_experts=4), dim=8, hidden_dim=8, group=group), torch.randn(2, 8, 8)
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter)
+        found = []
+        for run in (layer, lambda x: checkpoint(layer, x, ChoiceMemory(), use_reentrant=False)):
+            x = x.detach().requires_grad_()
+            (run(x)[0] * x.detach()).sum().backward()
+            found.append(x.grad)
+        assert torch.equal(*found)
+
+    on_ranks(2, work, chunks=2)
 
 
 def telling(said: list[str], name: str, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
