@@ -21,6 +21,7 @@ from typing import Any
 
 import deepspeed
 import deepspeed.comm
+import torch
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import Tensor, nn
@@ -44,17 +45,25 @@ if _missing:
     )
 
 
-def build_expert_group(ep_size: int) -> ExpertGroup | None:
-    """This rank's process group of expert parallelism, None for `ep_size` 1; collective, makes them once per size."""
+def build_expert_group(ep_size: int, chunks: int = 1) -> ExpertGroup | None:
+    """This rank's process group of expert parallelism, None for `ep_size` 1; collective, makes them once per size.
+
+    The exchanges are PyTorch's functional collectives, since the compiler follows these into its graph with begin and
+    end apart. Until its end PyTorch keeps an exchange's input alive; on a GPU it runs on a stream of its own.
+    """
     if ep_size == 1:
         return None
     groups._create_expert_and_data_parallel(expert_parallel_size_=ep_size)
     process_group = groups._get_expert_parallel_group(f"{_PREFIX}{ep_size}")
+    name, collectives = process_group.group_name, torch.ops._c10d_functional
 
-    def exchange(output: Tensor, tensor: Tensor) -> None:
-        deepspeed.comm.all_to_all_single(output, tensor, group=process_group)
+    def begin(tensor: Tensor) -> Tensor:
+        sizes = [tensor.shape[0] // ep_size] * ep_size
+        output: Tensor = collectives.all_to_all_single(tensor, sizes, sizes, name)
+        return output
 
-    return ExpertGroup(size=ep_size, rank=deepspeed.comm.get_rank(group=process_group), exchange=exchange)
+    rank = deepspeed.comm.get_rank(group=process_group)
+    return ExpertGroup(size=ep_size, rank=rank, begin=begin, end=collectives.wait_tensor, chunks=chunks)
 
 
 class _ExpertParallelMark(AutoEPMoELayer):  # type: ignore[misc]

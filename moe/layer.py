@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from moe.all_to_all import ExpertGroup, from_local_experts, to_local_experts
+from moe.all_to_all import ExpertGroup, send_rows, through_experts
 from moe.config import MoeConfig
 from moe.dispatch import combine, dispatch, expert_rows
 from moe.experts import Experts, Mlp
@@ -81,11 +81,11 @@ class MoeLayer(nn.Module):
         # node. Rows are expert-major, so what goes to one rank is one block; gates stay here, on the way back they
         # weigh outputs that have returned, and the exchange carries nothing but rows.
         rows = expert_rows(choice.index_BEC, pool_BSD.shape[1])
-        x_eMD = to_local_experts(dispatch(pool_BSD, rows, self.num_experts), self.group)
-        y_END = from_local_experts(self.experts(x_eMD), self.group)
-        y_BSD = combine(y_END, gate_BEC, rows, x_BSD)
-        if self.shared is not None:
-            y_BSD = y_BSD + self.shared(x_BSD)
+        sent = send_rows(dispatch(pool_BSD, rows, self.num_experts), self.group)
+        shared_BSD = None if self.shared is None else self.shared(x_BSD)  # while rows are under way
+        y_BSD = combine(through_experts(sent, self.experts, self.group), gate_BEC, rows, x_BSD)
+        if shared_BSD is not None:
+            y_BSD = y_BSD + shared_BSD
 
         own = choice.loss
         loss = y_BSD.new_zeros((), dtype=torch.float32) if own is None else self.config.auxiliary_weight * own

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import deepspeed
 import deepspeed.comm
 import torch
 from checkpoint_layout import tensor_hashes
+from exchange_checks import chunks_change_rounding_only as chunks_change_rounding_only
+from exchange_checks import exchange_benchmark_measures_what_it_says as exchange_benchmark_measures_what_it_says
 from named_checks import run_named
 
 from benchmarks.parity import SHAPE, VARIANTS, parity_config, random_value
@@ -58,21 +61,20 @@ def inputs(batch: int) -> tuple[torch.Tensor, ...]:
 
 
 def all_to_all_count(world: World) -> None:
-    """Four all-to-alls per MoE layer and step, of equal size, and none of DeepSpeed's own."""
-    engine = engine_of(parity_config("sgd", 2, world.size), 3, world)
-    sizes: list[int] = []
-    original = deepspeed.comm.all_to_all_single
-
-    def counted(output: torch.Tensor, tensor: torch.Tensor, *args: object, **kwargs: object) -> object:
-        sizes.append(tensor.numel())
-        return original(output, tensor, *args, **kwargs)
-
-    deepspeed.comm.all_to_all_single = counted
-    prediction, _ = engine(*inputs(4))  # type: ignore[operator]
-    engine.backward(prediction.square().mean())  # type: ignore[attr-defined]
-    moe_layers = 2
-    assert len(sizes) == 4 * moe_layers, sizes
-    assert set(sizes) == {4 * 16 * 2 * 32}, sizes  # images * tokens * capacity factor * width
+    """Four all-to-alls per MoE layer, chunk and step, of equal size, each waited for, and none of DeepSpeed's own."""
+    for chunks in (1, 2):
+        config = parity_config("sgd", 2, world.size)
+        config = replace(config, parallel=replace(config.parallel, exchange_chunks=chunks))
+        engine: Any = engine_of(config, 3, world)
+        with torch.profiler.profile(record_shapes=True) as profile:
+            prediction, _ = engine(*inputs(4))
+            engine.backward(prediction.square().mean())
+        events, moe_layers = list(profile.events() or ()), 2
+        sizes = [prod(event.input_shapes[0]) for event in events if event.name == "c10d::alltoall_base_"]
+        assert len(sizes) == 4 * chunks * moe_layers, sizes
+        assert set(sizes) == {4 * 16 * 2 * 32 // chunks}, sizes  # images * tokens * capacity factor * width
+        assert sum(event.name == "_c10d_functional::wait_tensor" for event in events) == len(sizes)
+        engine.destroy()
 
 
 def gathers_go_through_parameters_in_one_order(world: World) -> None:

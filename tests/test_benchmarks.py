@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import sampling
-from benchmarks.interleaved import markdown_table, ratio, time_interleaved
+from benchmarks import determinism, exchange, sampling
+from benchmarks.interleaved import Times, markdown_table, ratio, time_interleaved
 from benchmarks.moe_layer import Case, one_hot_forward, table
 from moe.config import MoeConfig
 from moe.layer import MoeLayer
+from trainer.plan.__main__ import parse as parse_plan
+from trainer.plan.command import plan
 
 SMALL = ["--dim", "16", "--tokens", "16", "--batch-size", "2", "--rounds", "2", "--threads", "1"]
 
@@ -93,6 +95,37 @@ def test_sampling_benchmark_compares_and_times_each_measure(tmp_path: Path, caps
 
 def test_markdown_table() -> None:
     assert markdown_table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_the_exchange_is_hidden_by_as_much_as_it_did_not_add(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = {"experts alone": 2.0, "exchange alone": 1.0, "chunks 1": 3.0, "chunks 2": 2.5, "chunks 4": 3.5}
+    times = {name: Times(cpu=[2 * value, 4.0], wall=[value, 3 * value]) for name, value in seconds.items()}
+    rows = exchange.summarise(times)
+    assert [row.hidden for row in rows.values()] == [None, None, 0.0, 0.5, -0.5]
+    assert "| chunks 2 | 1.25 | 1.25 to 1.25 | 1.12 | 0.50 |" in exchange.table(rows)
+    with pytest.raises(SystemExit) as refused:
+        exchange.main(["--rounds", "0"])
+    assert refused.value.code == 2 and "--rounds is 0: use 1 or more" in capsys.readouterr().err
+
+
+def test_parts_are_measured_with_and_without_deterministic_algorithms(capsys: pytest.CaptureFixture[str]) -> None:
+    options = determinism.command_line().parse_args(["--rounds", "1", "--repeats", "1"])
+    small = ["debug", "train.micro_batch_size=2", "diffusion.mask_ratio=0.5", "data.image_size=16"]
+    _, job, _, _ = plan(parse_plan([*small, "--device", "h100", "--world-size", "1"]))
+    cpu, modes = torch.device("cpu"), []
+    for parts in (determinism.attention_parts, determinism.other_parts):
+        for name, work in parts(job, cpu, torch.float32):
+            cells = determinism.line(name, work, options)
+            assert len(cells) == len(determinism.HEADER) and cells[0] == name and float(cells[3]) > 0
+            modes.append(name)
+    assert len(modes) == len(set(modes)) == 4 * 2 + 4
+    found: list[bool] = []
+    determinism.line("", lambda: found.append(torch.are_deterministic_algorithms_enabled()), options)
+    assert {True, False} == set(found)
+    torch.use_deterministic_algorithms(False)
+    with pytest.raises(SystemExit) as refused:
+        determinism.main(["debug", "--repeats", "0"])
+    assert refused.value.code == 2 and "--repeats is 0: use 1 or more" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -43,6 +43,8 @@ CHECKS = (
     "construction_holds_one_layer_at_a_time",
     "construction_allocates_one_layer_beside_the_shards",
     "all_to_all_count",
+    "chunks_change_rounding_only",
+    "exchange_benchmark_measures_what_it_says",
     "routers_sample_alike_with_and_without_expert_parallelism",
     "bf16_gradients_are_summed_in_fp32",
     "compiled_blocks_learn_what_plain_ones_do",

@@ -12,9 +12,10 @@ import pytest
 import torch
 from test_moe import filled
 from test_train import MODULE, stable
-from tests_launcher import metrics
+from tests_launcher import metrics, run_checks
 from torch import Tensor, nn
 
+from moe.all_to_all import ExpertGroup
 from moe.config import MoeConfig
 from moe.layer import MoeLayer
 from moe.oracle.layer import ReferenceMoe
@@ -226,3 +227,49 @@ def test_more_processes_than_gpus_are_refused_in_one_sentence(launcher: Any, tmp
     assert f"error: {number} processes on this node and {number - 1} GPUs" in done.stderr
     assert "trainer/loop/run.py" not in done.stderr, "a traceback of ours, not only torchrun's"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a GPU for each of two ranks: NCCL refuses two on one")
+def test_chunks_of_an_exchange_change_rounding_only() -> None:
+    check = "chunks_change_rounding_only"
+    found = run_checks("tests/distributed_checks.py", [check])
+    assert not found.problems[check], found.problems[check]
+
+
+@pytest.fixture
+def alone_on_nccl() -> Iterator[ExpertGroup]:
+    """A process group of this process, which stands for both ranks of an expert group."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    name, collectives = torch.distributed.group.WORLD.group_name, torch.ops._c10d_functional
+
+    def begin(tensor: Tensor) -> Tensor:
+        output: Tensor = collectives.all_to_all_single(tensor, [len(tensor)], [len(tensor)], name)
+        return output
+
+    yield ExpertGroup(size=2, rank=0, begin=begin, end=collectives.wait_tensor)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_exchanges_on_a_stream_of_their_own_take_rows_when_they_are_there(
+    alone_on_nccl: ExpertGroup, chunks: int, waiting_is_an_error: None
+) -> None:
+    """With one rank an exchange is a copy, which must neither come too early nor let the host wait."""
+    config = config_of("expert_choice", num_shared_experts=1)
+    copying = replace(alone_on_nccl, begin=torch.clone, end=Tensor.contiguous)
+    x_BSD, grad_BSD = torch.randn(8, 256, 256, device=GPU), torch.randn(8, 256, 256, device=GPU)
+
+    def run(group: ExpertGroup) -> list[Tensor]:
+        layer = filled(MoeLayer(config, dim=256, hidden_dim=1024, group=group)).to(GPU)
+        inputs = [x_BSD.detach().requires_grad_(), *layer.parameters()]
+        for mode in ("default", "error"):
+            torch.cuda.set_sync_debug_mode(mode)
+            y_BSD, _ = layer(inputs[0])
+            found = [y_BSD.detach(), *torch.autograd.grad(y_BSD, inputs, grad_BSD)]
+        torch.cuda.set_sync_debug_mode("default")
+        return found
+
+    for found, wanted in zip(run(replace(alone_on_nccl, chunks=chunks)), run(copying), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

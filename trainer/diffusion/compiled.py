@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from moe.all_to_all import COMPILER_OPTIONS
 from moe.layer import MoeLayer
 from moe.routing import ChoiceMemory
 from trainer.diffusion.model import DitBlock, EcDit
@@ -60,11 +61,15 @@ class CompiledBlocks:
         dynamo.recompile_limit = max(2 * MAX_GRAPHS, dynamo.recompile_limit)
         # Tells every process that to choose what is recomputed is a new feature.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+        exchanging = any(isinstance(layer, MoeLayer) and layer.group is not None for layer in model.modules())
+        options = COMPILER_OPTIONS if exchanging and backend == "inductor" else None
         for block in model.blocks:
             assert isinstance(block, DitBlock)
             eager = block.forward
-            whole = torch.compile(eager, backend=backend, fullgraph=True, dynamic=False)
-            again = torch.compile(_recomputed(eager), backend=backend, fullgraph=True, dynamic=False)
+            whole, again = (
+                torch.compile(function, backend=backend, fullgraph=True, dynamic=False, options=options)
+                for function in (eager, _recomputed(eager))
+            )
             block.forward = partial(self._run, block, eager, whole, again)  # type: ignore[method-assign]
 
     def _run(

@@ -35,7 +35,7 @@ def build_model(
     """
     initial = initial or partial(initial_value, moe=config.moe)
     # Without expert parallelism the plain layer: nothing of DeepSpeed's private expert protocol is used then.
-    group = build_expert_group(config.parallel.ep_size)
+    group = build_expert_group(config.parallel.ep_size, config.parallel.exchange_chunks)
     build_moe = partial(ExpertParallelMoe, group=group) if group else MoeLayer
     partitioned = zero_stage(deepspeed_config) == 3
     with deepspeed.zero.Init(enabled=partitioned, config_dict_or_path=deepspeed_config, mem_efficient_linear=False):

@@ -77,6 +77,10 @@ class ParallelConfig:
 
     ep_size: int = field(default=1, metadata=at_least(1))
     """Processes that share the experts of a layer; 1 or more, divides `moe.num_experts` and the number of processes."""
+    exchange_chunks: int = field(default=1, metadata=between(1, 8))
+    """Parts in which the rows of each expert travel, so that experts compute with one part while the next is under way;
+    1 (nothing beside them but a shared expert) to 8. Without expert parallelism nothing travels. Results differ by the
+    rounding of the experts' weight gradients, which are summed over the parts."""
     elastic: bool = False
     """Fit `ep_size` to the processes of each start, and micro-batch and accumulation so that a resumed run keeps its
     global batch (trainer/engine/elastic.py has the rule). Off, a start that does not fit is refused."""

@@ -90,8 +90,8 @@ class StepTimer:
         for layer in [module for module in model.modules() if isinstance(module, MoeLayer)]:
             yield layer.experts, "forward", self._timed("experts", layer.experts.forward)
             if isinstance(layer.group, ExpertGroup):
-                exchange = self._timed("all_to_all", layer.group.exchange)
-                yield layer, "group", replace(layer.group, exchange=exchange)
+                begin, end = (self._timed("all_to_all", part) for part in (layer.group.begin, layer.group.end))
+                yield layer, "group", replace(layer.group, begin=begin, end=end)
 
     def _watch_gathers(self, engine: Any) -> Iterator[tuple[Any, str, object]]:
         """DeepSpeed 0.19.8's coordinator of ZeRO-3; a version without it gives no `gather` section."""
