@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import psutil
 import torch
 
 from trainer.cluster.binding import read_binding
+from trainer.cluster.node import node_name
 from trainer.config import ConfigError, TrainConfig, require
 from trainer.distributed import World
 from trainer.files import git_commit
@@ -68,7 +68,7 @@ def gather_facts(config: TrainConfig, world: World, check_run: Callable[[], tupl
         with _noting(problems, f"run_dir={config.run_dir}"):
             shared["disk_free"], shared["write_speed"] = check_disk(Path(config.run_dir))
     return Facts(
-        rank=world.rank, node=socket.gethostname(), device=device, driver=driver, device_free=device_free,
+        rank=world.rank, node=node_name(), device=device, driver=driver, device_free=device_free,
         bound=str(binding),
         versions=_versions(), problems=problems, warnings=warnings, **shared,
     )  # fmt: skip
@@ -143,7 +143,7 @@ def nearest_folder(path: Path) -> Path:
 def check_disk(run_dir: Path) -> tuple[float, float]:
     """Free GiB of the disk and MiB/s written to it; checks that a rename replaces a file. Leaves no file behind."""
     folder = nearest_folder(run_dir)
-    old, new = (folder / f".doctor.{socket.gethostname()}.{os.getpid()}.{name}" for name in ("old", "new"))
+    old, new = (folder / f".doctor.{node_name()}.{os.getpid()}.{name}" for name in ("old", "new"))
     try:
         old.write_text("old")
         content, start = os.urandom(WRITE_BYTES), time.perf_counter()

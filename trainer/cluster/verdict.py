@@ -5,7 +5,7 @@
 | finished                                                         | `done`                                 |
 | refused: a user error                                            | `refused`, never again                 |
 | stopped by a signal or the time limit, saved                     | `again`                                |
-| halted by RUN/stop, saved                                        | `halt`, until the user submits again   |
+| halted by RUN/stop, saved                                        | `halt`, until the file is removed      |
 | failed or died, and a checkpoint is newer than at the failure before | `again`                            |
 | failed or died twice in a row at the same checkpoint             | `fail`                                 |
 | the same, but told to stop too late or by a lost or hung node, 5 times | `fail`                                 |
@@ -60,9 +60,8 @@ def settle(run_dir: Path, outcome: Outcome | None, *, job: str, told: bool) -> V
         case Outcome(kind="stopped"):
             return Verdict(action="again", sentence=f"stopped and saved at step {outcome.step}")
         case Outcome(kind="halted"):
-            return Verdict(
-                action="halt", sentence=f"saved at step {outcome.step} and ended by RUN/stop: submit it again"
-            )
+            why = f"saved at step {outcome.step} and ended by RUN/stop: remove {run_dir / 'stop'}, then submit again"
+            return Verdict(action="halt", sentence=why)
     path, step, count = run_dir / FILE_NAME, newest_step(run_dir), 1  # step is -1 before the first checkpoint
     if path.exists():
         before = json.loads(path.read_text())

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
 
+from trainer.cluster.node import node_name
 from trainer.errors import ConfigError, writing
 from trainer.files import replacing
 
@@ -40,7 +41,7 @@ class LockLostError(RuntimeError):
 
 
 def _namespace() -> str:
-    """Host and process-id namespace, within which a process number names one process."""
+    """Host and process-id namespace, within which a process number names one process: also outside of Slurm."""
     with suppress(OSError):
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
@@ -51,7 +52,7 @@ class Holder:
     """Who holds a run folder. `restart` counts the starts of one Slurm job, 0 the first."""
 
     pid: int = field(default_factory=os.getpid)
-    host: str = field(default_factory=socket.gethostname)
+    host: str = field(default_factory=node_name)
     namespace: str = field(default_factory=_namespace)
     job_id: str = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID", ""))
     restart: int = field(default_factory=lambda: int(os.environ.get("SLURM_RESTART_COUNT") or 0))
