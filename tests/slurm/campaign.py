@@ -198,6 +198,8 @@ def overcome(run: Run, event: Event, start: str, before: int) -> str:
         now, state = f"{run.job}.{found.get('Restarts', '0')}", found["JobState"]
         if now == start and run.steps(start) > before and not event.ends:
             break
+        if run.finished and now == start and event.ends:
+            raise TooLateError
         if (now != start and run.steps(now)) or run.finished:
             break
         if state not in ("RUNNING", "PENDING", "COMPLETING", "SUSPENDED", "CONFIGURING", "PREEMPTED"):
@@ -269,7 +271,7 @@ def campaign(folder: Path, cluster: Cluster, ledger: Ledger, seed: int) -> None:
         if slot.together:
             array.barrier.abort()
 
-    threads = [Thread(target=live, args=(slot,)) for slot in slots]
+    threads = [Thread(target=live, args=(slot,), daemon=True) for slot in slots]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -70,12 +71,11 @@ def to_launcher(number: int, run: Run, rng: random.Random) -> None:
 
 def to_batch(number: int, run: Run, rng: random.Random) -> None:
     """A signal to the batch script alone."""
-    job = run.state()["JobId"]
+    script = re.compile(rf"{run.site.cluster.folder}/spool/\w+/job0*{run.state()['JobId']}/slurm_script")
     for process in psutil.process_iter():
-        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if any("slurm_script" in word for word in process.cmdline()[:2]) and "slurmstepd" in parent(process).name():
-                if process.environ().get("SLURM_JOB_ID") == job:
-                    return send(process, number)
+        with suppress(psutil.NoSuchProcess):
+            if any(map(script.match, process.cmdline()[:2])) and "slurmstepd" in parent(process).name():
+                return send(process, number)
     raise TooLateError
 
 
