@@ -26,6 +26,10 @@ from trainer.loop.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]), float(sys.argv[2]))
 lock.acquire()
 print("held", flush=True)
+while not lock.lost:
+    time.sleep(0.01)
+print("lost", flush=True)
+print(time.monotonic(), flush=True)
 time.sleep(60)
 """
 
@@ -110,6 +114,7 @@ def test_another_host_keeps_it_while_it_renews(tmp_path: Path) -> None:
 
 
 def test_a_requeued_job_takes_over_from_its_earlier_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a node out of Slurm's sight, too, where it goes on: it has lost the folder before the later one begins."""
     with held(tmp_path, host="elsewhere", SLURM_JOB_ID="77") as process:
         monkeypatch.setenv("SLURM_JOB_ID", "77")
         with pytest.raises(ConfigError, match=f"process {process.pid} on elsewhere, Slurm job 77"):
@@ -117,7 +122,9 @@ def test_a_requeued_job_takes_over_from_its_earlier_start(tmp_path: Path, monkey
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
         lock, start = RunLock(tmp_path, LEASE), time.monotonic()
         lock.acquire()
-        assert time.monotonic() - start < 0.5
+        assert time.monotonic() - start < 0.5 + LEASE / 4
+        assert process.stdout is not None and process.stdout.readline() == "lost\n"
+        assert float(process.stdout.readline()) < time.monotonic(), "it knew it when the later one began"
         holder = lock.holder()
         assert holder is not None and holder.pid == os.getpid() and holder.restart == 1
         lock.release()

@@ -9,87 +9,46 @@ or unexplained start may be left. Lines of FILE are events, drawn from the seed;
 """
 
 import argparse
-import json
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Barrier, BrokenBarrierError, Lock, Thread
-from typing import Any
+from threading import Barrier, BrokenBarrierError, Thread
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 from campaign_events import EVENTS, Event, TooLateError, draw
+from campaign_ledger import Ledger
 from campaign_runs import SHAPES, Run, Site, submit_tasks
 from slurm_cluster import Cluster
 
-SLOTS = ("changing", "task 0", "task 1")
-CHANGING = ("pair", "twin", "pair", "torchrun")  # shapes of the first slot's runs, in turn
+SLOTS = {"changing": ("pair", "twin", "pair", "torchrun"), "task 0": ("task",), "task 1": ("task",)}  # shapes in turn
+STEPS = 400
 RECOVERY_SECONDS = 480.0  # a lock of another job is watched for 60 s, no controller waited for as long as it takes
 DISK = "48m"
 
 
-class Ledger:
-    """The file of events, and how many are still wanted."""
+@dataclass(frozen=True)
+class Draws:
+    """Where events come from: a seed, and of which kinds they may be."""
 
-    def __init__(self, path: Path, events: int, minutes: float) -> None:
-        self.path, self.events, self.end, self.lock = path, events, time.monotonic() + 60 * minutes, Lock()
-        self.records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        self.under_way = 0
-
-    def reserve(self) -> bool:
-        """Whether one more event is wanted."""
-        with self.lock:
-            done = sum("kind" in record for record in self.records)
-            wanted = done + self.under_way < self.events and time.monotonic() < self.end
-            self.under_way += wanted
-            return wanted
-
-    def add(self, record: dict[str, Any], *, reserved: bool = True) -> None:
-        """Append; what has a `finding` is said at once."""
-        with self.lock:
-            self.under_way -= reserved
-            self.records.append(record)
-            with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            print(json.dumps(record), flush=True)
-
-    def release(self) -> None:
-        """The reserved one did not happen."""
-        with self.lock:
-            self.under_way -= 1
-
-    def next(self, slot: str) -> int:
-        """Number of a slot's next draw."""
-        return 1 + max((r["number"] for r in self.records if r.get("slot") == slot and "number" in r), default=-1)
-
-    def table(self) -> str:
-        """One line per kind of event."""
-        rows = [("event", "number", "recovered", "mean s", "findings")]
-        events = [record for record in self.records if "kind" in record]
-        for kind in sorted({record["kind"] for record in events}):
-            mine = [record for record in events if record["kind"] == kind]
-            seconds = [record["seconds"] for record in mine if record["recovered"]]
-            mean = f"{sum(seconds) / len(seconds):.0f}" if seconds else "-"
-            findings = sum(bool(record["finding"]) for record in mine)
-            rows.append((kind, str(len(mine)), str(len(seconds)), mean, str(findings)))
-        rows.append(("all", str(len(events)), str(sum(r["recovered"] for r in events)), "",
-                     str(sum(bool(r["finding"]) for r in self.records))))  # fmt: skip
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        runs = sum("verified" in record for record in self.records)
-        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-        return "\n".join([*lines, f"{runs} runs compared with unbroken ones"])
+    seed: int
+    kinds: tuple[str, ...]
 
 
 class Slot:
     """One after the other, runs and what happens to them. The two tasks of an array begin each run together."""
 
-    def __init__(self, site: Site, ledger: Ledger, name: str, seed: int, partner: Callable[[str], str] | None) -> None:
-        self.site, self.ledger, self.name, self.seed, self.together = site, ledger, name, seed, partner
+    def __init__(
+        self, site: Site, ledger: Ledger, name: str, draws: Draws, together: Callable[[str], str] | None
+    ) -> None:
+        self.site, self.ledger, self.name, self.draws, self.together = site, ledger, name, draws, together
         self.number, self.runs = ledger.next(name), 0
         self.disk = site.folder / f"disk_{name.replace(' ', '_')}"
 
@@ -111,7 +70,7 @@ class Slot:
     def _begin(self) -> Run:
         self.runs += 1
         task = int(self.name[-1]) if self.together else None
-        shape = SHAPES["task" if self.together else CHANGING[(self.runs - 1) % len(CHANGING)]]
+        shape = SHAPES[SLOTS[self.name][(self.runs - 1) % len(SLOTS[self.name])]]
         run = Run(self.site, shape, self.disk / f"run{self.runs}_{task or 0}", task)
         run.folder.parent.mkdir(exist_ok=True)
         job = self.together(run.folder.name) if self.together else ""
@@ -123,8 +82,8 @@ class Slot:
 
     def _event(self, run: Run) -> bool:
         """Draw and strike; False if the run is finished. One that comes too late is drawn anew, as another number."""
-        rng = random.Random(f"{self.seed}/{self.name}/{self.number}")
-        kind, early = draw(run.shape, rng), rng.random() < 0.2
+        rng = random.Random(f"{self.draws.seed}/{self.name}/{self.number}")
+        kind, early = draw(run.shape, self.draws.kinds, rng), rng.random() < 0.2
         event = EVENTS[kind]
         record = {"slot": self.name, "number": self.number, "shape": run.shape.name, "kind": kind, "early": early,
                   "recovered": False, "seconds": 0.0, "finding": ""}  # fmt: skip
@@ -241,30 +200,31 @@ class Array:
 
 
 @contextmanager
-def disks(folder: Path) -> Iterator[None]:
-    """A small file system for the runs of each slot, before the nodes start and take a copy of what is mounted."""
+def disks(folder: Path) -> Iterator[bool]:
+    """A small file system for the runs of each slot, before the nodes start and take a copy of what is mounted.
+
+    False where nothing may be mounted: then no disk can fill.
+    """
     places = [folder / f"disk_{slot.replace(' ', '_')}" for slot in SLOTS]
     mounted = []
     for place in places:
         place.mkdir()
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(place)], check=False).returncode:
-            EVENTS.pop("disk full", None)  # no mount here
-        else:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(place)]
+        if subprocess.run(command, check=False).returncode == 0:
             mounted.append(place)
     try:
-        yield
+        yield mounted == places
     finally:
         for place in mounted:
             subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def campaign(folder: Path, cluster: Cluster, ledger: Ledger, seed: int) -> None:
-    """All slots, each in a thread of its own."""
-    site = Site(cluster, folder)
-    for ranks in (1, 2):
+def campaign(site: Site, ledger: Ledger, draws: Draws, names: Collection[str] = tuple(SLOTS)) -> None:
+    """Slots, each in a thread of its own; runs lie in folders of `site.folder` that begin with `disk_`."""
+    for ranks in {SHAPES[shape].ranks for name in names for shape in SLOTS[name]}:
         site.reference(ranks)
     array = Array(site)
-    slots = [Slot(site, ledger, name, seed, array.together if name.startswith("task") else None) for name in SLOTS]
+    slots = [Slot(site, ledger, name, draws, array.together if name.startswith("task") else None) for name in names]
 
     def live(slot: Slot) -> None:
         slot.live()
@@ -287,13 +247,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("campaign.jsonl"), metavar="FILE")
     args = parser.parse_args()
     ledger, folder = Ledger(args.out, args.events, args.minutes), Path(tempfile.mkdtemp(prefix="camp", dir="/tmp"))
-    with disks(folder):
+    with disks(folder) as small:
         cluster = Cluster(nodes=4)
         try:
             print(f"runs in {folder}, Slurm in {cluster.folder}", flush=True)
-            campaign(folder, cluster, ledger, args.seed)
+            kinds = tuple(kind for kind in EVENTS if small or kind != "disk full")
+            campaign(Site(cluster, folder, STEPS), ledger, Draws(args.seed, kinds))
         finally:
             cluster.stop()
+    if not (folder / "kept").exists():
+        shutil.rmtree(folder)
     print(ledger.table())
     return sum(bool(record["finding"]) for record in ledger.records)
 

@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -225,7 +225,7 @@ EVENTS: dict[str, Event] = {
 }  # fmt: skip
 
 
-def draw(shape: Shape, rng: random.Random) -> str:
-    """An event that can happen to a run of a shape."""
-    fitting = [name for name, event in EVENTS.items() if shape.name in event.shapes]
+def draw(shape: Shape, kinds: Collection[str], rng: random.Random) -> str:
+    """An event of some kinds that can happen to a run of a shape."""
+    fitting = [name for name in kinds if shape.name in EVENTS[name].shapes]
     return rng.choices(fitting, [EVENTS[name].weight for name in fitting])[0]

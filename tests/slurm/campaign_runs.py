@@ -16,15 +16,20 @@ import psutil
 from slurm_cluster import Cluster
 from tests_launcher import ROOT, Launcher, metrics
 
-STEPS = 400
 SETTINGS = (
     "debug", "model.dim=16", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1", "moe.num_experts=4",
-    "data.image_size=8", f"train.max_steps={STEPS}", "train.checkpoint_every=30", "train.hang_seconds=15",
+    "data.image_size=8", "train.checkpoint_every=30", "train.hang_seconds=15",
 )  # fmt: skip
 # Far above what a step or a start takes here, since other work may share the cores.
 PATIENCE = {"TRAIN_SILENCE_SECONDS": "20", "DEEPSPEED_TIMEOUT": "2", "STOP_SECONDS": "60", "DOCTOR": "no"}
 MEASURED = ("images_per_second", "tflops_per_second", "memory_gb", "save_seconds")  # which no two runs have alike
 TOLERANCE = 2e-7
+# On the path of all processes: two signals by which a rank hangs in its main thread, between two bytecodes. The first
+# lets other threads run, the second does not.
+HOOKS = """import ctypes, signal, time
+signal.signal(signal.SIGRTMIN, lambda *_: time.sleep(3600))
+signal.signal(signal.SIGRTMIN + 1, lambda *_: ctypes.PyDLL(None).sleep(3600))
+"""
 TORCHRUN = """#!/bin/bash
 #SBATCH --exclusive --requeue --open-mode=append
 mkdir -p "$RUN/logs"
@@ -47,9 +52,10 @@ class Shape:
         """In all."""
         return self.nodes * self.per_node
 
-    def settings(self) -> tuple[str, ...]:
+    def settings(self, steps: int) -> tuple[str, ...]:
         """The global batch is 8 in all shapes."""
-        return (*SETTINGS, f"train.micro_batch_size={8 // self.ranks}", f"parallel.ep_size={self.ranks}")
+        sizes = (f"train.micro_batch_size={8 // self.ranks}", f"parallel.ep_size={self.ranks}")
+        return (*SETTINGS, *sizes, f"train.max_steps={steps}")
 
 
 SHAPES = {
@@ -59,12 +65,14 @@ SHAPES = {
 
 
 class Site:
-    """The cluster, for several threads: power and controller may be away at times."""
+    """The cluster, for several threads: power and controller may be away at times. All runs have so many `steps`."""
 
-    def __init__(self, cluster: Cluster, folder: Path) -> None:
-        self.cluster, self.folder, self.power = cluster, folder, RLock()
+    def __init__(self, cluster: Cluster, folder: Path, steps: int) -> None:
+        self.cluster, self.folder, self.steps, self.power = cluster, folder, steps, RLock()
         self.script = folder / "torchrun.sbatch"
         self.script.write_text(TORCHRUN)
+        (folder / "hooks").mkdir()
+        (folder / "hooks" / "sitecustomize.py").write_text(HOOKS)
         self.references: dict[int, list[dict[str, Any]]] = {}
         self.tidied, self.last_tidy = 0, time.monotonic()
 
@@ -106,7 +114,7 @@ class Site:
         if ranks not in self.references:
             shape = next(shape for shape in SHAPES.values() if shape.ranks == ranks)
             run = self.folder / f"reference_{ranks}"
-            done = Launcher().run("-m", "trainer.train", *shape.settings(), f"run_dir={run}", processes=ranks)
+            done = Launcher().run("-m", "trainer.train", *shape.settings(self.steps), f"run_dir={run}", processes=ranks)
             assert done.returncode == 0, done.stderr[-2000:]
             self.references[ranks] = [stable(entry) for entry in metrics(run)]
         return self.references[ranks]
@@ -157,7 +165,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the last step is done."""
-        return f"ended after step {STEPS} of {STEPS}" in self.log()
+        return f"ended after step {self.site.steps} of {self.site.steps} " in self.log()
 
     def processes(self, program: str = "trainer.train") -> list[psutil.Process]:
         """Python processes of this run, in the order of ranks; launchers do not count."""
@@ -178,8 +186,8 @@ class Run:
 
     def _trajectory(self) -> list[str]:
         expected, found = self.site.reference(self.shape.ranks), [stable(entry) for entry in metrics(self.folder)]
-        if [entry["step"] for entry in found] != list(range(1, STEPS + 1)):
-            return [f"steps of metrics.jsonl are not 1 to {STEPS}: {len(found)} lines"]
+        if [entry["step"] for entry in found] != list(range(1, self.site.steps + 1)):
+            return [f"steps of metrics.jsonl are not 1 to {self.site.steps}: {len(found)} lines"]
         for a, b in zip(found, expected, strict=True):
             off = [n for n in b if n not in a or abs(a[n] - b[n]) > TOLERANCE * max(1e-3, abs(b[n]))]
             if off:
@@ -220,10 +228,10 @@ def submit_tasks(site: Site, shape: Shape, folder: Path, *tasks: int | None) -> 
     run = f"run_dir={folder.with_name(folder.name.rsplit('_', 1)[0] + '_%a') if array else folder}"
     options = (f"--nodes={shape.nodes}", f"--ntasks-per-node={shape.per_node}", f"--gpus-per-node={shape.per_node}",
                f"--output={site.cluster.folder}/{name}.log", *array)  # fmt: skip
-    hooks = PATIENCE | {"PYTHONPATH": str(Path(__file__).parent / "campaign_hooks")}
+    hooks = PATIENCE | {"PYTHONPATH": str(site.folder / "hooks")}
     if not shape.torchrun:
-        return site.cluster.submit("train", *shape.settings(), run, options=options, **hooks)
+        return site.cluster.submit("train", *shape.settings(site.steps), run, options=options, **hooks)
     hooks["PYTHONPATH"] += f":{ROOT}"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return site.cluster.call("sbatch", "--parsable", "--mem=1G", *options, str(site.script), *shape.settings(),
-                             RUN=str(folder), PATH=path, **hooks).strip()  # fmt: skip
+    command = ("sbatch", "--parsable", "--mem=1G", *options, str(site.script), *shape.settings(site.steps))
+    return site.cluster.call(*command, RUN=str(folder), PATH=path, **hooks).strip()
