@@ -185,6 +185,12 @@ def switch_removed(run: Run) -> None:
     (run.folder / "stop").unlink(missing_ok=True)
 
 
+def save_too_late(run: Run) -> None:
+    """Nobody looks any more at a file that was touched after the last step."""
+    if run.finished:
+        (run.folder / "save").unlink(missing_ok=True)
+
+
 RANK, BATCH, LAUNCHER, SLURM = partial(partial, to_rank), partial(partial, to_batch), partial(partial, to_launcher), \
     partial(partial, told)  # fmt: skip
 SEVERAL: tuple[str, ...] = ("pair", "twin")
@@ -212,7 +218,7 @@ EVENTS: dict[str, Event] = {
     "hang, interpreter": Event(strike=RANK(signal.SIGRTMIN + 1), shapes=SEVERAL),
     "disk full": Event(strike=disk_fills, reasons=(NO_SPACE,), after=space_again),
     "RUN/stop": Event(strike=partial(switched, "stop"), reasons=("ended by RUN/stop",), after=switch_removed),
-    "RUN/save": Event(strike=partial(switched, "save"), ends=False),
+    "RUN/save": Event(strike=partial(switched, "save"), ends=False, after=save_too_late),
     **{f"torchrun {name}": Event(strike=LAUNCHER(getattr(signal, f"SIG{name}")), reasons=ANY, shapes=TORCHRUN)
        for name in ("TERM", "USR1", "INT", "HUP", "KILL")},
     "torchrun, rank KILL": Event(strike=RANK(signal.SIGKILL), reasons=ANY, shapes=TORCHRUN),
