@@ -94,9 +94,9 @@ class Site:
             self.tidied += len(set(drained)) + sum("held" in line for line in held)
 
     def power_on(self) -> None:
-        """Start what is dead."""
+        """Start what is dead. Nodes need longer than that waits for them where cores are few and busy."""
         with self.power:
-            self.cluster.power_on()
+            self.ask(self.cluster.power_on)
 
     def ask(self, action: Callable[[], Any], seconds: float = 300) -> Any:
         """What Slurm answers, once its controller is there."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainer.cluster.incidents import read_incidents
+from trainer.cluster.incidents import Incident, read_incidents
 from trainer.cluster.outcome import Outcome
 from trainer.files import write_json
 
@@ -80,8 +80,17 @@ def silent_nodes(logs: list[Path]) -> list[str]:
 
     Of rank 0's no process is silent because the node died: the batch script runs there.
     """
-    incidents = [i for log in logs for i in read_incidents(log) if i.kind == "lost_peer" and i.node]
-    return sorted({i.node for i in incidents if i.reason == "hung" or (i.reason == "silent" and i.rank > 0)})
+    found = (i for i in _lost_peers(logs) if i.node)
+    return sorted({i.node for i in found if i.reason == "hung" or (i.reason == "silent" and i.rank > 0)})
+
+
+def has_lost_or_hung(logs: list[Path]) -> bool:
+    """Whether one process, which may be rank 0, hung or could not be reached: that need not be the program's fault."""
+    return any(i.reason in ("hung", "silent", "unreachable") and i.rank >= 0 for i in _lost_peers(logs))
+
+
+def _lost_peers(logs: list[Path]) -> list[Incident]:
+    return [incident for log in logs for incident in read_incidents(log) if incident.kind == "lost_peer"]
 
 
 def out_of_memory(launcher: Path | None, logs: list[Path]) -> list[str]:

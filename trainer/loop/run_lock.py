@@ -7,12 +7,12 @@ It needs no `flock`, which network file systems may lack or keep to one host. Wh
 |-----------------------------------------------------|------------------------------------------------------|
 | runs on this host                                   | is refused at once                                   |
 | died on this host                                   | takes the lease at once                              |
-| is an earlier start of the same Slurm job (requeue) | takes the lease at once, and begins after a renewal  |
+| is an earlier start of the same Slurm job (requeue) | takes the lease at once, begins after two renewals   |
 | anything else (other host or container, a zombie)   | watches: is refused when the lease is renewed, takes |
 |                                                     | it after LEASE_SECONDS without a renewal             |
 
-Slurm requeues a job from a node that it cannot reach, on which the earlier start may go on until its next renewal, when
-it learns that the folder is not its own: so long the later one waits.
+Slurm requeues a job from a node that it cannot reach, on which the earlier start may go on until its second renewal,
+at which filelock tells it that the folder is not its own: so long the later one waits.
 The watcher measures time on its own clock, so the hosts' clocks need not agree. A holder that could not renew its lease
 in time (its file system hung) and lost it to another job learns so from `RunLock.lost`. The renewing thread is
 filelock's own: see trainer/cluster/watchdog.py for why it shares none with the others that watch a run.
@@ -33,7 +33,7 @@ from trainer.cluster.node import node_name
 from trainer.errors import ConfigError, writing
 from trainer.files import replacing
 
-LEASE_SECONDS, RENEWALS_PER_LEASE, RENEWALS_TO_LEARN = 60.0, 6, 1.5
+LEASE_SECONDS, RENEWALS_PER_LEASE, RENEWALS_TO_LEARN = 60.0, 6, 2.25
 LOCK_NAME, HOLDER_NAME = "run.lock", "run.lock.json"
 logger = logging.getLogger("ec_dit")
 
