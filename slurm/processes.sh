@@ -134,11 +134,13 @@ warned() {
   if [ -n "$step" ]; then relay & fi
 }
 # TERM comes when Slurm itself ends the job (scancel, an administrator's requeue, a dead node), and tells the tasks, too.
+# While the job counts as running, somebody has sent it to this script alone.
 terminated() {
   [ "$ended_by_slurm" = 0 ] || return 0
+  if [ "$(job_field JobState)" = RUNNING ]; then warned; return; fi
   ended_by_slurm=1
   say "Slurm ends this start"
   if [ -n "$step" ]; then linger & fi
 }
-trap warned USR1 INT
+trap warned USR1 INT HUP
 trap terminated TERM

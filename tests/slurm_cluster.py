@@ -46,10 +46,18 @@ class Cluster:
         if done.returncode:
             raise RuntimeError(done.stderr)
 
+    def shape(self) -> dict[str, str]:
+        """What start-test-slurm has chosen: mode, names, bridge, net."""
+        return dict(re.findall(r'(\w+)="(.*)"', (self.folder / "run" / "shape").read_text()))
+
     def address(self) -> str:
         """Under which its nodes reach this machine."""
-        shape = dict(re.findall(r'(\w+)="(.*)"', (self.folder / "run" / "shape").read_text()))
-        return "127.0.0.1" if shape["mode"] == "loopback" else f"{shape['net']}.254"
+        return "127.0.0.1" if self.shape()["mode"] == "loopback" else f"{self.shape()['net']}.254"
+
+    def link(self, node: str) -> str:
+        """The network interface of this machine to which a node is connected; empty if they share one."""
+        shape = self.shape()
+        return "" if shape["mode"] == "loopback" else f"{shape['bridge']}.{shape['names'].split().index(node) + 1}"
 
     def power_off(self, name: str) -> None:
         """Power cut of a node, or of `ctl`, the controller."""

@@ -15,7 +15,7 @@ from trainer.cluster import bad_nodes
 from trainer.cluster.incidents import VARIABLE as INCIDENTS
 from trainer.cluster.incidents import Incident, failure, read_incidents, record_incident
 from trainer.cluster.outcome import VARIABLE, Outcome, Recorder
-from trainer.cluster.verdict import last_words, newest_step, out_of_memory, settle, silent_nodes
+from trainer.cluster.verdict import has_lost_or_hung, last_words, newest_step, out_of_memory, settle, silent_nodes
 from trainer.config import ConfigError
 from trainer.loop.time_budget import TimeBudget
 
@@ -148,6 +148,15 @@ def test_nodes_that_fell_silent_or_hung_are_named_but_not_processes_that_crashed
         lost(0, "a1", "hung", "hangs"), lost(-1, "", "hung", "all hang"),
     )  # fmt: skip
     assert silent_nodes([path, path, tmp_path / "7.0.9.log"]) == ["a1", "b7-x"]
+
+
+def test_a_lost_or_hung_process_need_not_be_the_programs_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also rank 0, whose node is not left out. One that ended is, and so are all that hang together."""
+    program = noted(tmp_path, monkeypatch, 1, lost(3, "n4", "ended", "its process has ended"),
+                    lost(-1, "", "hung", "all hang"), failure(1, RuntimeError("reset by peer")))  # fmt: skip
+    assert not has_lost_or_hung([program, tmp_path / "7.0.9.log"])
+    for rank, reason in enumerate(("silent", "hung", "unreachable"), start=2):
+        assert has_lost_or_hung([program, noted(tmp_path, monkeypatch, rank, lost(0, "n1", reason, "gone"))])
 
 
 def test_a_record_outlives_a_kill_right_after(tmp_path: Path) -> None:

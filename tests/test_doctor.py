@@ -114,3 +114,8 @@ def test_only_the_configuration_is_checked(launcher: Any, tmp_path: Path) -> Non
     done = launcher.run(*command, "parallel.ep_size=4")
     assert done.returncode == 2 and "error: parallel.ep_size=4 does not divide the number of processes" in done.stderr
     assert not list(tmp_path.iterdir())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "stop").touch()
+    done = launcher.run(*command)
+    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path}/run/stop asks this run to stop: remove the file, "
+                                                 "then start it again\n")  # fmt: skip

@@ -23,10 +23,10 @@ SILENCE = 0.6
 class Ring:
     """A main process and two others, in one."""
 
-    def __init__(self) -> None:
+    def __init__(self, silence: float = SILENCE) -> None:
         self.lost: dict[str, list[Incident]] = {name: [] for name in ("main", "one", "two")}
         self.progress = {name: Progress(1.0) for name in self.lost}
-        self.beats = {name: Heartbeat(SILENCE, lost.append, self.progress[name]) for name, lost in self.lost.items()}
+        self.beats = {name: Heartbeat(silence, lost.append, self.progress[name]) for name, lost in self.lost.items()}
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         self.beats["main"].serve(listener)
@@ -86,6 +86,21 @@ def test_a_silent_main_process_is_named(ring: Ring) -> None:
     ring.wait("one", "two")
     release.set()
     assert f"rank 0 on node {socket.gethostname()} is lost (silent" in ring.told["one"][0]
+
+
+def test_a_main_process_that_hangs_with_its_heartbeat_is_named_before_its_silence_is_over() -> None:
+    ring, release = Ring(silence=60.0), threading.Event()
+    for progress in ring.progress.values():
+        for _ in range(2):
+            with progress.within("step"):
+                progress.enter("data")
+    ring.beats["main"].loop.call_soon_threadsafe(release.wait)
+    ring.wait("one", "two")
+    release.set()
+    for name in ("one", "two", "main"):
+        ring.beats[name].close(farewell=True)
+    assert ring.told["one"][0].startswith(f"rank 0 on node {socket.gethostname()} stopped beating in ")
+    assert ring.lost["one"][0].reason == "silent" and ring.told["two"]
 
 
 def test_a_process_that_lives_and_does_not_get_on_is_named_to_all(ring: Ring) -> None:

@@ -76,7 +76,7 @@ def test_a_second_job_is_refused_and_ctrl_c_saves(launcher: Launcher, tmp_path: 
 
 @pytest.mark.slow
 def test_files_save_and_stop_a_run(launcher: Launcher, tmp_path: Path) -> None:
-    """For those who cannot signal it. Two processes, of which the first alone looks; both files are gone when done."""
+    """For those who cannot signal it. Two processes, of which the first alone looks; `stop` stays, for later starts."""
     run_dir = tmp_path / "run"
     settings = (*TINY, "train.max_steps=100000", "train.checkpoint_every=0", "train.async_save=true")
     process = launcher.start(*MODULE, f"run_dir={run_dir}", *settings, processes=2)
@@ -87,10 +87,14 @@ def test_files_save_and_stop_a_run(launcher: Launcher, tmp_path: Path) -> None:
     wait_for(lambda: metrics(run_dir)[-1]["step"] > int(saved.name[5:]))
     assert len(list((run_dir / "checkpoints").glob("step_*"))) == 1, "asked once, saved once"
     (run_dir / "stop").touch()
-    assert process.wait(60) == 0 and not (run_dir / "stop").exists()
+    assert process.wait(60) == 0
     step = metrics(run_dir)[-1]["step"]
-    assert f"ended after step {step} of 100000 (RUN/stop)" in (run_dir / "train.log").read_text()
+    log = (run_dir / "train.log").read_text()
+    assert f"ended after step {step} of 100000 (RUN/stop)" in log
     assert (run_dir / "checkpoints" / f"step_{step:08d}").is_dir()
+    done = launcher.run(*MODULE, f"run_dir={run_dir}", *settings, processes=2)
+    assert done.returncode != 0 and (run_dir / "train.log").read_text() == log, "torchrun's code is its own"
+    assert done.stderr.count(f"error: {run_dir}/stop asks this run to stop: remove the file, then start it again") == 1
 
 
 @pytest.mark.slow

@@ -26,15 +26,19 @@ from trainer.loop.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]), float(sys.argv[2]))
 lock.acquire()
 print("held", flush=True)
+while not lock.lost:
+    time.sleep(0.01)
+print("lost", flush=True)
+print(time.monotonic(), flush=True)
 time.sleep(60)
 """
 
 
 @contextmanager
-def held(run_dir: Path, host: str = "", **environment: str) -> Iterator["subprocess.Popen[str]"]:
+def held(run_dir: Path, host: str = "", lease: float = LEASE, **environment: str) -> Iterator["subprocess.Popen[str]"]:
     """Another process that holds the folder, as if on another host if named."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(run_dir), str(LEASE), host],
+        [sys.executable, "-c", HOLD, str(run_dir), str(lease), host],
         cwd=ROOT, env=Launcher().environment() | environment, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "held\n"
@@ -110,14 +114,19 @@ def test_another_host_keeps_it_while_it_renews(tmp_path: Path) -> None:
 
 
 def test_a_requeued_job_takes_over_from_its_earlier_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with held(tmp_path, host="elsewhere", SLURM_JOB_ID="77") as process:
+    """From a node out of Slurm's sight, too, where it goes on: it has lost the folder before the later one begins."""
+    lease = 4 * LEASE  # a renewal a second: the machine may be busy
+    with held(tmp_path, host="elsewhere", lease=lease, SLURM_JOB_ID="77") as process:
         monkeypatch.setenv("SLURM_JOB_ID", "77")
         with pytest.raises(ConfigError, match=f"process {process.pid} on elsewhere, Slurm job 77"):
-            RunLock(tmp_path, LEASE).acquire()  # the same start of the job
+            RunLock(tmp_path, lease).acquire()  # the same start of the job
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        lock, start = RunLock(tmp_path, LEASE), time.monotonic()
+        lock, start = RunLock(tmp_path, lease), time.monotonic()
         lock.acquire()
-        assert time.monotonic() - start < 0.5
+        began = time.monotonic()
+        assert began - start < 1 + lease * 0.375
+        assert process.stdout is not None and process.stdout.readline() == "lost\n"
+        assert float(process.stdout.readline()) < began + 0.5, "it knew it when the later one began"
         holder = lock.holder()
         assert holder is not None and holder.pid == os.getpid() and holder.restart == 1
         lock.release()

@@ -73,6 +73,24 @@ def test_the_death_of_a_launcher_counts_as_a_signal_that_of_a_shell_does_not(tmp
     assert (tmp_path / "out").read_text().split() == ["False", str(launcher)]
 
 
+def test_the_death_of_deepspeeds_outer_process_counts_too(tmp_path: Path) -> None:
+    """`deepspeed` starts a process that starts the ranks. Here it ends once the rank has begun, that one does not."""
+    (tmp_path / "worker.py").write_text(
+        "import time\nfrom trainer.loop.signals import StopSignal\n"
+        "with StopSignal() as stop:\n    print(stop.received, flush=True)\n"
+        "    while not stop.received:\n        time.sleep(0.02)\nprint(True, flush=True)\n"
+    )
+    (tmp_path / "launch").write_text(f"{sys.executable} worker.py > out; touch ended")
+    (tmp_path / "deepspeed").write_text("sh launch & while ! [ -s out ]; do sleep 0.02; done")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CROSS_RANK": "0"}
+    subprocess.run(["sh", "deepspeed"], cwd=tmp_path, env=environment, timeout=30, check=True)
+    for _ in range(100):
+        if (tmp_path / "ended").exists():
+            break
+        time.sleep(0.1)
+    assert (tmp_path / "out").read_text().split() == ["False", "True"]
+
+
 def test_importing_the_handlers_is_quick() -> None:
     """Nothing heavy may be imported before the handlers are in place."""
     code = (

@@ -16,7 +16,7 @@ SCONTROL = """#!/bin/bash
 echo "scontrol $*" >>"$CALLS"
 case "$1 $2" in
   "show hostnames") printf 'alpha\\nbeta\\n' ;;
-  "show job") echo "JobId=77 Reason=${REASON:-None} ExcNodeList=(null)" ;;
+  "show job") echo "JobId=77 JobState=${STATE:-COMPLETING} Reason=${REASON:-None} ExcNodeList=(null)" ;;
   "requeue 77") [ -z "${REFUSAL:-}" ] || { echo "$REFUSAL" >&2; exit 1; } ;;
 esac
 """
@@ -121,6 +121,17 @@ def test_a_job_requeues_itself_only_where_it_may(slurm: Path, variables: dict[st
     assert done.returncode == code and "reached" not in done.stdout, done.stdout + done.stderr
     calls = (slurm.parent / "calls").read_text().splitlines()
     assert [call for call in calls if call.startswith("scontrol requeue")] == ([asked] if asked else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "answer"),
+    [("TERM", "COMPLETING", "0 1"), ("TERM", "RUNNING", "1 0"), ("HUP", "RUNNING", "1 0"), ("USR1", "RUNNING", "1 0")],
+)
+def test_a_signal_to_the_script_is_a_warning_unless_slurm_ends_the_job(
+    slurm: Path, name: str, state: str, answer: str
+) -> None:
+    done = _script(slurm, f'kill -s {name} $$; echo "told $told $ended_by_slurm"', STATE=state)
+    assert f"told {answer}\n" in done.stdout, done.stdout + done.stderr
 
 
 RANKS = 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $TRAIN_INCIDENTS"'

@@ -27,12 +27,15 @@ def check_config(config: TrainConfig, world_size: int, local_size: int) -> None:
         from trainer.cluster.verdict import newest_step
         from trainer.distributed import World
         from trainer.loop.start_checks import check_start
+        from trainer.loop.switches import check_not_stopped
 
         plan = check_start(config, World(rank=0, local_rank=0, size=world_size, local_size=local_size))
         for note in plan.notes:  # what `parallel.elastic` chose belongs in the job's own log
             print(note, file=sys.stderr)
         last = config.train.stop_at_step or config.train.max_steps
         done = plan.checkpoint is not None and newest_step(Path(config.run_dir)) >= last
+        if not done:
+            check_not_stopped(Path(config.run_dir))
     print(Path(config.run_dir).resolve(), config.data.images, *["done"] * done, sep="\n")
 
 

@@ -5,10 +5,10 @@
     python -m trainer.train RECIPE init_from=EXPORT            # a new run from the weights of another
 
 Also under `deepspeed --module`, `mpirun` and `srun`. SIGTERM, SIGUSR1, SIGHUP, Ctrl-C or the launcher's death saves at
-the next step and ends the run; a second Ctrl-C ends it at once. A file RUN/stop does as the signals do, RUN/save saves
-and goes on. Exit codes: 0 done or stopped, 1 failed, 2 refused. A file named by the variable TRAIN_OUTCOME is told
-which of these it was, one named by TRAIN_INCIDENTS what this process noticed of a failure; TRAIN_DEADLINE (Unix time)
-ends the run in time to save.
+the next step and ends the run; a second Ctrl-C ends it at once. A file RUN/stop does as the signals do, and no start
+goes on until it is removed; RUN/save saves and goes on. Exit codes: 0 done or stopped, 1 failed, 2 refused. A file
+named by the variable TRAIN_OUTCOME is told which of these it was, one named by TRAIN_INCIDENTS what this process
+noticed of a failure; TRAIN_DEADLINE (Unix time) ends the run in time to save.
 """
 
 import argparse

@@ -8,6 +8,7 @@ processes: equal bits where the topology stays, 1e-5 where it changes, until rou
 """
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -234,6 +235,22 @@ def chained_without_requeue(story: Story) -> None:
     story.compare(bitwise=True)
 
 
+def a_chain_is_stopped(story: Story) -> None:
+    """RUN/stop ends all links; when it is removed, another job goes on."""
+    options = (*PAIR, "--job-name=chain", "--dependency=singleton")
+    jobs = [story.train(options=options, REQUEUE="no") for _ in range(3)]
+    story.reach(40)
+    stop = story.run / "stop"
+    stop.touch()
+    assert story.cluster.wait(*jobs) == ["FAILED"] * 3
+    assert [story.cluster.job(job)["ExitCode"] for job in jobs] == ["75:0", "2:0", "2:0"]
+    sentence = f"error: {stop} asks this run to stop: remove the file, then start it again"
+    assert sentence in story.cluster.log(jobs[1]) and sentence in story.cluster.log(jobs[2])
+    stop.unlink()
+    story.train()
+    story.complete()
+
+
 def chained_by_an_array(story: Story) -> None:
     """As before, the links being tasks of which one runs at a time."""
     story.train(options=(*PAIR, "--array=1-3%1", f"--output={story.cluster.folder}/%A_%a.log"), REQUEUE="no")
@@ -287,8 +304,8 @@ SCENARIOS: tuple[Callable[[Story], None], ...] = (
     administrator_requeues, save_and_come_back, a_rank_hangs, a_rank_hangs_unnoticed, time_limit_comes, node_dies,
     head_dies, node_dies_while_saving, controller_restarts, controller_is_down_when_a_job_leaves, shrink_and_grow,
     a_range_of_nodes, scored_while_it_trains, launched_by_mpirun, launched_by_pmix, discovered_by_mpi4py,
-    bad_node_is_left_out, crashes_twice, chained_without_requeue, chained_by_an_array, array_of_runs, within_salloc,
-    mixed_names_and_an_interface,
+    bad_node_is_left_out, crashes_twice, chained_without_requeue, a_chain_is_stopped, chained_by_an_array,
+    array_of_runs, within_salloc, mixed_names_and_an_interface,
 )  # fmt: skip
 
 
@@ -306,14 +323,17 @@ def main() -> int:
     chosen = parser.parse_args().scenarios or names
     if any("mpi" in name or "pmix" in name for name in chosen):
         install_mpi()
-    folder, cluster = Path(tempfile.mkdtemp(prefix="lives")), Cluster(nodes=4)
+    folder, cluster, failed = Path(tempfile.mkdtemp(prefix="lives")), Cluster(nodes=4), 1
     try:
         print(f"runs in {folder}, Slurm in {cluster.folder}", flush=True)
         reference = ["-m", "trainer.train", *SETTINGS, f"run_dir={folder / 'reference'}"]
         assert Launcher().run(*reference, processes=2).returncode == 0
-        return sum(not holds(s, Story(cluster, folder, s.__name__)) for s in SCENARIOS if s.__name__ in chosen)
+        failed = sum(not holds(s, Story(cluster, folder, s.__name__)) for s in SCENARIOS if s.__name__ in chosen)
+        return failed
     finally:
         cluster.stop()
+        if not failed:  # else there is something to look at
+            shutil.rmtree(folder)
 
 
 def holds(scenario: Callable[[Story], None], story: Story) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from trainer.cluster import bad_nodes
 from trainer.cluster.outcome import Outcome
-from trainer.cluster.verdict import last_words, out_of_memory, settle, silent_nodes
+from trainer.cluster.verdict import has_lost_or_hung, last_words, out_of_memory, settle, silent_nodes
 from trainer.config import command_parser
 
 SILENT_HOURS = 1.0
@@ -24,13 +24,12 @@ SILENT_HOURS = 1.0
 def verdict(args: argparse.Namespace) -> None:
     """Judge a start that has ended."""
     outcome = Outcome.read(args.outcome)
-    silent = silent_nodes(args.logs)
-    found = settle(args.run, outcome, job=args.job, told=bool(args.told or silent))
+    found = settle(args.run, outcome, job=args.job, told=bool(args.told or has_lost_or_hung(args.logs)))
     print(found.sentence, file=sys.stderr)
     if outcome is None or outcome.kind == "failed":
         for line in (*out_of_memory(args.launcher, args.logs), *last_words(args.logs)):
             print(line, file=sys.stderr)
-        for node in silent:  # Slurm may need minutes to notice
+        for node in silent_nodes(args.logs):  # Slurm may need minutes to notice
             bad_nodes.add(args.run, node, "fell silent or hung", SILENT_HOURS)
     print(found.action)
 

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +14,9 @@ import psutil
 import torch
 
 from trainer.cluster.binding import read_binding
+from trainer.cluster.gpu_state import read_gpu
+from trainer.cluster.memory_limit import limit_warning, read_limit
+from trainer.cluster.node import node_name
 from trainer.config import ConfigError, TrainConfig, require
 from trainer.distributed import World
 from trainer.files import git_commit
@@ -55,20 +56,23 @@ def gather_facts(config: TrainConfig, world: World, check_run: Callable[[], tupl
     """
     problems: list[str] = []
     warnings: list[str] = []
-    device, driver, device_free = _device(world, problems)
+    device, driver, device_free = _device(world, problems, warnings)
     binding = read_binding(_pci_address(world) if device_free else "")
     if os.environ.get("SLURM_JOB_ID") and (words := binding.warning(world.local_size or world.size)):
         warnings.append(words)
     shared: dict[str, float] = {}
     if world.local_rank == 0:
-        shared["memory"] = psutil.virtual_memory().available / GIB
+        limit, processes = read_limit(), world.local_size or world.size
+        shared["memory"] = min(psutil.virtual_memory().available, limit) / GIB
         with _noting(problems, "configuration and data"):
             job, layout = check_run()
-            _check_room(job, layout, device_free, shared["memory"] / (world.local_size or world.size), warnings)
+            _check_room(job, layout, device_free, shared["memory"] / processes, warnings)
+            if words := limit_warning(limit, job, layout, processes):
+                warnings.append(words)
         with _noting(problems, f"run_dir={config.run_dir}"):
             shared["disk_free"], shared["write_speed"] = check_disk(Path(config.run_dir))
     return Facts(
-        rank=world.rank, node=socket.gethostname(), device=device, driver=driver, device_free=device_free,
+        rank=world.rank, node=node_name(), device=device, driver=driver, device_free=device_free,
         bound=str(binding),
         versions=_versions(), problems=problems, warnings=warnings, **shared,
     )  # fmt: skip
@@ -85,7 +89,7 @@ def _noting(problems: list[str], what: str) -> Iterator[None]:
         problems.append(f"{what}: {type(error).__name__}: {error}")
 
 
-def _device(world: World, problems: list[str]) -> tuple[str, str, float]:
+def _device(world: World, problems: list[str], warnings: list[str]) -> tuple[str, str, float]:
     """Name, driver and free memory of this process's GPU after a product on it; a CPU has none of these."""
     if not torch.cuda.is_available():
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""  # --gpus-per-node=0 on nodes that have some
@@ -100,7 +104,10 @@ def _device(world: World, problems: list[str]) -> tuple[str, str, float]:
         ones = torch.ones(1024, 1024, device="cuda", dtype=torch.bfloat16)
         require(bool(((ones @ ones) == 1024).all()), f"GPU {world.local_rank} multiplies wrongly: replace it")
         free, _ = torch.cuda.mem_get_info()
-        return torch.cuda.get_device_name(), _driver(world.local_rank, problems), free / GIB
+        state = read_gpu(_pci_address(world), f"GPU {world.local_rank} of node {node_name()}")
+        problems += state.problems
+        warnings += state.warnings
+        return torch.cuda.get_device_name(), state.driver, free / GIB
     return "broken", "", 0.0
 
 
@@ -108,17 +115,6 @@ def _pci_address(world: World) -> str:
     """Of this process's GPU, as in /sys/bus/pci/devices."""
     found: Any = torch.cuda.get_device_properties(world.local_rank)  # torch's stubs lack these fields
     return f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
-
-
-def _driver(index: int, problems: list[str]) -> str:
-    """Driver version; an uncorrected memory error since the last reset is a problem."""
-    command = ["nvidia-smi", f"--id={index}", "--format=csv,noheader"]
-    query = "--query-gpu=driver_version,ecc.errors.uncorrected.volatile.total"
-    done = subprocess.run([*command, query], capture_output=True, text=True, timeout=30, check=False)
-    driver, _, errors = done.stdout.strip().partition(", ")
-    if errors.isdigit() and int(errors):
-        problems.append(f"GPU {index} has {errors} uncorrected memory errors: reset or replace it")
-    return driver
 
 
 def _check_room(job: Job, layout: Layout, device_free: float, memory: float, warnings: list[str]) -> None:
@@ -143,7 +139,7 @@ def nearest_folder(path: Path) -> Path:
 def check_disk(run_dir: Path) -> tuple[float, float]:
     """Free GiB of the disk and MiB/s written to it; checks that a rename replaces a file. Leaves no file behind."""
     folder = nearest_folder(run_dir)
-    old, new = (folder / f".doctor.{socket.gethostname()}.{os.getpid()}.{name}" for name in ("old", "new"))
+    old, new = (folder / f".doctor.{node_name()}.{os.getpid()}.{name}" for name in ("old", "new"))
     try:
         old.write_text("old")
         content, start = os.urandom(WRITE_BYTES), time.perf_counter()

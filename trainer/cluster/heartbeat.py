@@ -156,13 +156,13 @@ class Heartbeat:
             self.beating.discard(writer)
 
     async def _tick(self) -> None:
-        """Beat; the main process, which hears all others, judges as well."""
+        """Beat; the main process, which hears all others, judges as well. When it is mute, each other one does."""
         while True:
             self.mine = self.progress.look(self.rank, self.interval)
             for writer in self.beating:
                 if not writer.is_closing():
                     writer.write(_line(self.mine))
-            if self.rank == 0:
+            if self.rank == 0 or self.missed.get(0, 0) >= QUIET:
                 quiet = [rank for rank, missed in self.missed.items() if missed >= QUIET]
                 if found := judge([self.mine, *self.heard.values()], quiet, self.interval):
                     self._lose(found)

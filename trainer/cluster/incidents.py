@@ -7,7 +7,6 @@ process that dies without a word (SIGKILL, a crash in native code) leaves no rec
 
 import json
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from trainer.cluster.node import node_name
 from trainer.files import read_records
 
 VARIABLE = "TRAIN_INCIDENTS"
@@ -42,7 +42,7 @@ class Incident:
 def failure(rank: int, error: BaseException) -> Incident:
     """This process failed with an error."""
     name = type(error).__name__
-    return Incident(kind="failed", rank=rank, node=socket.gethostname(), reason=name, sentence=f"{name}: {error}")
+    return Incident(kind="failed", rank=rank, node=node_name(), reason=name, sentence=f"{name}: {error}")
 
 
 def record_incident(incident: Incident) -> None:

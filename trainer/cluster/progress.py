@@ -18,7 +18,6 @@ Time is counted in beats of the own process, so a job that was suspended as a wh
 
 import math
 import os
-import socket
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from trainer.cluster.incidents import Incident
+from trainer.cluster.node import node_name
 
 FACTOR = 2.5  # and some beats until it is noticed: within 3 times the slowest
 FIRST, OTHER, LEAVING = 20.0, 10.0, "leaving"
@@ -106,7 +106,7 @@ class Progress:
         self._still = self._still + interval if moves == self._seen else 0.0
         self._seen, self._clock, self._interval = moves, self._clock + interval, interval
         return Beat(
-            rank=rank, node=socket.gethostname(), pid=os.getpid(), step=self.step, phase=phase, moves=moves,
+            rank=rank, node=node_name(), pid=os.getpid(), step=self.step, phase=phase, moves=moves,
             collectives=collectives_entered(), still=self._still,
             overdue=bool(self.hang_seconds) and self._still >= self.limit(phase),
         )  # fmt: skip

@@ -7,7 +7,6 @@ node then writes down the process's state, and its stacks where `py-spy` is inst
 import faulthandler
 import os
 import shutil
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TextIO
 import psutil
 
 from trainer.cluster.incidents import VARIABLE, Incident
+from trainer.cluster.node import node_name
 
 PY_SPY_SECONDS = 5.0
 
@@ -31,9 +31,9 @@ def write_stacks(path: Path, lost: Incident) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         print(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')} {lost.sentence}", file=file)
-        print(f"process {os.getpid()} on node {socket.gethostname()}:", file=file, flush=True)
+        print(f"process {os.getpid()} on node {node_name()}:", file=file, flush=True)
         faulthandler.dump_traceback(file)
-        if lost.reason == "silent" and lost.pid and lost.node == socket.gethostname():
+        if lost.reason == "silent" and lost.pid and lost.node == node_name():
             _write_neighbour(file, lost)
 
 

@@ -5,7 +5,7 @@
 | finished                                                         | `done`                                 |
 | refused: a user error                                            | `refused`, never again                 |
 | stopped by a signal or the time limit, saved                     | `again`                                |
-| halted by RUN/stop, saved                                        | `halt`, until the user submits again   |
+| halted by RUN/stop, saved                                        | `halt`, until the file is removed      |
 | failed or died, and a checkpoint is newer than at the failure before | `again`                            |
 | failed or died twice in a row at the same checkpoint             | `fail`                                 |
 | the same, but told to stop too late or by a lost or hung node, 5 times | `fail`                                 |
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainer.cluster.incidents import read_incidents
+from trainer.cluster.incidents import Incident, read_incidents
 from trainer.cluster.outcome import Outcome
 from trainer.files import write_json
 
@@ -60,9 +60,8 @@ def settle(run_dir: Path, outcome: Outcome | None, *, job: str, told: bool) -> V
         case Outcome(kind="stopped"):
             return Verdict(action="again", sentence=f"stopped and saved at step {outcome.step}")
         case Outcome(kind="halted"):
-            return Verdict(
-                action="halt", sentence=f"saved at step {outcome.step} and ended by RUN/stop: submit it again"
-            )
+            why = f"saved at step {outcome.step} and ended by RUN/stop: remove {run_dir / 'stop'}, then submit again"
+            return Verdict(action="halt", sentence=why)
     path, step, count = run_dir / FILE_NAME, newest_step(run_dir), 1  # step is -1 before the first checkpoint
     if path.exists():
         before = json.loads(path.read_text())
@@ -81,8 +80,17 @@ def silent_nodes(logs: list[Path]) -> list[str]:
 
     Of rank 0's no process is silent because the node died: the batch script runs there.
     """
-    incidents = [i for log in logs for i in read_incidents(log) if i.kind == "lost_peer" and i.node]
-    return sorted({i.node for i in incidents if i.reason == "hung" or (i.reason == "silent" and i.rank > 0)})
+    found = (i for i in _lost_peers(logs) if i.node)
+    return sorted({i.node for i in found if i.reason == "hung" or (i.reason == "silent" and i.rank > 0)})
+
+
+def has_lost_or_hung(logs: list[Path]) -> bool:
+    """Whether one process, which may be rank 0, hung or could not be reached: that need not be the program's fault."""
+    return any(i.reason in ("hung", "silent", "unreachable") and i.rank >= 0 for i in _lost_peers(logs))
+
+
+def _lost_peers(logs: list[Path]) -> list[Incident]:
+    return [incident for log in logs for incident in read_incidents(log) if incident.kind == "lost_peer"]
 
 
 def out_of_memory(launcher: Path | None, logs: list[Path]) -> list[str]:

@@ -104,7 +104,7 @@ class Trainer:
             raise
         why = "last step" if not stopped else "time limit near" if self.budget.is_spent() else "stop signal"
         why = "RUN/stop" if stopped and self.switches.stop else why
-        self.switches.fulfilled()
+        self.switches.saved()
         self._say("ended after step %d of %d (%s)", self.state.step, loop.max_steps, why)
         return self.state.step >= last
 
@@ -130,7 +130,7 @@ class Trainer:
                     self._save(final=final)
             if asked:
                 self.saver.finish()  # who asked sees by the file that the checkpoint is on disk
-                self.switches.fulfilled()
+                self.switches.saved()
         # What failed on one rank after the last step's report, such as writing its grid, must not pass in silence.
         self._settle(self._read_and_report(more=False))
         return stopping

@@ -22,6 +22,7 @@ from trainer.loop.loop import Trainer
 from trainer.loop.run_lock import RunLock
 from trainer.loop.signals import StopSignal
 from trainer.loop.start_checks import CheckedRun, check_start, rounded_capacities
+from trainer.loop.switches import check_not_stopped
 
 logger = logging.getLogger("ec_dit")
 
@@ -53,6 +54,7 @@ def _train_locked(checked: CheckedRun, device: torch.device, stop: StopSignal, p
     lock = RunLock(Path(config.run_dir))
     from_main(world, lock.acquire)
     try:
+        from_main(world, lambda: check_not_stopped(Path(config.run_dir)))
         # Chosen again under the lock, and verified whole: another job may have written while `check_start` looked.
         checkpoint, notes = choose_checkpoint(config, checked.topology, info, world)
         checked = replace(checked, checkpoint=checkpoint)

@@ -7,10 +7,12 @@ It needs no `flock`, which network file systems may lack or keep to one host. Wh
 |-----------------------------------------------------|------------------------------------------------------|
 | runs on this host                                   | is refused at once                                   |
 | died on this host                                   | takes the lease at once                              |
-| is an earlier start of the same Slurm job (requeue) | takes the lease at once                              |
+| is an earlier start of the same Slurm job (requeue) | takes the lease at once, begins after two renewals   |
 | anything else (other host or container, a zombie)   | watches: is refused when the lease is renewed, takes |
 |                                                     | it after LEASE_SECONDS without a renewal             |
 
+Slurm requeues a job from a node that it cannot reach, on which the earlier start may go on until its second renewal,
+at which filelock tells it that the folder is not its own: so long the later one waits.
 The watcher measures time on its own clock, so the hosts' clocks need not agree. A holder that could not renew its lease
 in time (its file system hung) and lost it to another job learns so from `RunLock.lost`. The renewing thread is
 filelock's own: see trainer/cluster/watchdog.py for why it shares none with the others that watch a run.
@@ -27,10 +29,11 @@ from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
 
+from trainer.cluster.node import node_name
 from trainer.errors import ConfigError, writing
 from trainer.files import replacing
 
-LEASE_SECONDS, RENEWALS_PER_LEASE = 60.0, 6
+LEASE_SECONDS, RENEWALS_PER_LEASE, RENEWALS_TO_LEARN = 60.0, 6, 2.25
 LOCK_NAME, HOLDER_NAME = "run.lock", "run.lock.json"
 logger = logging.getLogger("ec_dit")
 
@@ -40,7 +43,7 @@ class LockLostError(RuntimeError):
 
 
 def _namespace() -> str:
-    """Host and process-id namespace, within which a process number names one process."""
+    """Host and process-id namespace, within which a process number names one process: also outside of Slurm."""
     with suppress(OSError):
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
@@ -51,7 +54,7 @@ class Holder:
     """Who holds a run folder. `restart` counts the starts of one Slurm job, 0 the first."""
 
     pid: int = field(default_factory=os.getpid)
-    host: str = field(default_factory=socket.gethostname)
+    host: str = field(default_factory=node_name)
     namespace: str = field(default_factory=_namespace)
     job_id: str = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID", ""))
     restart: int = field(default_factory=lambda: int(os.environ.get("SLURM_RESTART_COUNT") or 0))
@@ -119,6 +122,8 @@ class RunLock:
         if holder is not None and holder.is_requeued_as(Holder()):
             logger.warning("taking over %s from %s: this is its requeued job", self.run_dir, holder.describe())
             self.lease.force_break()
+            if self._try_acquire():
+                time.sleep(RENEWALS_TO_LEARN * self.lease_seconds / RENEWALS_PER_LEASE)
         elif holder is not None and holder.is_running_here():
             raise self._refusal(holder)
         elif not self._watch():

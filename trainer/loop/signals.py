@@ -5,7 +5,8 @@
 | SIGTERM, SIGUSR1  | remembered; all ranks save at the next step boundary and leave with exit code 0   |
 | SIGHUP            | the same when a terminal closes; stays ignored in a process started with `nohup`  |
 | SIGINT            | the same the first time; the second time the process dies of it at once, unsaved  |
-| launcher's death  | the same: torchrun passes SIGTERM, SIGINT and SIGHUP on, but SIGUSR1 kills it     |
+| launcher's death  | the same: torchrun passes SIGTERM, SIGINT and SIGHUP on, but SIGUSR1 kills it;    |
+|                   | of `deepspeed` either of its two processes, the outer of which passes on less     |
 
 A task may be started with the others ignored (`trap "" USR1`), so that none kills it while Python starts: the
 handlers take over here. A batch script may repeat its signal; repetitions change nothing, also after the end.
@@ -14,6 +15,8 @@ handlers take over here. A batch script may repeat its signal; repetitions chang
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -34,12 +37,15 @@ class StopSignal:
         self._interrupted = False
         self._previous: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
 
-        self._launcher = os.getppid() if any(name in os.environ for name in LAUNCHERS) else None
+        self._launcher = os.getppid() if any(name in os.environ for name in LAUNCHERS) else 0
+        self._runner = _runner_of(self._launcher)
 
     @property
     def received(self) -> bool:
         """Whether a signal came, or the launcher is gone. Asked once a step, so that no thread has to watch."""
-        return self._signalled or self._launcher not in (None, os.getppid())
+        if self._signalled or self._launcher not in (0, os.getppid()):
+            return True
+        return bool(self._runner) and _parent(self._launcher) != self._runner
 
     def __enter__(self) -> "StopSignal":
         for number in SIGNALS:
@@ -58,3 +64,19 @@ class StopSignal:
             os.kill(os.getpid(), signal.SIGINT)
         self._interrupted = self._interrupted or number == signal.SIGINT
         self._signalled = True
+
+
+def _parent(process: int) -> int:
+    """Of another process; 0 if it is gone."""
+    with suppress(OSError):
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def _runner_of(launcher: int) -> int:
+    """The `deepspeed` command that started the launcher of this process; 0 without one: a shell may end before."""
+    with suppress(OSError):
+        parent = _parent(launcher) if launcher else 0
+        words = Path(f"/proc/{parent}/cmdline").read_text().split("\0")[:2] if parent else []
+        return parent if any(Path(word).name == "deepspeed" for word in words) else 0
+    return 0

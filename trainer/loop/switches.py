@@ -2,14 +2,16 @@
 
 | file       | effect                                                                                         |
 |------------|------------------------------------------------------------------------------------------------|
-| `RUN/stop` | all ranks save at the next step and leave; the batch script does not requeue                   |
-| `RUN/save` | all ranks save at the next step and go on                                                      |
+| `RUN/stop` | all ranks save at the next step and leave, and no start begins until somebody removes the file  |
+| `RUN/save` | all ranks save at the next step and go on; the file is gone when that is on disk               |
 
-The main process looks once a step, two calls to the file system, and removes a file when its wish is fulfilled; a start
-that dies before leaves it to the next one.
+The main process looks once a step, two calls to the file system. A stop is for all jobs that continue the run: the next
+link of a chain, or a job in the queue, must not take up again what somebody wants to have ended.
 """
 
 from pathlib import Path
+
+from trainer.errors import require
 
 STOP_NAME, SAVE_NAME = "stop", "save"
 
@@ -26,9 +28,14 @@ class Switches:
         if self._is_main:
             self.stop, self.save = self.stop or self._stop.exists(), self.save or self._save.exists()
 
-    def fulfilled(self) -> None:
-        """What was asked for is done, and on disk."""
-        for path, asked in ((self._stop, self.stop), (self._save, self.save)):
-            if asked:
-                path.unlink(missing_ok=True)
+    def saved(self) -> None:
+        """What was asked for is on disk."""
+        if self.save:
+            self._save.unlink(missing_ok=True)
         self.save = False
+
+
+def check_not_stopped(run_dir: Path) -> None:
+    """ConfigError while the run is asked to stop."""
+    path = run_dir / STOP_NAME
+    require(not path.exists(), f"{path} asks this run to stop: remove the file, then start it again")

@@ -139,6 +139,13 @@ def checkpoint_bytes(job: Job) -> float:
     return float((MASTER + EMA + moments) * job.counts.total)
 
 
+def host_bytes(job: Job, layout: Layout) -> float:
+    """In a process's host memory beside a device: what is offloaded, and copies while a save goes on in background."""
+    _, q = held(job, layout)
+    moments = MOMENTS if job.config.optim.name == "adamw" else 0
+    return (MASTER + EMA + moments) * q * (is_offloaded(job) + job.config.train.async_save)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryNeed:
     """Bytes that a process needs: its `state` lasts and is counted exactly, its `peak` is an estimate."""
