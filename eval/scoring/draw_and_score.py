@@ -49,14 +49,16 @@ def run_folder(checkpoint: Path) -> Path:
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
 
 
+def check_checkpoint(path: Path) -> None:
+    """ConfigError unless there is something of that name."""
+    require(path.exists(), f"checkpoint {path} does not exist: give a run folder, a step folder in it or an export")
+
+
 def draw_and_score(config: EvalConfig) -> None:
     """Everything: checks, pictures, features and detections, report. Collective; each part continues after a kill."""
     score, prompts = config.score, config.prompts
     check_all(score, prompts)
-    require(
-        config.checkpoint.exists(),
-        f"checkpoint {config.checkpoint} does not exist: give a run folder, a step folder in it or an export",
-    )
+    check_checkpoint(config.checkpoint)
     training_records(config.run_dir)  # refuses a damaged file now, not after the pictures
     world = detect_world()
     if world.size > 1:
