@@ -17,3 +17,7 @@ def __getattr__(name: str) -> Any:
     from eval.scoring.score_folder import score_folder
 
     return score_folder
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

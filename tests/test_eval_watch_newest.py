@@ -18,7 +18,10 @@ SCORE = ("--suite", "geneval", "--per-category", "1")
 def test_options_before_and_after_the_dashes_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reference = ["--reference", str(tmp_path)]
     for argv, message in (
-        (["--prompts", "demo", "--suite", "fid", *reference, "--", *SCORE], "--suite stands before the --: with it, give all options of"),
+        (
+            ["--prompts", "demo", "--suite", "fid", *reference, "--", *SCORE],
+            "--suite stands before the --: with it, give all options of",
+        ),
         (["--", "--prompts", "demo", "--suite", "best"], "--suite best is unknown"),
         (["--seconds", "0", "--"], "--seconds is 0"),
     ):

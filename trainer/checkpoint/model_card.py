@@ -83,6 +83,8 @@ def _model_rows(config: TrainConfig, state: SavedState) -> dict[str, str]:
     moe = f"{config.moe.num_experts} of them, {config.moe.capacity_factor:g} a token, router {config.moe.router}"
     rows = {"parameters": f"{_count(total)}" + (f", {_count(active)} active for a token" if experts else "")}
     rows |= {"experts": moe} if config.moe.every else {}
+    drawn = config.diffusion
+    rows["sampling"] = f"{drawn.sampler}, {drawn.sampling_steps} steps, guidance {drawn.guidance_scale:g}"
     sizes = ", ".join(f"{height}x{width}" for height, width in config.data.picture_sizes())
     return rows | {"pictures": f"{sizes} (height x width)"}
 
