@@ -38,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--samples", type=int, help="pictures per prompt (default 1, for geneval 4)")
     add("--batch-size", type=int, default=40, help="pictures drawn at once (default %(default)s)")
     add("--seed", type=int, default=0, help="seed of the prompts of demo (default %(default)s)")
+    add("--encoders", type=Path, metavar="DIR", help="folder of codec and text encoder, if moved")
     add("--out", type=Path, help="folder of the results (default RUN/eval, or RUN/eval/SET)")
     add_score_options(parser)
     return parser
@@ -89,6 +90,7 @@ def parse(argv: Sequence[str] | None) -> "EvalConfig":
         prompt_set=given.prompts,
         score=score,
         batch_size=given.batch_size,
+        encoders=given.encoders,
     )
 
 

@@ -133,6 +133,15 @@ def test_pictures_that_share_a_pool_say_so(tmp_path: Path, pipe: Pipeline) -> No
     assert np.abs(first - pixels(alone[0])).mean() > 0.2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: to compare its pictures with a CPU's")
+def test_a_gpu_draws_what_a_cpu_draws(run: Path, pipe: Pipeline) -> None:
+    for device in (None, "cuda", f"cuda:{torch.cuda.device_count() - 1}"):
+        on_gpu = Pipeline.load(run, device=device)
+        assert on_gpu.device.type == "cuda"
+        assert all(difference(a, b) < 1 for a, b in zip(on_gpu(PROMPTS), pipe(PROMPTS), strict=True))
+
+
 CAT = ["--prompt", "a cat"]
 REFUSED: list[tuple[list[str], str]] = [
     ([], "--prompt is missing: say what to draw, or name a file of captions by --prompts"),

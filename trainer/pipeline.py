@@ -7,6 +7,7 @@ images = pipe("a cat", num_images=4, seed=0)             # a list of PIL picture
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -170,7 +171,6 @@ class Pipeline:
         empty = self.text_encoder.encode([options.negative_prompt])[0]
         batch = text_batch(self.text_encoder.encode(captions), empty, self.info.max_tokens)
         text, mask = (part.to(self.device) for part in batch)
-        cache = self.model.cache_text(text)
 
         def forward(x: Tensor, t_B: Tensor, rows: slice) -> tuple[Tensor, list[RoutingStats]]:
             part = [(key[rows], value[rows]) for key, value in cache]
@@ -178,7 +178,9 @@ class Pipeline:
             return velocity, stats
 
         shape = replace(self.shape, height=height, width=width)
-        latent = draw(forward, seeds, shape, diffusion, self.device, observe)
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():  # Triton's launches
+            cache = self.model.cache_text(text)
+            latent = draw(forward, seeds, shape, diffusion, self.device, observe)
         return to_pictures(latent, self.codec, self.info.mean_C, self.info.std_C)
 
 

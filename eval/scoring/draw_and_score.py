@@ -42,6 +42,8 @@ class EvalConfig:
     """Suites, their settings, pictures per prompt and the folder of results."""
     batch_size: int
     """Pictures drawn at once; 1 or more."""
+    encoders: Path | None = None
+    """Folder of codec and text encoder, where they do not lie as the checkpoint says."""
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -65,8 +67,10 @@ def draw_and_score(config: EvalConfig) -> None:
         init_distributed(world)
     untrained_files: list[Path] = []
     if score.true_pictures is not None:
-        untrained_files = _draw(Pipeline.load(config.checkpoint, weights="untrained"), config, world)[1]
-    pipeline = Pipeline.load(config.checkpoint)
+        untrained = Pipeline.load(config.checkpoint, weights="untrained", encoders=config.encoders)
+        untrained_files = _draw(untrained, config, world)[1]
+        del untrained
+    pipeline = Pipeline.load(config.checkpoint, encoders=config.encoders)
     folder, files, card = _draw(pipeline, config, world)
     subject = ScoredSubject(
         name=config.run_dir.name,
