@@ -179,7 +179,7 @@ def measure_speed(config: CompareConfig) -> dict[str, list[float]]:
 def score(config: CompareConfig, variant: str, seed: int) -> dict[str, Any]:
     """All numbers of a trained run."""
     run_dir, settings = config.run_dir(variant, seed), config.overrides_of(variant, seed)
-    suites = ["--suite", "fid,geneval", "--per-category", str(config.per_category)]
+    suites = ["--prompts", "demo", "--suite", "fid,geneval", "--per-category", str(config.per_category)]
     command(["-m", "eval.run", str(run_dir), *suites], config.out / f"{variant}_seed{seed}.log")
     results = json.loads((run_dir / "eval" / "report.json").read_text())["results"]
     pipeline = Pipeline.load(run_dir)

@@ -1,12 +1,11 @@
-"""Where results may go, and lists of records that are whole: what else would end in a traceback, late."""
+"""Where results may go, and what a run has written: what else would end in a traceback, late."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainer.config import ConfigError, require
-from trainer.files import check_writable, read_records
+from trainer.config import require
+from trainer.files import check_writable
+from trainer.telemetry.metrics_file import METRICS, read_metrics
 
 
 def check_file(file: Path, name: str) -> None:
@@ -15,20 +14,6 @@ def check_file(file: Path, name: str) -> None:
     check_writable(file.parent, f"{name} {file}")
 
 
-def whole_records(path: Path, is_whole: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """What `read_records` gives; ConfigError for a line that is not a whole one."""
-    try:
-        found = read_records(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read ({error}): restore it, or move it away") from error
-    for record in found:
-        require(is_whole(record), f"{path} has a damaged line ({json.dumps(record)[:60]}): delete it")
-    return found
-
-
 def training_records(run: Path) -> list[dict[str, Any]]:
-    """What a run has written to metrics.jsonl, every value a number; [] for what is no run."""
-    return whole_records(
-        run / "metrics.jsonl",
-        lambda record: isinstance(record.get("step"), int) and all(isinstance(v, int | float) for v in record.values()),
-    )
+    """What a run has written to metrics.jsonl; [] for what is no run."""
+    return read_metrics(run) if (run / METRICS).exists() else []

@@ -1,9 +1,10 @@
 """Score a checkpoint or an export: draw pictures, measure, write report.json and report.html.
 
 python -m eval.run runs/demo                                # the built-in scenes, into runs/demo/eval
-python -m eval.run exports/demo --out exports/demo_eval        # an export is never written to
+python -m eval.run exports/demo --prompts demo --out exports/demo_eval     # an export is never written to
 python -m eval.run RUN --prompts geneval --suite clip,geneval  # a standard benchmark, into RUN/eval/geneval
 python -m eval.run RUN --prompts coco30k.jsonl --suite fid,clip --reference coco30k_256
+python -m eval.run RUN --prompts captions:5000 --suite fid --reference PICTURES    # captions that the model has learned
 torchrun --nproc-per-node 8 -m eval.run RUN --suite geneval # drawn and measured by all ranks, scored by the first
 
 The built-in scenes have their own detector, true pictures and reference, all of which other prompt sets can have too:
@@ -29,12 +30,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_parser("eval.run", __doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, help="run folder, a step folder in RUN/checkpoints, or an export")
-    add("--prompts", default="demo", help="demo, geneval[:SEED], or a file or folder of prompts")
+    add(
+        "--prompts", help="demo (default if learned from), geneval[:SEED], captions[:N], or a file or folder of prompts"
+    )
     add("--suite", help=f"comma list of {', '.join(DEMO_SUITES)} for demo (default all), else of {', '.join(SUITES)}")
     add("--per-category", type=int, default=40, help="prompts per category of demo (default %(default)s)")
     add("--samples", type=int, help="pictures per prompt (default 1, for geneval 4)")
     add("--batch-size", type=int, default=40, help="pictures drawn at once (default %(default)s)")
     add("--seed", type=int, default=0, help="seed of the prompts of demo (default %(default)s)")
+    add("--encoders", type=Path, metavar="DIR", help="folder of codec and text encoder, if moved")
     add("--out", type=Path, help="folder of the results (default RUN/eval, or RUN/eval/SET)")
     add_score_options(parser)
     return parser
@@ -45,7 +49,8 @@ def parse(argv: Sequence[str] | None) -> "EvalConfig":
     given = build_parser().parse_args(argv)
     from eval.demo.prompts import demo_prompts
     from eval.pictures.prompt_files import read_prompts
-    from eval.scoring.draw_and_score import EvalConfig, run_folder
+    from eval.pictures.run_prompts import CAPTIONS, default_set, run_captions
+    from eval.scoring.draw_and_score import EvalConfig, check_checkpoint, run_folder
     from eval.scoring.job import score_config
     from trainer.checkpoint.export_reader import is_export
 
@@ -53,10 +58,13 @@ def parse(argv: Sequence[str] | None) -> "EvalConfig":
         given.out is not None or not is_export(given.checkpoint),
         f"--out is missing: {given.checkpoint} is an export, which stays as it is; name a folder for the results",
     )
-    demo = given.prompts == "demo"
+    run_dir = run_folder(given.checkpoint.resolve())
+    if given.prompts is None:
+        check_checkpoint(given.checkpoint)
+        given.prompts = default_set(run_dir)
+    demo, captions = given.prompts == "demo", given.prompts.partition(":")[0] == CAPTIONS
     require(demo or given.suite is not None, f"--suite is missing: choose from {', '.join(SUITES)}")
     suites = split_names(",".join(DEMO_SUITES) if given.suite is None else given.suite)
-    run_dir = run_folder(given.checkpoint.resolve())
     out = given.out or run_dir / "eval"
     if demo:
         for suite in suites:
@@ -71,13 +79,18 @@ def parse(argv: Sequence[str] | None) -> "EvalConfig":
     for name, least in (("per_category", 1), ("batch_size", 1), ("seed", 0)):
         value = getattr(given, name)
         require(value >= least, f"--{name.replace('_', '-')} is {value}: use {least} or more")
+    if demo:
+        prompts = demo_prompts(given.seed, given.per_category)
+    else:
+        prompts = run_captions(run_dir, given.prompts) if captions else read_prompts(given.prompts)
     return EvalConfig(
         checkpoint=given.checkpoint,
         run_dir=run_dir,
-        prompts=demo_prompts(given.seed, given.per_category) if demo else read_prompts(given.prompts),
+        prompts=prompts,
         prompt_set=given.prompts,
         score=score,
         batch_size=given.batch_size,
+        encoders=given.encoders,
     )
 
 

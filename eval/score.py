@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from eval.scoring.options import SUITES, add_score_options, split_names
-from trainer.config import command, command_parser, require
+from trainer.config import command, command_parser
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,29 +30,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Command line of scoring."""
     given = build_parser().parse_args(argv)
-    from eval.pictures.image_files import folder_files, geneval_files, left_out, unpack_npz
-    from eval.pictures.prompt_files import read_prompts
-    from eval.scoring.job import ScoringJob, check_all, score_config
-    from eval.scoring.score_and_report import ScoredSubject, score_and_report
-    from trainer.distributed import detect_world, init_distributed
+    from eval.scoring.job import score_config
+    from eval.scoring.score_folder import score_pictures
 
-    require(given.prompts != "demo", "--prompts demo belongs to eval.run: name a benchmark, or a file of prompts")
-    config = score_config(given, split_names(given.suite), given.out, given.samples)
-    prompts = read_prompts(given.prompts) if given.prompts else []
-    check_all(config, prompts)
-    unused: tuple[str, ...] = ()
-    if prompts:
-        files = geneval_files(given.pictures, len(prompts), config.num_samples)
-    elif given.pictures.suffix == ".npz":
-        files = unpack_npz(given.pictures, config.out / "unpacked")
-    else:
-        files, unused = folder_files(given.pictures), left_out(given.pictures)
-    world = detect_world()
-    if world.size > 1:
-        init_distributed(world)
-    job = ScoringJob(config=config, prompts=prompts, files=files, world=world)
-    summary = f"{len(files)} pictures of {given.prompts or 'no prompts'}"
-    score_and_report(job, ScoredSubject(name=given.pictures.resolve().name, summary=summary, unused=unused))
+    score_pictures(
+        given.pictures, score_config(given, split_names(given.suite), given.out, given.samples), given.prompts
+    )
 
 
 if __name__ == "__main__":

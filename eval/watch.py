@@ -17,10 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.files import whole_records
 from eval.scoring.options import SUITES, add_score_options, split_names
 from trainer.config import ConfigError, command, command_parser, require
-from trainer.files import check_writable, write_text
+from trainer.files import check_writable, whole_records, write_text
 
 if TYPE_CHECKING:
     from eval.pictures.prompts import Prompt
@@ -79,7 +78,7 @@ def evaluate_checkpoint(config: WatchConfig, checkpoint: Path) -> dict[str, floa
     from trainer.data.dataset import open_dataset
     from trainer.pipeline import Pipeline
 
-    pipeline = Pipeline.load(checkpoint)
+    pipeline = Pipeline.load(checkpoint).compile()
     dataset = open_dataset(pipeline.config)
     batches = fixed_samples(dataset, config.num_samples, config.batch_size)
     results: dict[str, Any] = {"validation_loss": validation_loss(pipeline, batches)}
@@ -139,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_parser("eval.watch", __doc__)
     add = parser.add_argument
     add("run", type=Path, help="run folder")
-    add("--prompts", default="demo", help="demo, geneval[:SEED], or a file or folder of prompts")
+    add("--prompts", help="as for eval.run")
     add("--num-prompts", type=int, default=48, help="the first so many are drawn, one picture each")
     add("--suite", default="", help=f"comma list of {', '.join(SUITES)} (default: validation loss only)")
     add("--loss-samples", type=int, default=WatchConfig.num_samples, help="samples of validation loss")
@@ -155,15 +154,23 @@ def parse(argv: list[str] | None) -> WatchConfig:
     given = build_parser().parse_args(argv)
     from eval.demo.prompts import demo_prompts
     from eval.pictures.prompt_files import read_prompts
+    from eval.pictures.run_prompts import CAPTIONS, default_set, run_captions
     from eval.scoring.job import score_config
 
     require(given.num_prompts >= 1, f"--num-prompts is {given.num_prompts}: use 1 or more")
     suites = split_names(given.suite)
-    whole = demo_prompts(0, -(-given.num_prompts // 6)) if given.prompts == "demo" else read_prompts(given.prompts)
+    chosen = given.prompts or (default_set(given.run) if suites else "")
+    prompts: list[Prompt] = []
+    if chosen == "demo":
+        prompts = demo_prompts(0, -(-given.num_prompts // 6))
+    elif chosen.partition(":")[0] == CAPTIONS:
+        prompts = run_captions(given.run, f"{CAPTIONS}:{given.num_prompts}")
+    elif chosen:
+        prompts = read_prompts(chosen)
     return WatchConfig(
         run=given.run,
-        prompts=whole[: given.num_prompts],
-        prompt_set=given.prompts,
+        prompts=prompts[: given.num_prompts],
+        prompt_set=chosen,
         score=score_config(given, suites, log_file(given.run).parent, 1) if suites else None,
         num_samples=given.loss_samples,
         batch_size=given.batch_size,

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from picture_server import PictureServer
 
+from trainer.config import ConfigError
 from trainer.data import download
 from trainer.data.images.download_report import DownloadProgress
 from trainer.data.images.url_list import open_url_list, read_slice
@@ -34,6 +35,26 @@ def test_lists_are_read_as_they_are_meant(
     (tmp_path / name).write_bytes(content)
     table = read_slice(open_url_list(tmp_path / name, "url", "caption"), 0, 1)
     assert list(zip(*table.to_pydict().values(), strict=True)) == rows
+
+
+@pytest.mark.parametrize(
+    ("header", "found"),
+    [
+        ("SAMPLE_ID,URL,TEXT,HEIGHT", ["URL", "TEXT"]),  # LAION
+        ("uid,url,text,similarity", ["url", "text"]),  # DataComp
+        ("image_url,text,Caption", ["image_url", "Caption"]),
+        ("link,caption", "has no columns named url or image_url: name one by --url-column, of link, caption"),
+        ("url,alt", "has no columns named caption or text: name one by --caption-column, of url, alt"),
+        ("url,URL,text", "has 2 columns named url or image_url: name one by --url-column, of url, URL, text"),
+    ],
+)
+def test_columns_of_public_lists_are_found(header: str, found: list[str] | str, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(header + "\n")
+    if isinstance(found, list):
+        assert open_url_list(tmp_path / "list.csv", None, None).columns == found
+        return
+    with pytest.raises(ConfigError, match=f"list.csv {found}"):
+        open_url_list(tmp_path / "list.csv", None, None)
 
 
 BAD: list[tuple[str, bytes, str]] = [

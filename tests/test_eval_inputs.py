@@ -177,7 +177,7 @@ def test_results_cannot_go_where_a_file_is(tmp_path: Path, capsys: pytest.Captur
     for main, argv, says in (
         (score.main, [folder, "--suite", "clip", "--out", file], f"--out {file}: {file} is not a folder"),
         (score.main, [folder, "--suite", "clip", "--out", f"{file}/a/b"], f"{file} is not a folder"),
-        (run.main, [folder], f"{other}: {other} is not a folder"),
+        (run.main, [folder, "--prompts", "demo"], f"{other}: {other} is not a folder"),
         (watch.main, [folder], f"{other}/watch: {other} is not a folder"),
         (report.main, ["compare", folder, folder, "--out", folder], f"--out {folder} is a folder: name a file"),
         (coco.main, ["list", file, "--out", folder], f"--out {folder} is a folder: name a file"),

@@ -82,7 +82,7 @@ def _by_score(argv: list[str]) -> ScoreConfig:
 
 
 def _by_watch(argv: list[str], run: Path) -> ScoreConfig:
-    found = parse_watch([str(run), *argv]).score
+    found = parse_watch([str(run), "--prompts", "geneval", *argv]).score
     assert found is not None
     return replace(found, out=Path("out"))
 

@@ -234,10 +234,11 @@ def test_unknown_suite_and_missing_checkpoint_are_one_sentence(
 ) -> None:
     out = tmp_path / "out"
     for argv, message in (
-        ([str(tmp_path), "--suite", "fidd"], "--suite fidd is unknown: choose from geneval, fid"),
+        ([str(tmp_path), "--prompts", "demo", "--suite", "fidd"], "--suite fidd is unknown: choose from geneval, fid"),
         ([str(tmp_path / "absent")], "absent does not exist"),
-        ([str(tmp_path)], "checkpoint"),
-        ([str(tmp_path), "--per-category", "0"], "--per-category is 0: use 1 or more"),
+        ([str(tmp_path)], "--prompts is missing"),
+        ([str(tmp_path), "--prompts", "demo"], "checkpoint"),
+        ([str(tmp_path), "--prompts", "demo", "--per-category", "0"], "--per-category is 0: use 1 or more"),
     ):
         with pytest.raises(SystemExit) as stop:
             main([*argv, "--out", str(out)])
@@ -249,15 +250,16 @@ def test_unknown_suite_and_missing_checkpoint_are_one_sentence(
 
 
 def test_command_line_defaults() -> None:
-    config = parse(["runs/demo/checkpoints/step_00000010", "--suite", "fid, geneval"])
+    demo = ["--prompts", "demo"]
+    config = parse(["runs/demo/checkpoints/step_00000010", *demo, "--suite", "fid, geneval"])
     assert config.score.suites == ("fid", "geneval")
     assert config.score.out == Path("runs/demo/eval").resolve()
     assert config.score.detector == EMBEDDED
     assert run_folder(Path("runs/demo")) == Path("runs/demo")
-    assert parse(["runs/demo"]).score.suites == DEMO_SUITES
+    assert parse(["runs/demo", *demo]).score.suites == DEMO_SUITES
     assert parse(["runs/demo", "--prompts", "geneval", "--suite", "geneval"]).score.true_pictures is None
     with pytest.raises(ConfigError, match="unknown"):
-        parse(["runs/demo", "--suite", "clip"])
+        parse(["runs/demo", *demo, "--suite", "clip"])
 
 
 @pytest.mark.slow

@@ -83,15 +83,16 @@ def test_settings_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ([str(tmp_path / "absent")], "does not exist: give the folder of a run"),
         ([str(tmp_path), "--seconds", "0"], "--seconds is 0"),
         ([str(tmp_path), "--num-prompts", "0"], "--num-prompts is 0"),
-        ([str(tmp_path), "--suite", "fid"], "--reference is missing"),
+        ([str(tmp_path), "--prompts", "demo", "--suite", "fid"], "--reference is missing"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(argv)
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
-    assert len(parse([str(tmp_path), "--num-prompts", "7"]).prompts) == 7
+    assert len(parse([str(tmp_path), "--prompts", "demo", "--num-prompts", "7"]).prompts) == 7
+    assert not parse([str(tmp_path)]).prompts, "the validation loss needs none"
     with pytest.raises(ConfigError, match="unknown"):
-        parse([str(tmp_path), "--suite", "best"])
+        parse([str(tmp_path), "--prompts", "demo", "--suite", "best"])
 
 
 def test_a_cut_off_line_is_no_finished_step(tmp_path: Path) -> None:

@@ -18,15 +18,18 @@ SCORE = ("--suite", "geneval", "--per-category", "1")
 def test_options_before_and_after_the_dashes_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reference = ["--reference", str(tmp_path)]
     for argv, message in (
-        (["--suite", "fid", *reference, "--", *SCORE], "--suite stands before the --: with it, give all options of"),
-        (["--", "--suite", "best"], "--suite best is unknown"),
+        (
+            ["--prompts", "demo", "--suite", "fid", *reference, "--", *SCORE],
+            "--suite stands before the --: with it, give all options of",
+        ),
+        (["--", "--prompts", "demo", "--suite", "best"], "--suite best is unknown"),
         (["--seconds", "0", "--"], "--seconds is 0"),
     ):
         with pytest.raises(SystemExit) as stop:
             main([str(tmp_path), *argv])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
-    main([str(tmp_path), "--once", "--", *SCORE])  # no checkpoint: nothing to do
+    main([str(tmp_path), "--once", "--", "--prompts", "demo", *SCORE])  # no checkpoint: nothing to do
     assert not list(tmp_path.iterdir())
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from eval import score_folder
 from eval.pictures.image_files import picture_path, read_picture, write_picture
 from eval.pictures.prompts import Prompt
 from eval.report import read_scores
@@ -69,6 +70,9 @@ def test_commands_report_table_and_comparison_have_it(tmp_path: Path, capsys: py
     assert "<td>mean brightness</td><td>50</td><td>&plusmn; 0.25</td>" in page
     assert (out / "report.csv").read_text() == "name,value\ntoy/brightness/mean,50.0\ntoy/brightness/std,0.25\n"
     assert read_scores(out).numbers["toy/brightness/mean"] == 50
+    called = score_folder(str(tmp_path / "drawn"), suite="toy", prompts=str(prompts), out=tmp_path / "called")
+    assert called == json.loads((out / "report.json").read_text())["results"]
+    assert (tmp_path / "called" / "report.csv").read_text() == (out / "report.csv").read_text()
     assert parse([str(tmp_path), "--prompts", str(prompts), "--suite", "toy"]).score.suites == ("toy",)
     with pytest.raises(SystemExit):
         main([str(tmp_path / "drawn"), "--suite", "toy", "--out", str(out)])

@@ -14,6 +14,7 @@ from trainer.data.dataset import open_dataset
 from trainer.data.demo import scene_shards, scenes
 from trainer.data.latents import encode_folder
 from trainer.encoders.build import build_codec, build_text_encoder
+from trainer.encoders.check import check
 from trainer.encoders.pretrained import files_digest
 
 diffusers = pytest.importorskip("diffusers")
@@ -66,6 +67,7 @@ def test_diffusers_codec_equals_the_library(name: str, channels: int, factor: in
         torch.testing.assert_close(std, out.latent_dist.std, atol=1e-5, rtol=1e-5)
     whole = build_codec(f"diffusers:{tmp_path}")  # a pipeline's folder
     assert whole.fingerprint() == codec.fingerprint()
+    assert f"{channels} channels, factor {factor}, digest {codec.fingerprint()}" in check(str(tmp_path))
     notes = tmp_path / "vae" / "config.json"
     notes.write_text(json.dumps({**json.loads(notes.read_text()), "_name_or_path": "elsewhere"}))
     assert build_codec(f"diffusers:{tmp_path}").fingerprint() == codec.fingerprint()
@@ -204,6 +206,7 @@ def test_t5_equals_the_library_padded_and_masked(t5: Path) -> None:
     for feature, full, length in zip(features, padded, lengths, strict=True):
         torch.testing.assert_close(feature, full[:length], atol=1e-5, rtol=1e-5)
     assert build_text_encoder(f"t5:{t5}").fingerprint() != encoder.fingerprint()
+    assert check(str(t5))[1].startswith("16 values a token, at most 256 tokens, digest t5-")
 
 
 def test_t5_errors_are_one_sentence(t5: Path, tmp_path: Path) -> None:

@@ -61,6 +61,17 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [record for record, _ in _records(path)] if path.exists() else []
 
 
+def whole_records(path: Path, is_whole: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """What `read_records` gives; ConfigError for a line that is not a whole one."""
+    try:
+        found = read_records(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): restore it, or move it away") from error
+    for record in found:
+        require(is_whole(record), f"{path} has a damaged line ({json.dumps(record)[:60]}): delete it")
+    return found
+
+
 def keep_records(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
     """Drop the lines whose object is not `wanted`, the file rewritten whole; for the one process that may write it."""
     remove_leftovers(path)

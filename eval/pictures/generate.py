@@ -64,7 +64,7 @@ def draw_set(
     """
     card = sampling_card(pipeline.config, pipeline.step, pipeline.origin, prompts, num_samples)
     card["weights_digest"] = pipeline.weights_digest()  # another run of the same settings draws other pictures
-    if pipeline.config.moe.every and pipeline.config.moe.pool != "image":
+    if pipeline.pictures_touch():
         card["drawn_together"] = batch_size  # tokens of these may compete
     folder = parent / f"{pipeline.origin.replace(' ', '_')}_{fingerprint(card)}"
     if world.is_main:

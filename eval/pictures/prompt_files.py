@@ -110,6 +110,15 @@ def _is_whole(row: Mapping[str, Any]) -> bool:
     return True
 
 
+def _name_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def text_prompts(texts: Iterable[str]) -> list[Prompt]:
+    """Different texts as a set."""
+    return [Prompt(id=_name_of(text), text=text, tag="", metadata={"prompt": text}) for text in texts]
+
+
 def read_prompt_file(path: Path) -> list[Prompt]:
     """The prompts of a file or folder; ConfigError for an empty set, a row without text, or a repeated one."""
     if path.is_dir():
@@ -125,7 +134,7 @@ def read_prompt_file(path: Path) -> list[Prompt]:
         require(isinstance(text, str) and _is_visible(text), f"{path} row {number} has no prompt: fill or delete it")
         require(_is_whole(row), f"{path} row {number} has half a surrogate pair, as \\ud83d: write whole characters")
         given = _first(row, _ID)
-        name = str(given) if given is not None else hashlib.sha256(text.encode()).hexdigest()[:16]
+        name = str(given) if given is not None else _name_of(text)
         if name in prompts:
             same = path.suffix in (".csv", ".tsv") and given is not None and prompts[name].text == text
             require(same, f"{path} row {number} repeats row {lines[name]} ({name}): delete one, or give each an id")

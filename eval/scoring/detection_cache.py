@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.files import whole_records
 from eval.networks.protocols import FoundObject
 from eval.pictures.image_files import read_picture
 from eval.scoring.feature_store import ALONE, bar_is_hidden, missing_pictures, num_workers, prefetched
 from eval.scoring.rle import decode_mask, encode_mask
 from trainer.distributed import World
-from trainer.files import write_text
+from trainer.files import whole_records, write_text
 
 _AHEAD = 16  # pictures read before they are asked for
 FLOOR = 0.05  # objects below this score are not kept; the judge's thresholds lie above

@@ -42,6 +42,8 @@ class EvalConfig:
     """Suites, their settings, pictures per prompt and the folder of results."""
     batch_size: int
     """Pictures drawn at once; 1 or more."""
+    encoders: Path | None = None
+    """Folder of codec and text encoder, where they do not lie as the checkpoint says."""
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -49,22 +51,26 @@ def run_folder(checkpoint: Path) -> Path:
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
 
 
+def check_checkpoint(path: Path) -> None:
+    """ConfigError unless there is something of that name."""
+    require(path.exists(), f"checkpoint {path} does not exist: give a run folder, a step folder in it or an export")
+
+
 def draw_and_score(config: EvalConfig) -> None:
     """Everything: checks, pictures, features and detections, report. Collective; each part continues after a kill."""
     score, prompts = config.score, config.prompts
     check_all(score, prompts)
-    require(
-        config.checkpoint.exists(),
-        f"checkpoint {config.checkpoint} does not exist: give a run folder, a step folder in it or an export",
-    )
+    check_checkpoint(config.checkpoint)
     training_records(config.run_dir)  # refuses a damaged file now, not after the pictures
     world = detect_world()
     if world.size > 1:
         init_distributed(world)
     untrained_files: list[Path] = []
     if score.true_pictures is not None:
-        untrained_files = _draw(Pipeline.load(config.checkpoint, weights="untrained"), config, world)[1]
-    pipeline = Pipeline.load(config.checkpoint)
+        untrained = Pipeline.load(config.checkpoint, weights="untrained", encoders=config.encoders).compile()
+        untrained_files = _draw(untrained, config, world)[1]
+        del untrained
+    pipeline = Pipeline.load(config.checkpoint, encoders=config.encoders).compile()
     folder, files, card = _draw(pipeline, config, world)
     subject = ScoredSubject(
         name=config.run_dir.name,

@@ -41,16 +41,17 @@ class ScoredSubject:
     run_dir: Path | None = None
 
 
-def score_and_report(job: ScoringJob, subject: ScoredSubject) -> None:
-    """Compute on every rank, then score and report on the first. Collective."""
+def score_and_report(job: ScoringJob, subject: ScoredSubject) -> dict[str, Any]:
+    """Compute on every rank, then score and report on the first. Collective; the report, {} on the others."""
     start = time.perf_counter()
     prepare_all(job)
     if job.world.size > 1:
         barrier()
     if not job.world.is_main:
-        return
+        return {}
     reference = job.config.reference
     unused = (*subject.unused, *(left_out(reference) if reference is not None and reference.is_dir() else ()))
+    results = score_all(job)
     report: dict[str, Any] = {
         "run": subject.name,
         "summary": subject.summary,
@@ -58,7 +59,8 @@ def score_and_report(job: ScoringJob, subject: ScoredSubject) -> None:
         "model": dict(subject.model),
         "pictures": len(job.files),
         "pictures_per_prompt": job.config.num_samples,
-        "results": score_all(job),
+        "headlines": {name: summary_lines(name, result) for name, result in results.items()},
+        "results": results,
         "sampling": dict(subject.sampling),
         "versions": package_versions(),
         "config": dict(subject.config),
@@ -68,7 +70,8 @@ def score_and_report(job: ScoringJob, subject: ScoredSubject) -> None:
     write_report(job, report, subject.run_sections)
     if subject.run_dir is not None:
         log_numbers(subject.run_dir, report)
-    print_summary(report["results"], job.config.out, unused)
+    print_summary(report, job.config.out, unused)
+    return report
 
 
 def write_report(job: ScoringJob, report: Mapping[str, Any], run_sections: tuple[str, ...]) -> None:
@@ -88,16 +91,16 @@ def write_report(job: ScoringJob, report: Mapping[str, Any], run_sections: tuple
     write_text(out / "report.html", page)
 
 
-def print_summary(results: Mapping[str, Result], out: Path, unused: tuple[str, ...] = ()) -> None:
-    """The main numbers, what has none and why, sentences on what was not used, and where the report is."""
-    for name, result in results.items():
-        suite = find_suite(name)
-        closed = "controls" in result
-        lines = suite.summary(result) if suite.summary and closed else headline_lines(name, suite.headlines, result)
-        for line in lines:
-            print(line)
-        for metric, why in result["skipped"].items():
-            print(f"{name}: {metric} not computed, {why}")
-    for sentence in unused:
-        print(sentence)
+def summary_lines(name: str, result: Result) -> list[str]:
+    """The main numbers of a suite, and which of them have none and why."""
+    suite = find_suite(name)
+    closed = "controls" in result
+    lines = suite.summary(result) if suite.summary and closed else headline_lines(name, suite.headlines, result)
+    return lines + [f"{name}: {metric} not computed, {why}" for metric, why in result["skipped"].items()]
+
+
+def print_summary(report: Mapping[str, Any], out: Path, unused: tuple[str, ...] = ()) -> None:
+    """The main numbers, sentences on what was not used, and where the report is."""
+    for line in (*(line for lines in report["headlines"].values() for line in lines), *unused):
+        print(line)
     print(f"report: {out / 'report.html'}")

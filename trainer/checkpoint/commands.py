@@ -11,6 +11,8 @@ from tqdm import tqdm
 from trainer.checkpoint.export import CONFIG, ExportOptions, check_target, export
 from trainer.checkpoint.export_reader import ExportReader, is_export, read_export_config
 from trainer.checkpoint.folder import fault, find_checkpoint, list_checkpoints, read_manifest
+from trainer.checkpoint.hub import check_push, push
+from trainer.checkpoint.model_card import BLANK, CARD
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.state import STATE, read_state
 from trainer.errors import ConfigError, require
@@ -32,12 +34,20 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     require(isfinite(arguments.shard_gb), f"--shard-gb {arguments.shard_gb}: use a number more than 0")
-    options = ExportOptions(weights=arguments.weights, dtype=arguments.dtype, shard_bytes=int(arguments.shard_gb * 1e9))
+    options = ExportOptions(
+        weights=arguments.weights, dtype=arguments.dtype, shard_bytes=int(arguments.shard_gb * 1e9),
+        encoders=arguments.encoders, digests=not arguments.no_digests,
+    )  # fmt: skip
+    if arguments.push:
+        check_push(arguments.push)
     check_target(arguments.out)
     require(not is_export(arguments.path), f"{arguments.path} is an export already: name a run or a checkpoint")
     source = find_checkpoint(arguments.path)
     size = export(source, arguments.out, options)
     print(f"{arguments.out}: {arguments.weights} weights of {source} in {arguments.dtype}, {_human(size)}")
+    print(f"{arguments.out / CARD}: a model card, where {BLANK} marks what only you know")
+    if arguments.push:
+        print(push(arguments.out, arguments.push))
     return 0
 
 

@@ -7,9 +7,12 @@ An export folder holds
 | `model-00001-of-00002.safetensors`   | whole tensors under their names in the model, all experts, bf16 or fp32 |
 | `model.safetensors.index.json`       | Hugging Face's index: in which file each tensor is, size of all         |
 | `config.json`                        | settings, description of the data, step: all that is needed to draw     |
-| `MANIFEST.json`                      | size and XXH3-128 of each file, as in a checkpoint                      |
+| `MANIFEST.json`                      | size and XXH3-128 of each file above, as in a checkpoint                |
+| `README.md`                          | model card, for you to finish (trainer/checkpoint/model_card.py)        |
+| `encoders/`                          | codec and text encoder: yours to put there, but for a codec of your own |
 
-Equal checkpoints and options give equal bytes. The folder appears at once, when it is whole.
+Equal checkpoints and options give equal bytes. The folder appears at once, when it is whole. No file says where things
+lay on this machine (trainer/checkpoint/portable.py).
 """
 
 import json
@@ -19,10 +22,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from trainer.checkpoint.folder import check_written, write_durable, write_manifest
+from trainer.checkpoint.model_card import CARD, model_card
+from trainer.checkpoint.portable import copy_encoders, describe_encoders, portable_config, portable_info
 from trainer.checkpoint.reader import CheckpointReader
 from trainer.checkpoint.state import read_state
 from trainer.checkpoint.tensorfile import Source, Written, write_tensors
@@ -30,7 +36,8 @@ from trainer.errors import ConfigError, require, sentence_of
 from trainer.files import flush
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
-FORMAT = 2  # of 1 the weights meant another pairing of channels in the rotary embedding
+# Of 1 the weights meant another pairing of channels in the rotary embedding; 2 named encoders by their whole paths.
+FORMAT, READABLE = 3, (2, 3)
 KIND_OF = {"ema": "ema", "model": "weight"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _PART_BYTES = 1 << 24  # of fp32 values held at a time; larger parts are not faster
@@ -38,11 +45,17 @@ _PART_BYTES = 1 << 24  # of fp32 values held at a time; larger parts are not fas
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """Which weights, in which dtype, in files of at most how many bytes (a larger tensor has a file of its own)."""
+    """Which weights, in which dtype, in files of at most how many bytes (a larger tensor has a file of its own).
+
+    `encoders` is the folder of codec and text encoder, where they do not lie as the run says; without `digests` they
+    need not be there.
+    """
 
     weights: str
     dtype: str
     shard_bytes: int
+    encoders: Path | None = None
+    digests: bool = True
 
     def __post_init__(self) -> None:
         for name, known in (("weights", KIND_OF), ("dtype", DTYPES)):
@@ -86,6 +99,33 @@ def export(source: Path, out: Path, options: ExportOptions) -> int:
 
 
 def _write(source: Path, folder: Path, options: ExportOptions) -> int:
+    state = read_state(source)
+    encoders = describe_encoders(state.data_info, options.encoders, digests=options.digests)  # refuses before it writes
+    files, index = _write_weights(source, folder, options)
+    config = {
+        "step": state.step,
+        "data_info": {k: v for k, v in asdict(portable_info(state.data_info)).items() if k != "samples"},
+        "config": portable_config(state.config),
+        "encoders": encoders,
+        "architectures": ["EcDit"],
+        "model_type": "ec_dit",
+        "torch_dtype": str(DTYPES[options.dtype]).removeprefix("torch."),
+        "format": FORMAT,
+        "weights": options.weights,
+        "dtype": options.dtype,
+        "git_commit": state.git_commit,
+    }
+    for file, content in {INDEX: index, CONFIG: config}.items():
+        files[file] = write_durable(folder / file, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    write_manifest(folder, files)
+    copy_encoders(state.data_info, options.encoders, folder)
+    write_durable(folder / CARD, model_card(source, state, encoders, weights=options.weights, dtype=options.dtype))
+    size: int = index["metadata"]["total_size"]
+    return size
+
+
+def _write_weights(source: Path, folder: Path, options: ExportOptions) -> tuple[dict[str, Written], dict[str, Any]]:
+    """The files of tensors, and their index."""
     reader = CheckpointReader(source)
     dtype, kind = DTYPES[options.dtype], KIND_OF[options.weights]
     shapes = {name: reader.shape(name) for name in reader.names(kind)}
@@ -103,25 +143,7 @@ def _write(source: Path, folder: Path, options: ExportOptions) -> int:
         files[file] = write_tensors(folder / file, sources, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     reader.close()
-    total = sum(sizes.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    state = read_state(source)
-    config = {
-        "step": state.step,
-        "data_info": {k: v for k, v in asdict(state.data_info).items() if k != "samples"},  # which only a resume needs
-        "config": state.config,
-        "architectures": ["EcDit"],
-        "model_type": "ec_dit",
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "format": FORMAT,
-        "weights": options.weights,
-        "dtype": options.dtype,
-        "git_commit": state.git_commit,
-    }
-    for file, content in {INDEX: index, CONFIG: config}.items():
-        files[file] = write_durable(folder / file, json.dumps(content, indent=2, sort_keys=True) + "\n")
-    write_manifest(folder, files)
-    return total
+    return files, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
 
 
 def split_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

@@ -1,6 +1,6 @@
 """Reads an export: what it says of itself, and its tensors as fp32 by flat range."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,7 +8,7 @@ import torch
 from pydantic import NonNegativeInt, TypeAdapter
 from torch import Tensor
 
-from trainer.checkpoint.export import CONFIG, FORMAT, INDEX
+from trainer.checkpoint.export import CONFIG, FORMAT, INDEX, READABLE
 from trainer.checkpoint.folder import MANIFEST, fault, read_manifest
 from trainer.checkpoint.members import FileName, member, read_json
 from trainer.checkpoint.tensorfile import TensorFile
@@ -19,14 +19,33 @@ _STORED = ("BF16", "F32")
 
 
 @dataclass(frozen=True, kw_only=True)
+class SavedEncoder:
+    """Codec or text encoder: its setting with a name in place of a path, the digest of its weights ("": unknown)."""
+
+    setting: str
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class SavedExport:
-    """What is read of `config.json`."""
+    """What is read of `config.json`; format 2 names encoders by their paths in `data_info`, and has no `encoders`."""
 
     step: NonNegativeInt
     data_info: LatentInfo
     config: dict[str, Any]
     weights: str
     dtype: Literal["bf16", "fp32"]
+    format: int
+    encoders: dict[str, SavedEncoder] = field(default_factory=dict)
+
+    def check_encoders(self, whose: Path, digests: dict[str, str]) -> None:
+        """ConfigError if an encoder, of whose weights the digest is given, is another than the model learned with."""
+        for name, known in self.encoders.items():
+            require(
+                digests.get(name) == known.digest or not known.digest,
+                f"{whose} learned with {known.setting} of digest {known.digest}, but the one that is here has "
+                f"{digests.get(name)}: copy the right one, or name by --encoders the folder that has it",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +70,7 @@ def read_export_config(folder: Path, *, checksums: bool) -> SavedExport:
     require(not problem, f"{folder} is not whole: {problem}: export it anew")
     found = read_json(folder, CONFIG, _ANY).get("format")
     require(
-        found == FORMAT,
+        found in READABLE,
         f"{folder} has export format {found!r}, this version reads {FORMAT}: read it with the version that wrote it",
     )
     return read_json(folder, CONFIG, _CONFIG)

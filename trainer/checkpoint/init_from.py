@@ -14,8 +14,9 @@ import torch
 
 from trainer.checkpoint.agree import agree, refused, shared_fault
 from trainer.checkpoint.export import CONFIG
-from trainer.checkpoint.export_reader import ExportReader, is_export, read_export_config
+from trainer.checkpoint.export_reader import ExportReader, SavedExport, is_export, read_export_config
 from trainer.checkpoint.load import fill
+from trainer.checkpoint.portable import encoder_digest, portable_info
 from trainer.checkpoint.upcycle import Upcycled, check_upcycle
 from trainer.config import TrainConfig, config_from_dict, require
 from trainer.data.latents.samples import LatentInfo
@@ -24,7 +25,7 @@ from trainer.distributed import World
 from trainer.engine.zero_state import master_pieces, publish_master
 from trainer.settings.tokens import token_counts
 
-_DATA_KEYS = {"codec": "data.codec", "text_encoder": "data.text_encoder"}
+_AS_IT_WAS = "encode the data as it was, or drop init_from"
 
 
 def check_init(folder: Path, config: TrainConfig, info: LatentInfo) -> None:
@@ -41,12 +42,23 @@ def check_init(folder: Path, config: TrainConfig, info: LatentInfo) -> None:
     for key, value in asdict(config.model).items():
         was = getattr(old.model, key)
         _check_same(f"model.{key}", value, was, folder, f"set model.{key}={was}")
-    data = saved.data_info
-    for name in ("codec", "text_encoder", "channels", "text_dim"):
-        key, remedy = _DATA_KEYS.get(name, f"the data's {name}"), "encode the data as it was, or drop init_from"
-        _check_same(key, getattr(info, name), getattr(data, name), folder, remedy)
+    _check_encoders(folder, saved, info)
+    for name in ("channels", "text_dim"):
+        _check_same(f"the data's {name}", getattr(info, name), getattr(saved.data_info, name), folder, _AS_IT_WAS)
     _check_moe(folder, old, config, info)
     _check_shapes(folder, config, info)
+
+
+def _check_encoders(folder: Path, saved: SavedExport, info: LatentInfo) -> None:
+    """By digest where the export has one, else by name: the same encoder may lie elsewhere."""
+    ours, theirs = asdict(portable_info(info)), asdict(portable_info(saved.data_info))
+    for name in ("codec", "text_encoder"):
+        value, was, same = ours[name], theirs[name], ours[name] == theirs[name]
+        digest = saved.encoders[name].digest if name in saved.encoders else ""
+        if digest and value:
+            here = encoder_digest(name, getattr(info, name))
+            value, was, same = f"{value} of digest {here}", f"{was} of digest {digest}", here == digest
+        _check_same(f"data.{name}", value, was, folder, _AS_IT_WAS, same)
 
 
 def _check_same(key: str, value: object, was: object, folder: Path, remedy: str, same: bool | None = None) -> None:

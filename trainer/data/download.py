@@ -171,8 +171,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder of image shards")
     parser.add_argument("--parts", type=int, default=1, help="slices that the list is cut into")
     parser.add_argument("--part", type=int, help="slice to download, from 0 (default: all, one after the other)")
-    parser.add_argument("--url-column", default="url")
-    parser.add_argument("--caption-column", default="caption")
+    parser.add_argument("--url-column", help="default: url or image_url, in any case, whichever the list has")
+    parser.add_argument("--caption-column", help="default: caption or text, in any case (LAION's TEXT)")
     parser.add_argument("--keep-columns", nargs="*", default=[], help="further columns to keep with each picture")
     parser.add_argument("--python", default=sys.executable, help="interpreter of an environment with img2dataset")
     for name, value in asdict(DownloadSettings()).items():
@@ -205,6 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = _check(args)
     check_writable(args.out, f"--out={args.out}")
     urls = open_url_list(args.urls, args.url_column, args.caption_column, tuple(args.keep_columns))
+    print(f"URLs from column {urls.columns[0]}, captions from column {urls.columns[1]}")
     img2dataset.check_environment(args.python, settings.distributor)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that img2dataset is ended too
     parts = list(range(args.parts)) if args.part is None else [args.part]

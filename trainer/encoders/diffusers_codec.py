@@ -64,12 +64,13 @@ class DiffusersCodec(ImageCodec):
 
         cls = getattr(diffusers, self.class_name)
         # low_cpu_mem_usage would need accelerate
-        return load_local(self.setting, cls, self.folder, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        options = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+        return load_local(self.setting, cls, self.folder, self.device, **options)
 
     @torch.no_grad()
     def posterior(self, rgb_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
         """Mean and, for AutoencoderKL, standard deviation of the latent, on the device of the input."""
-        out = self.model.encode(rgb_BCHW.to(encoder_device()))
+        out = self.model.encode(rgb_BCHW.to(encoder_device(self.device)))
         if self.has_std:
             return out.latent_dist.mean.to(rgb_BCHW.device), out.latent_dist.std.to(rgb_BCHW.device)
         latent = out.latent if self.class_name == "AutoencoderDC" else out.latents
@@ -78,5 +79,5 @@ class DiffusersCodec(ImageCodec):
     @torch.no_grad()
     def decode(self, latent_BCHW: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, 3, H, W] in [-1, 1], on the device of the input."""
-        rgb: Tensor = self.model.decode(latent_BCHW.to(encoder_device())).sample
+        rgb: Tensor = self.model.decode(latent_BCHW.to(encoder_device(self.device))).sample
         return rgb.clamp(-1, 1).to(latent_BCHW.device)

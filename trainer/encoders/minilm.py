@@ -40,6 +40,7 @@ class MiniLm:
 
     dim = 384
     max_tokens = MAX_TOKENS
+    device: torch.device | None = None  # small enough for a CPU, where it stays
 
     def __init__(self, layer: str | None = None) -> None:
         self.num_layers = int(layer or NUM_LAYERS)

@@ -37,19 +37,20 @@ _UNSUPPORTED = ("hf_model_name", "hf_tokenizer_name", "no_causal_mask", "embed_c
 class OpenClipText:
     """A frozen CLIP text tower; start and end tokens included, padding left out (attention is causal)."""
 
-    def __init__(self, spec: str) -> None:
-        self.setting = f"data.text_encoder=open_clip:{spec}"
-        arch, colon, file = spec.partition(":")
-        if colon:
+    device: torch.device | None = None
+
+    def __init__(self, arch: str | None, path: str) -> None:
+        self.setting = f"data.text_encoder=open_clip:{path if arch is None else f'{arch}:{path}'}"
+        if arch is not None:
             import open_clip
 
             self.config = open_clip.get_model_config(arch) or {}
             require(bool(self.config), f"{self.setting}: open_clip knows no {arch}, see open_clip.list_models()")
-            self.weights = require_file(self.setting, Path(file), f"weights of {arch}")
+            self.weights = require_file(self.setting, Path(path), f"weights of {arch}")
         else:
-            content = read_json(self.setting, Path(spec) / "open_clip_config.json", "model's open_clip_config.json")
+            content = read_json(self.setting, Path(path) / "open_clip_config.json", "model's open_clip_config.json")
             self.config = content.get("model_cfg", {})
-            (self.weights, *_) = weight_files(self.setting, Path(spec))
+            (self.weights, *_) = weight_files(self.setting, Path(path))
         self.text_config: dict[str, Any] = self.config.get("text_cfg", {})
         strange = [name for name in _UNSUPPORTED if self.text_config.get(name)]
         require(
@@ -76,7 +77,7 @@ class OpenClipText:
         """One fp32 [n, dim] per caption: start token, at most max_tokens - 2 of its own, end token."""
         rows = self._tokenizer(captions).tolist() if captions else []
         ids = [row[: row.index(self._tokenizer.eot_token_id) + 1] for row in rows]
-        return encode_by_length(ids, self._forward, encoder_device())
+        return encode_by_length(ids, self._forward, encoder_device(self.device))
 
     def _forward(self, ids_BL: Tensor) -> Tensor:
         tower, L = self._tower, ids_BL.shape[1]
@@ -92,7 +93,8 @@ class OpenClipText:
     def _tower(self) -> Any:
         from open_clip.model import _build_text_tower  # the only way to have a text tower without its image tower
 
-        dtype = text_dtype()
+        device = encoder_device(self.device)
+        dtype = text_dtype(device)
         with must_fit(f"{self.setting}: {self.weights} holds other weights than needed"):
             state = read_weights(self.weights, _text_name)
             with torch.device("meta"):
@@ -101,7 +103,7 @@ class OpenClipText:
                 )
             tower.load_state_dict({name: value.to(dtype) for name, value in state.items()}, assign=True)
         tower.attn_mask = tower.build_causal_mask().to(dtype)
-        return tower.eval().requires_grad_(False).to(encoder_device())
+        return tower.eval().requires_grad_(False).to(device)
 
 
 def _text_name(key: str) -> str:

@@ -49,7 +49,7 @@ def read_json(setting: str, path: Path, what: str) -> dict[str, Any]:
     return found
 
 
-def load_local(setting: str, cls: Any, folder: Path, **options: Any) -> Any:
+def load_local(setting: str, cls: Any, folder: Path, device: torch.device | None = None, **options: Any) -> Any:
     """A library's model from a folder, frozen, on the device; ConfigError if that fails or leaves weights random."""
     try:
         model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
@@ -59,7 +59,7 @@ def load_local(setting: str, cls: Any, folder: Path, **options: Any) -> Any:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigError(f"{setting} lacks {len(missing)} weights, first {missing[0]}: copy it again")
-    return model.eval().requires_grad_(False).to(encoder_device())
+    return model.eval().requires_grad_(False).to(encoder_device(device))
 
 
 def read_weights(path: Path, rename: Callable[[str], str]) -> dict[str, Tensor]:
@@ -144,16 +144,18 @@ def read_tokenizer(setting: str, path: Path, max_tokens: int) -> Tokenizer:
     return tokenizer
 
 
-def encoder_device() -> torch.device:
-    """Where frozen encoders run: this process's GPU if there is one."""
+def encoder_device(given: torch.device | None = None) -> torch.device:
+    """Where frozen encoders run: where they are told to, else this process's GPU if there is one."""
+    if given is not None:
+        return given
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
-def text_dtype() -> torch.dtype:
+def text_dtype(device: torch.device) -> torch.dtype:
     """bf16 on a GPU, as these text encoders are commonly run; fp32 on a CPU."""
-    return torch.bfloat16 if encoder_device().type == "cuda" else torch.float32
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def encode_by_length(

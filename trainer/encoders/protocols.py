@@ -6,6 +6,7 @@ Shapes: B pictures, C x h x w latent, n text tokens of a caption, D text width.
 from abc import abstractmethod
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -13,7 +14,8 @@ class ImageCodec(Protocol):
     """Maps rgb in [-1, 1] to latents (unscaled) and back; derive from it.
 
     `(latent - shift) * scale` is what the codec's authors train on, for `data.normalize=codec`. `has_std`: the
-    latent is a distribution, of which `posterior` gives the standard deviation too.
+    latent is a distribution, of which `posterior` gives the standard deviation too. `device` is where a large model
+    computes; None: this process's GPU, if there is one.
     """
 
     channels: int
@@ -21,6 +23,7 @@ class ImageCodec(Protocol):
     shift: float = 0.0
     scale: float = 1.0
     has_std: bool = False
+    device: torch.device | None = None
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -40,10 +43,11 @@ class ImageCodec(Protocol):
 
 
 class TextEncoder(Protocol):
-    """Maps captions to unpadded token features."""
+    """Maps captions to unpadded token features; `device` as for codecs."""
 
     dim: int
     max_tokens: int
+    device: torch.device | None
 
     def fingerprint(self) -> str:
         """Changes whenever the features would."""

@@ -34,6 +34,8 @@ DEFAULT_MAX_TOKENS = 256  # as SD3; PixArt-alpha has 120, PixArt-sigma and Sana 
 class T5Text:
     """A frozen T5 encoder; the last layer's features with the end token, padding left out."""
 
+    device: torch.device | None = None
+
     def __init__(self, length_limit: str | None, directory: str) -> None:
         folder, max_tokens = Path(directory), int(length_limit or DEFAULT_MAX_TOKENS)
         length = "" if max_tokens == DEFAULT_MAX_TOKENS else f"@{max_tokens}"
@@ -69,10 +71,12 @@ class T5Text:
         import transformers
 
         cls = getattr(transformers, f"{self.config['model_type'].upper()}EncoderModel")
-        return load_local(self.setting, cls, self.folder, dtype=text_dtype())
+        dtype = text_dtype(encoder_device(self.device))
+        return load_local(self.setting, cls, self.folder, self.device, dtype=dtype)
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> list[Tensor]:
         """One fp32 [n, dim] per caption."""
         ids = [encoding.ids for encoding in self.tokenizer.encode_batch(captions)]
-        return encode_by_length(ids, lambda ids_BL: self.model(input_ids=ids_BL).last_hidden_state, encoder_device())
+        device = encoder_device(self.device)
+        return encode_by_length(ids, lambda ids_BL: self.model(input_ids=ids_BL).last_hidden_state, device)

@@ -168,6 +168,12 @@ def _caption(category: str, content: _Content) -> str:
     return f"{what} on {_article(color)} background"
 
 
+@lru_cache(maxsize=1)
+def all_captions() -> frozenset[str]:
+    """Every caption that a scene can have, held out or not."""
+    return frozenset(_caption(category, content) for category in CATEGORIES for content in _all_contents(category))
+
+
 def _pair_centres(relation: str, rng: random.Random) -> list[tuple[float, float]]:
     """Centres of two objects, the first standing in `relation` to the second."""
     near = _MIDDLE + rng.uniform(-0.1, 0.1), _MIDDLE + rng.uniform(-0.1, 0.1)

@@ -23,6 +23,8 @@ import pyarrow.parquet as pq
 from trainer.config import ConfigError, require
 
 _SUFFIXES = (".parquet", ".csv", ".tsv")
+# Names of columns in public lists (LAION: URL and TEXT, COYO and DataComp: url and text), in any case.
+URL_COLUMNS, CAPTION_COLUMNS = ("url", "image_url"), ("caption", "text")
 _HTTP = "^https?://."  # with `file:` img2dataset would read local files into the data
 _BATCH_ROWS = 1 << 16
 _MAX_FIELD = 1 << 24  # characters; the csv module's own limit is 131072
@@ -37,8 +39,13 @@ class UrlList:
     columns: list[str]
 
 
-def open_url_list(path: Path, url_column: str, caption_column: str, extra_columns: tuple[str, ...] = ()) -> UrlList:
-    """One file or a folder of them; ConfigError if there is none or a column is missing."""
+def open_url_list(
+    path: Path, url_column: str | None, caption_column: str | None, extra_columns: tuple[str, ...] = ()
+) -> UrlList:
+    """One file or a folder of them; ConfigError if there is none or a column is missing.
+
+    Columns that are not named are found by the names that public lists give them.
+    """
     with _sentences(path):
         path.stat()
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES) if path.is_dir() else [path]
@@ -46,7 +53,12 @@ def open_url_list(path: Path, url_column: str, caption_column: str, extra_column
         bool(files) and all(file.suffix.lower() in _SUFFIXES for file in files),
         f"{path} is no list of URLs: name a .parquet, .csv or .tsv file, or a folder of them",
     )
-    columns = [url_column, caption_column, *extra_columns]
+    names = _schema(files[0]).names
+    columns = [
+        url_column or _usual(files[0], names, URL_COLUMNS, "--url-column"),
+        caption_column or _usual(files[0], names, CAPTION_COLUMNS, "--caption-column"),
+        *extra_columns,
+    ]
     twice = next((column for column in columns if columns.count(column) > 1), None)
     require(twice is None, f"column {twice} is named for two purposes: URL, caption and columns to keep must differ")
     for file in files:
@@ -58,6 +70,14 @@ def open_url_list(path: Path, url_column: str, caption_column: str, extra_column
             kind = schema.field(column).type
             require(not pa.types.is_nested(kind), f"column {column} of {file} holds {kind}: it must hold one text each")
     return UrlList(files, columns)
+
+
+def _usual(file: Path, names: list[str], usual: tuple[str, ...], flag: str) -> str:
+    """The column of the first usual name that there is, in any case."""
+    found = next((fits for word in usual if (fits := [name for name in names if name.lower() == word])), [])
+    how_many = f"{len(found) or 'no'} columns named {' or '.join(usual)}"
+    require(len(set(found)) == 1, f"{file} has {how_many}: name one by {flag}, of {', '.join(names)}")
+    return found[0]
 
 
 @contextmanager
