@@ -127,7 +127,7 @@ class Pipeline:
         return [Image.fromarray(picture.numpy()) for batch in batches for picture in batch]
 
     def compile(self) -> "Pipeline":
-        """Compile the blocks where the run's `train.compile` does: a minute or two, worth it from some hundred pictures.
+        """Compile the blocks where the run's `train.compile` does: a minute or two, worth it for hundreds of pictures.
 
         Rounding differs from the uncompiled model's. Returns itself.
         """
