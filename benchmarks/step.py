@@ -2,6 +2,7 @@
 
     python -m benchmarks.step ec_dit_xl_8e train.micro_batch_size=64 --device h100
     torchrun --nproc-per-node 8 -m benchmarks.step ec_dit_xl_32e --device h100 --steps 20 --json step.json
+    python -m benchmarks.step ec_dit_xl_8e model.num_layers=8 --device h100 --micro-batches 32,64,128,256,512
 
 The engine, the optimizer step and the average are those of a run; data are random tensors of the recipe's shapes that
 lie in memory, made into noised batches by `data.num_workers` processes as in training. Nothing is read or written.
@@ -9,6 +10,9 @@ lie in memory, made into noised batches by `data.num_workers` processes as in tr
 
 `step` is the median over the steps; then one is measured section by section (trainer/telemetry/step_timer.py), which is
 slower. Memory is the most that PyTorch held at once, and with it what the device context and the libraries take.
+
+`--micro-batches` takes these sizes one after another in one process, and says what a step is made of: seconds of an
+image (the GPU), and those that a step takes however small it is (the host). The planner's terms are fitted with it.
 """
 
 import argparse
@@ -21,6 +25,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="h100", help="what trainer.plan takes the devices for")
     parser.add_argument("--steps", type=int, default=10, help="measured steps (default %(default)s)")
     parser.add_argument("--warmups", type=int, default=3, help="steps before them (default %(default)s)")
+    parser.add_argument("--micro-batches", default="", metavar="N,N,...", help="sizes to measure one after another")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     return parser
 
@@ -30,13 +35,14 @@ if __name__ == "__main__":
 
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.interleaved import markdown_table, wait_for_gpu, write_json
+from benchmarks.step_fit import fit_steps, read_sizes
 from trainer.config import TrainConfig, require, run_cli
 from trainer.data.latents.samples import LatentInfo, Sample
 from trainer.data.order import SampleLayout
@@ -75,9 +81,17 @@ class Bench:
         self.engine = build_engine(self.config, content, job.shape, self.device)
         self.ema = Ema(self.engine, self.config.ema)
         self.timer = StepTimer(self.device)
-        start = DataState(seed=0, epoch=0, consumed=0, samples_seen=0)
-        data = RandomData(job, self.config.global_batch_size(world.size))
+        self.job, self.world = job, world
+        self.feed(self.config.train.micro_batch_size)
+
+    def feed(self, micro_batch_size: int) -> None:
+        """Have the steps that follow take micro-batches of this size."""
+        self.config = replace(self.config, train=replace(self.config.train, micro_batch_size=micro_batch_size))
+        start, world = DataState(seed=0, epoch=0, consumed=0, samples_seen=0), self.world
+        data = RandomData(self.job, self.config.global_batch_size(world.size))
         self.batches = noised_batches(data, self.config, rank=world.rank, world_size=world.size, state=start)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
 
     def step(self, number: int, micro_batches: list[NoisedBatch]) -> list[NoisedBatch]:
         """One step as the training loop takes it: update, average, then the data of the next one, then the loss."""
@@ -160,14 +174,38 @@ def compare(planned: dict[str, Any], found: Measured, config: TrainConfig, world
     }
 
 
+def sweep(options: argparse.Namespace, planned: list[float], sizes: list[int], bench: Bench) -> None:
+    """Measure each size, print a line as it comes, then what a step is made of, planned and measured."""
+    is_main, measured = bench.world.is_main, []
+    if is_main:
+        print("| images in a micro-batch | planned, s | measured, s | images/s |\n|---|---|---|---|")
+    for size, expected in zip(sizes, planned, strict=True):
+        bench.feed(size)
+        measured.append(statistics.median(bench.measure(options.steps, options.warmups).steps))
+        if is_main:
+            speed = bench.config.global_batch_size(bench.world.size) / measured[-1]
+            print(f"| {size} | {expected:.4g} | {measured[-1]:.4g} | {speed:.4g} |", flush=True)
+    if is_main:
+        accumulated = bench.config.train.gradient_accumulation_steps
+        for name, seconds in (("planned", planned), ("measured", measured)):
+            print(f"{name}: {fit_steps([accumulated * size for size in sizes], seconds)}", flush=True)
+        if options.json:
+            write_json(options.json, {"sizes": sizes, "planned": planned, "measured": measured})
+
+
 def run(options: argparse.Namespace, rest: list[str]) -> None:
     """Plan, measure, print the table on the main process, write the JSON."""
     require(options.steps >= 1, f"--steps is {options.steps}: use 1 or more")
-    world = detect_world()
-    report, job, _, _ = plan(parse_plan([*rest, "--device", options.device, "--world-size", str(world.size)]))
+    sizes, world = read_sizes(options.micro_batches), detect_world()
+    arguments = [*rest, "--device", options.device, "--world-size", str(world.size)]
+    report, job, _, _ = plan(parse_plan(arguments))
+    each = [plan(parse_plan([*arguments, f"train.micro_batch_size={size}"]))[0] for size in sizes]
     if job.config.train.deterministic:
         make_deterministic()
-    found = Bench(job, world).measure(options.steps, options.warmups)
+    bench = Bench(job, world)
+    if sizes:
+        return sweep(options, [planned["configured"]["step_seconds"] for planned in each], sizes, bench)
+    found = bench.measure(options.steps, options.warmups)
     if not world.is_main:
         return
     lines = compare(report["configured"], found, job.config, world.size)

@@ -148,5 +148,12 @@ def test_step_benchmark_prints_measured_beside_planned(launcher: Any, tmp_path: 
     assert {"data", "forward", "backward", "optimizer", "all_to_all"} <= content["measured"]["sections"].keys()
     assert content["lines"]["step, s"][0] == content["plan"]["configured"]["step_seconds"]
     assert done.stdout.count("| step, s |") == 1, "the main process alone prints"
+    several = ["debug", "data.num_workers=0", "--micro-batches", "2,1", "--steps", "1", "--warmups", "0"]
+    done = launcher.run("-m", "benchmarks.step", *several, "--json", str(file))
+    assert done.returncode == 0, done.stderr[-2000:]
+    content = json.loads(file.read_text())
+    assert content["sizes"] == [1, 2] and min(*content["planned"], *content["measured"]) > 0
+    fits = [line for line in done.stdout.splitlines() if "ms an image" in line and "host" in line]
+    assert [line.split(":")[0] for line in fits] == ["planned", "measured"]
     refused = launcher.run("-m", "benchmarks.step", "debug", "--steps", "0")
     assert (refused.returncode, refused.stderr.splitlines()[-1]) == (2, "error: --steps is 0: use 1 or more")

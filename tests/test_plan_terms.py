@@ -1,4 +1,4 @@
-"""Each term of the planner by hand, on round numbers: no ratio of two plans, which would hide a factor of both."""
+"""Each term of the planner's memory by hand, on round numbers: no ratio of two plans, which would hide a factor."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,10 +8,9 @@ import pytest
 from moe.config import MoeConfig
 from trainer.config import DiffusionConfig, ModelConfig, OptimConfig, TrainConfig, TrainLoopConfig
 from trainer.diffusion.model import ModelShape
-from trainer.plan.devices import Device, Efficiency
+from trainer.plan.devices import Efficiency
 from trainer.plan.job import Counts, Job, Layout, Term
-from trainer.plan.memory import activation_terms, checkpoint_bytes, memory_terms, state_terms
-from trainer.plan.traffic import all_to_all_bytes, time_terms
+from trainer.plan.memory import activation_terms, block_bytes, checkpoint_bytes, memory_terms, state_terms
 
 MILLION = 1_000_000
 COUNTS = Counts(
@@ -33,10 +32,11 @@ ZERO = {
 LAYOUT = Layout(world_size=8, ep_size=4, stage=3, micro_batch_size=2, accumulation=3, recompute=False)
 
 
-def job_of(config: TrainConfig = CONFIG, **zero: Any) -> Job:
+def job_of(config: TrainConfig = CONFIG, *, compiled: bool = False, **zero: Any) -> Job:
     shape = ModelShape(channels=4, height=16, width=16, text_dim=48)
     job = Job(config=config, shape=shape, text_tokens=20, zero=ZERO | zero)
     vars(job)["counts"], vars(job)["flops_per_image"] = COUNTS, 10**9  # in place of what would be counted
+    vars(job)["compiled"] = compiled
     return job
 
 
@@ -98,6 +98,17 @@ def test_activations_and_buffers_in_bytes(
     assert found == {"activations": kept, "all-to-all buffers": exchange, "working buffers": working}
 
 
+@pytest.mark.parametrize("config,width", [(CONFIG, 4), (BF16, 2)])
+def test_compiled_blocks_keep_less(config: TrainConfig, width: int) -> None:
+    """128 image and 40 text tokens; half as many keys as queries; 256 rows of experts, and fp32 for the router."""
+    attention = width * 64 * (128 * 12.5 + 40 * 1.5)
+    dense = attention + width * 64 * 128 * (2 + 2 * 4)
+    moe = attention + 64 * 128 * (4 + width) + width * 64 * 256 * (2 + 2 * 4) + 8 * 128 * 8 + 16 * 256
+    job = job_of(config, compiled=True)
+    assert [block_bytes(job, 2, moe=moe) for moe in (False, True)] == [dense, moe]
+    assert all(block_bytes(job, 2, moe=moe) < 0.8 * block_bytes(job_of(config), 2, moe=moe) for moe in (False, True))
+
+
 def test_buffers_of_half_the_tokens_in_bf16() -> None:
     masked = replace(BF16, diffusion=DiffusionConfig(mask_ratio=0.5))
     found = values(activation_terms(job_of(masked), LAYOUT))
@@ -129,78 +140,3 @@ def test_the_optimizers_own_phase_counts_where_it_is_the_larger() -> None:
 def test_a_checkpoint_has_weights_average_and_moments_of_all_parameters() -> None:
     assert checkpoint_bytes(job_of()) == checkpoint_bytes(job_of(BF16)) == 9 * MILLION * (4 + 4 + 8)
     assert checkpoint_bytes(job_of(SGD)) == 9 * MILLION * (4 + 4)
-
-
-DEVICE = Device(name="slow", flops=1e12, memory=1e10, hbm=1e9, node=1e8, nic=1e7, per_node=2)
-EFFICIENCY = Efficiency(
-    gemm=0.5, rows=512, passes=100, host=0, node=0.5, nic=0.25, hbm=0.8, hidden=0.9, latency=1e-3
-)  # fmt: skip
-ALL_TO_ALL = 2 * 4 * (6 * 64 * 2) * 64 * 4  # layers x exchanges x rows x width x fp32: 1,572,864
-
-
-def test_time_and_traffic_of_a_step() -> None:
-    """Four nodes of two devices; an expert has 512 x 2 / 8 = 128 rows of the 512 that it would need."""
-    found = values(time_terms(job_of(), LAYOUT, DEVICE, EFFICIENCY))
-    compute = 6e9 / (1e12 * 0.5 * 0.25**0.5) + 100 * 384 * 64 * 4 / (1e9 * 0.8)
-    exchange = ALL_TO_ALL * 2 / 4 / (1e7 * 0.25) + 2 * 4 * 3 * 1e-3
-    rest, experts = 4 * MILLION * (6 + 3) * 7 / 8, 4 * 2 * MILLION * (6 + 3) / 2
-    zero = rest / (2 * 1e7 * 0.25) + experts / (1e7 * 0.25)
-    update = 40 * 1.125 * MILLION / (1e9 * 0.8)
-    expected = {
-        "model FLOPs per rank": 6e9,
-        "all-to-all in the node": ALL_TO_ALL / 4,
-        "all-to-all across nodes": ALL_TO_ALL * 2 / 4,
-        "ZeRO of the rest": rest,
-        "ZeRO of the experts": experts,
-        "compute": compute,
-        "all-to-all": exchange,
-        "ZeRO exposed": zero - 0.8 * compute,
-        "update": update,
-        "step": compute + exchange + zero - 0.8 * compute + update,
-        "MFU bound": 6e9 / 1e12 / (0.2 * compute + exchange + zero + update),
-    }
-    assert found == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize("stage,gathers,reductions", [(1, 1, 1), (2, 1, 3), (3, 6, 3)])
-def test_zero_traffic_of_each_stage(stage: int, gathers: int, reductions: int) -> None:
-    """What is behind compute is stage 3's alone, and no more than there is."""
-    found = values(time_terms(job_of(), replace(LAYOUT, stage=stage), DEVICE, EFFICIENCY))
-    assert found["ZeRO of the rest"] == 4 * MILLION * (gathers + reductions) * 7 / 8
-    assert found["ZeRO of the experts"] == 8 * MILLION * (gathers + reductions) / 2
-    seconds = found["ZeRO of the rest"] / 5e6 + found["ZeRO of the experts"] / 2.5e6
-    hidden = 0.8 * found["compute"] if stage == 3 else 0
-    assert found["ZeRO exposed"] == pytest.approx(seconds - hidden, rel=1e-12)
-    fast = replace(DEVICE, nic=1e12)
-    found = values(time_terms(job_of(), replace(LAYOUT, stage=stage), fast, EFFICIENCY))
-    shown = 1 - (0.9 if stage == 3 else 0)
-    assert found["ZeRO exposed"] == pytest.approx(shown * seconds * 1e7 / 1e12, rel=1e-9)
-
-
-def test_within_a_node_everything_goes_over_its_own_links() -> None:
-    found = values(time_terms(job_of(), LAYOUT, replace(DEVICE, per_node=8), EFFICIENCY))
-    assert found["all-to-all in the node"] == ALL_TO_ALL * 3 / 4 and found["all-to-all across nodes"] == 0
-    assert found["all-to-all"] == pytest.approx(ALL_TO_ALL * 3 / 4 / (1e8 * 0.5) + 24e-3, rel=1e-12)
-    zero = (31.5e6 + 36e6) / (1e8 * 0.5)
-    assert found["ZeRO exposed"] == pytest.approx(zero - 0.8 * found["compute"], rel=1e-12)
-
-
-def test_recomputation_costs_a_third_and_two_exchanges() -> None:
-    found = values(time_terms(job_of(), replace(LAYOUT, recompute=True), DEVICE, EFFICIENCY))
-    assert found["model FLOPs per rank"] == 6e9, "useful ones alone"
-    compute = 4 / 3 * (6e9 / (1e12 * 0.25) + 100 * 384 * 64 * 4 / (1e9 * 0.8))
-    assert found["compute"] == pytest.approx(compute, rel=1e-12)
-    assert found["all-to-all across nodes"] == ALL_TO_ALL * 6 / 4 / 2
-    assert found["all-to-all"] == pytest.approx(ALL_TO_ALL * 6 / 4 / 2 / (1e7 * 0.25) + 36e-3, rel=1e-12)
-    slow_host = replace(EFFICIENCY, host=0.5)
-    for recompute, seconds in ((False, 6.0), (True, 8.0)):  # half a second for each of 3 x 4 blocks
-        found = values(time_terms(job_of(), replace(LAYOUT, recompute=recompute), DEVICE, slow_host))
-        assert found["compute"] == pytest.approx(seconds, rel=1e-12)
-
-
-def test_one_process_sends_nothing() -> None:
-    alone = replace(LAYOUT, world_size=1, ep_size=1)
-    found = values(time_terms(job_of(), alone, DEVICE, EFFICIENCY))
-    assert all_to_all_bytes(job_of(), alone) == 0 and all_to_all_bytes(job_of(BF16), LAYOUT) == ALL_TO_ALL / 2
-    sent = ("all-to-all in the node", "all-to-all across nodes", "all-to-all", "ZeRO of the rest", "ZeRO exposed")
-    assert not any(found[name] for name in (*sent, "ZeRO of the experts"))

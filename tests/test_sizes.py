@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from moe.experts import Experts
-from trainer.config import TrainConfig, load_config
+from trainer.config import ConfigError, TrainConfig, load_config
 from trainer.diffusion.model import ModelShape
 from trainer.plan.__main__ import parse
 from trainer.plan.command import plan
 from trainer.plan.job import count_parameters, meta_model
+from trainer.plan.recipes import lines_of, settled
 
 CONFIGS = Path(__file__).resolve().parent.parent / "trainer" / "configs"
 RECIPES = sorted(CONFIGS.glob("ec_dit_*.yaml"))
@@ -89,14 +90,35 @@ def test_97_billion_are_built_without_memory_in_seconds() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_has_the_layout_that_the_plan_finds_best(path: Path) -> None:
-    header = path.read_text()
-    nodes = re.search(r"Hardware: (\d+) nodes of 8 x H100", header)
+    """And says so: `python -m trainer.plan.recipes trainer/configs/ec_dit_*.yaml` would change nothing."""
+    text = path.read_text()
+    nodes = re.search(r"Hardware: (\d+) nodes of 8 x H100", text)
     assert nodes is not None
     report = plan(parse([str(path), "--nodes", nodes[1]]))[0]
     assert report["configured"]["fits"] and report["best"]["layout"] == report["configured"]["layout"]
     assert report["global_batch_size"] == 4096, "the paper's"
+    for pattern, line in lines_of(report, path.stem, nodes[1]):
+        assert re.search(pattern, text) and re.sub(pattern, line, text, count=1) == text
     speed, memory = report["configured"]["images_per_second"], report["configured"]["peak_bytes"] / 1e9
-    assert f"{memory:.0f} GB per device" in header and f"{speed:.0f} images/s" in header
+    assert f"{memory:.0f} GB per device" in text and f"{speed:.0f} images/s" in text
+
+
+def test_a_recipe_gets_the_best_layout_and_keeps_the_rest() -> None:
+    text = (CONFIGS / "ec_dit_xl_8e.yaml").read_text()
+    wrong = (
+        text.replace("zero1", "zero3")
+        .replace("ep_size: 1", "ep_size: 4")
+        .replace("micro_batch_size: 128", "micro_batch_size: 64")
+    )
+    wrong = re.sub(
+        "# Chosen: .*\n", "", wrong.replace("gradient_accumulation_steps: 1", "gradient_accumulation_steps: 2")
+    )
+    assert wrong != text and settled(wrong, "ec_dit_xl_8e") == text
+    with pytest.raises(ConfigError, match="mine has no line '# Hardware: N nodes"):
+        settled("seed: 0", "mine")
+    large = (CONFIGS / "ec_dit_m_64e.yaml").read_text().replace("Hardware: 16 nodes", "Hardware: 1 nodes")
+    with pytest.raises(ConfigError, match="ec_dit_m_64e fits on 1 nodes in no layout: name more"):
+        settled(large, "ec_dit_m_64e")
 
 
 def test_every_size_of_the_paper_has_its_recipes() -> None:

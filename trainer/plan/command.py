@@ -16,7 +16,7 @@ from trainer.engine.deepspeed_config import accumulation_dtype, load_deepspeed_c
 from trainer.plan.devices import Efficiency, find_device
 from trainer.plan.job import Job, Term, configured_layout
 from trainer.plan.memory import checkpoint_bytes
-from trainer.plan.search import PlanResult, best_per_ep_size, evaluate, search, smallest_nodes
+from trainer.plan.search import PlanResult, best_of_each, evaluate, search, smallest_nodes, why_slower
 
 _UNITS = {"byte": (1e9, "GB"), "FLOP": (1e12, "TFLOP"), "s": (1.0, "s"), "": (1.0, "")}
 
@@ -81,7 +81,11 @@ def plan(given: Namespace) -> tuple[dict[str, Any], Job, PlanResult, list[PlanRe
         "parameters": {"total": job.counts.total, "experts": job.counts.experts, "active": job.counts.active},
         "checkpoint_bytes": checkpoint_bytes(job), "configured": describe(mine),
         "best": describe(outcomes[0]) if outcomes and outcomes[0].fits else None,
-        "alternatives": [describe(outcome, terms=False) for outcome in best_per_ep_size(outcomes)],
+        "alternatives": [describe(outcome, terms=False) for outcome in best_of_each(outcomes, "ep_size")],
+        "stages": [
+            describe(outcome, terms=False) | {"against_best": why_slower(outcomes[0], outcome)}
+            for outcome in best_of_each(outcomes, "stage")
+        ],
         "smallest_nodes": None if mine.fits else smallest_nodes(job, device, efficiency),
     }  # fmt: skip
     return report, job, mine, outcomes
@@ -146,12 +150,23 @@ def text(report: dict[str, Any], job: Job, mine: PlanResult, outcomes: list[Plan
         f"{report['checkpoint_bytes'] / 1e9:.1f} GB on disk",
         *notes(job),
         "best layout for each ep_size (equal global batch):",
+        *(f"  {outcome.layout}: {summary(outcome)}" for outcome in best_of_each(outcomes, "ep_size")),
+        "and for each ZeRO stage:",
     ]
-    for outcome in best_per_ep_size(outcomes):
-        state = f"{outcome.value('step'):.3f} s/step, {outcome.images_per_second:.0f} images/s, MFU " \
-            f"{outcome.value('MFU bound'):.0%}, {outcome.value('peak') / 1e9:.1f} GB"  # fmt: skip
-        lines.append(f"  {outcome.layout}: {state if outcome.fits else 'refused, ' + outcome.reason}")
+    for outcome in best_of_each(outcomes, "stage"):
+        slower = f"; {why_slower(outcomes[0], outcome)}" if outcome.fits and outcome is not outcomes[0] else ""
+        lines.append(f"  {outcome.layout}: {summary(outcome)}{slower}")
     return "\n".join(lines)
+
+
+def summary(outcome: PlanResult) -> str:
+    """Step, speed and memory of a layout, or why it is refused."""
+    if not outcome.fits:
+        return f"refused, {outcome.reason}"
+    return (
+        f"{outcome.value('step'):.3f} s/step, {outcome.images_per_second:.0f} images/s, MFU "
+        f"{outcome.value('MFU bound'):.0%}, {outcome.value('peak') / 1e9:.1f} GB"
+    )
 
 
 def run(given: Namespace) -> int:

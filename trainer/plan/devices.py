@@ -21,20 +21,41 @@ class Device:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HostCost:
+    """Seconds in which Python starts the kernels of one block, both ways.
+
+    Measured on a CPU with tiny shapes, as the difference of 6 and 2 blocks; `scale` takes them to a machine with GPUs.
+    It is fitted to two steps that waited for the host: on an H100's 4.5, on an H200's 3.5.
+    """
+
+    scale: float = 4.0
+    eager: float = 3.4e-3  # ZeRO 1 and 2; 2.7e-3 without DeepSpeed
+    eager_stage3: float = 5.6e-3  # each block is fetched and released
+    compiled: float = 2.2e-3  # ZeRO 1 and 2; 2.0e-3 without DeepSpeed
+    compiled_stage3: float = 3.4e-3
+    ends: float = 4.5e-3  # of what is outside of blocks, once per micro-batch
+    update: float = 1.0e-3  # of optimizer step and average, per block and step; the ends count as two
+    gather: float = 0.15e-3  # bookkeeping of one gather of a block, measured, not scaled
+    gather_rank: float = 0.0  # and for each rank; as DeepSpeed 0.19.8 cuts what it has gathered, 38e-6
+
+
+@dataclass(frozen=True, kw_only=True)
 class Efficiency:
     """Shares of a device's nominal numbers that a training step reaches (0 to 1), and fixed costs.
 
-    `gemm`, `passes` and `host` are fitted to `benchmarks.step` on one H200 (ZeRO-3, bf16, widths 1152 and 2304) and to
-    a profile of it; the others are estimates.
+    Measured are what says so; docs/plan.md has the numbers behind them. The others are estimates.
     """
 
-    gemm: float = 0.65  # of peak FLOP/s, of the matrix products alone
+    gemm: float = 0.72  # measured (H100): of peak FLOP/s, of the matrix products alone
     rows: int = 512  # an expert with fewer rows than this reaches less of `gemm`
-    passes: float = 1800.0  # bytes per token, width and block that all but matrix products move, forward and backward
-    host: float = 20e-3  # seconds in which Python starts a block's kernels, both ways: a small micro-batch takes these
+    attention: float = 0.58  # fitted to six timings (H100): of peak FLOP/s, of attention's own products
+    attention_hbm: float = 0.48  # the same: of memory bandwidth, of what attention reads and writes
+    eager: float = 0.44  # fitted to one profile (H100): of memory bandwidth, of the counted bytes of eager kernels
+    fused: float = 0.65  # derived from it: GELU and sums of two tensors reach 0.87, layer norms and other sums 0.55
+    hbm: float = 0.80  # measured (H100): AdamW 0.77, a copy 0.90
+    host: HostCost = HostCost()
     node: float = 0.70
     nic: float = 0.80
-    hbm: float = 0.80
     hidden: float = 0.90  # of ZeRO-3's gathers and reductions behind compute (overlap_comm); all-to-alls never hide
     memory: float = 0.90
     reserved: float = 4e9  # bytes: device context, communication library, fragments

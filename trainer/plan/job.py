@@ -102,6 +102,11 @@ class Job:
         whole = num_image_tokens(self.shape.height, self.shape.width, self.config.model.patch_size)
         return num_kept_tokens(whole, 0.0 if diffusion.unmask_at_step else diffusion.mask_ratio)
 
+    @cached_property
+    def compiled(self) -> bool:
+        """Whether blocks are compiled; where the recipe leaves that open they are, as plans are for GPUs."""
+        return self.config.train.compile is not False
+
     @property
     def num_bytes(self) -> int:
         """Of one working value: weights, gradients, activations."""

@@ -13,7 +13,8 @@
 | L      | text tokens of a caption; N blocks, Nm of them with MoE        |
 
 What a block keeps for its backward pass is counted from `trainer.diffusion.model` with fused attention: bf16
-attention keeps its normed and rotated queries in fp32 too. The tests compare with counted allocations.
+attention keeps its normed and rotated queries in fp32 too. The tests compare with counted allocations. A compiled block
+computes norms and rotations again and keeps less: as `python -m benchmarks.count_kernels` counts.
 """
 
 from dataclasses import dataclass
@@ -73,22 +74,33 @@ def is_offloaded(job: Job) -> bool:
 
 def block_bytes(job: Job, micro_batch_size: int, *, moe: bool) -> float:
     """What one block keeps for its backward pass, attention and MLP."""
-    model, moe_config, s = job.config.model, job.config.moe, job.num_bytes
+    model, moe_config, s, m = job.config.model, job.config.moe, job.num_bytes, job.config.model.mlp_ratio
     T, D, L = micro_batch_size * job.num_tokens, model.dim, micro_batch_size * job.text_tokens
-    H, r = model.num_heads, model.num_kv_heads / model.num_heads
-    if s == 2:
-        attention = T * D * (15 * 2 + 4 * 4 + 12 * r) + L * D * 12 * r
-    else:
-        attention = T * D * (19 + 5 * r) * 4 + L * D * 4 * r * 4
-    attention += T * 4 * (4 * H + model.num_kv_heads) + T * s * 6
+    attention = _attention_bytes(job, T, L)
     if not moe:
-        return attention + s * T * D * (1 + 2 * model.mlp_ratio)
+        return attention + s * T * D * ((2 if job.compiled else 1) + 2 * m)
     rows, E = T * moe_config.capacity_factor, moe_config.num_experts
-    mlp = T * D * 4 + s * rows * D * (3 + 2 * model.mlp_ratio) + 8 * T * E + 16 * rows
-    mlp += s * T * D * (2 * model.mlp_ratio * moe_config.num_shared_experts + bool(moe_config.num_shared_experts))
+    # The router reads fp32; its logits and affinities, indices and gates.
+    mlp = T * D * (4 + s * job.compiled) + s * rows * D * ((2 if job.compiled else 3) + 2 * m) + 8 * T * E + 16 * rows
+    mlp += s * T * D * (2 * m * moe_config.num_shared_experts + bool(moe_config.num_shared_experts))
     if moe_config.router_input == "unmodulated":
         mlp += 4 * T * D
     return attention + mlp + build_router(moe_config).activation_bytes(T, D, s)
+
+
+def _attention_bytes(job: Job, T: int, L: int) -> float:
+    """Of self- and cross-attention, with norms, modulation and gates."""
+    model, s = job.config.model, job.num_bytes
+    D, H, r = model.dim, model.num_heads, model.num_kv_heads / model.num_heads
+    if job.compiled:
+        # Queries before and after norm and rotation, keys so and values, results before and after their projection,
+        # and what the norms before them read and give.
+        return s * T * D * (11 + 3 * r) + s * L * D * 3 * r
+    if s == 2:
+        kept = T * D * (15 * 2 + 4 * 4 + 12 * r) + L * D * 12 * r
+    else:
+        kept = T * D * (19 + 5 * r) * 4 + L * D * 4 * r * 4
+    return kept + T * 4 * (4 * H + model.num_kv_heads) + T * s * 6
 
 
 def activation_terms(job: Job, layout: Layout) -> list[Term]:

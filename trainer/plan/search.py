@@ -8,7 +8,7 @@ from trainer.engine.elastic import divisors
 from trainer.plan.devices import Device, Efficiency
 from trainer.plan.job import Job, Layout, Term
 from trainer.plan.memory import memory_terms
-from trainer.plan.traffic import time_terms
+from trainer.plan.time import PARTS, time_terms
 
 MAX_NODES, MAX_MICRO_BATCH = 1024, 256
 
@@ -80,12 +80,17 @@ def layouts(job: Job, world_size: int, images_per_rank: int) -> Iterator[Layout]
 
 
 def search(job: Job, world_size: int, images_per_rank: int, device: Device, efficiency: Efficiency) -> list[PlanResult]:
-    """All layouts: those that fit first, the fastest first; among equals without recomputation, the lower stage."""
+    """All layouts: those that fit first, the fastest first.
+
+    Among equals, as many are where the host decides: what leaves the GPU less to do, without recomputation, the lower
+    stage, less memory.
+    """
     found = [evaluate(job, layout, device, efficiency) for layout in layouts(job, world_size, images_per_rank)]
 
     def order(outcome: PlanResult) -> tuple[float, ...]:
-        layout = outcome.layout
-        return not outcome.fits, round(outcome.value("step"), 4), layout.recompute, layout.stage, outcome.value("peak")
+        layout, step = outcome.layout, outcome.value("step")
+        busy = round(step - outcome.value("host wait"), 4)
+        return not outcome.fits, round(step, 3), busy, layout.recompute, layout.stage, outcome.value("peak")
 
     return sorted(found, key=order)
 
@@ -100,9 +105,18 @@ def smallest_nodes(job: Job, device: Device, efficiency: Efficiency) -> int | No
     return None
 
 
-def best_per_ep_size(outcomes: list[PlanResult]) -> list[PlanResult]:
-    """The first outcome of each ep_size, in order."""
+def best_of_each(outcomes: list[PlanResult], key: str) -> list[PlanResult]:
+    """The first outcome of each `ep_size` or `stage`, in order."""
     seen: dict[int, PlanResult] = {}
     for outcome in outcomes:
-        seen.setdefault(outcome.layout.ep_size, outcome)
+        seen.setdefault(getattr(outcome.layout, key), outcome)
     return list(seen.values())
+
+
+def why_slower(best: PlanResult, other: PlanResult) -> str:
+    """What `best` has against `other`: memory, or the part of the step that costs the other most."""
+    if not other.fits:
+        return other.reason
+    more = {name: other.value(name) - best.value(name) for name in PARTS}
+    part, slower = max(more, key=lambda name: more[name]), other.value("step") - best.value("step")
+    return f"{slower:.3f} s more, most of all {part}: {more[part]:+.3f} s" if slower >= 5e-4 else "as fast"

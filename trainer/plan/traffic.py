@@ -1,4 +1,4 @@
-"""Traffic and time of one optimizer step, as terms with formulas. Symbols as in `trainer.plan.memory`.
+"""What the ranks send each other in one optimizer step, and how long that takes. Symbols as in `trainer.plan.memory`.
 
 Expert groups are consecutive ranks, so they lie within nodes first. A ring over all ranks leaves a node through all
 its network cards; ranks of one expert-data group share a node's cards with the groups beside them.
@@ -6,7 +6,6 @@ its network cards; ranks of one expert-data group share a node's cards with the 
 
 from trainer.plan.devices import Device, Efficiency
 from trainer.plan.job import Job, Layout, Term
-from trainer.plan.memory import held
 
 
 def all_to_all_bytes(job: Job, layout: Layout) -> float:
@@ -22,52 +21,7 @@ def _exchanges(layout: Layout) -> int:
     return 6 if layout.recompute else 4
 
 
-def time_terms(job: Job, layout: Layout, device: Device, eff: Efficiency) -> list[Term]:
-    """Traffic and seconds; the last two are the step and its MFU."""
-    useful = float(job.flops_per_image * layout.micro_batch_size * layout.accumulation)
-    compute = _compute(job, layout, device, eff, useful)
-    traffic, exchange = _exchange(job, layout, device, eff)
-    sync, synced = _synchronise(job, layout, device, eff)
-    _, q = held(job, layout)
-    update = q * 40 / (device.hbm * eff.hbm)
-    hidden = min(eff.hidden * synced, 0.8 * compute.value) if layout.stage == 3 else 0.0
-    step = compute.value + exchange.value + synced - hidden + update
-    return [
-        Term("model FLOPs per rank", useful, "FLOP", "3 x images x forward FLOPs"),
-        *traffic,
-        *sync,
-        compute,
-        exchange,
-        Term("ZeRO exposed", synced - hidden, "s", "gathers and reductions - hidden part",
-             f"{synced:.4g} - {hidden:.4g}"),
-        Term("update", update, "s", "40 q / (HBM x share)", f"40 x {q:.4g} / ({device.hbm:.4g} x {eff.hbm})"),
-        Term("step", step, "s", "compute + all-to-all + ZeRO exposed + update"),
-        Term("MFU bound", useful / step / device.flops, "", "model FLOPs / step / peak",
-             f"{useful:.4g} / {step:.4g} / {device.flops:.4g}"),
-    ]  # fmt: skip
-
-
-def _compute(job: Job, layout: Layout, device: Device, eff: Efficiency, useful: float) -> Term:
-    """Matrix products, at a share of the peak that falls with few rows per expert, and passes between; or the host."""
-    again = 4 / 3 if layout.recompute else 1
-    done = useful * again
-    share = eff.gemm
-    if job.counts.num_moe:
-        rows = layout.micro_batch_size * layout.ep_size * job.num_tokens
-        share *= min(1.0, rows * job.config.moe.capacity_factor / job.config.moe.num_experts / eff.rows) ** 0.5
-    config, tokens = job.config, layout.micro_batch_size * layout.accumulation * job.num_tokens
-    moved = eff.passes * tokens * config.model.dim * config.model.num_layers * again
-    host = eff.host * layout.accumulation * config.model.num_layers * again
-    seconds = max(done / (device.flops * share) + moved / (device.hbm * eff.hbm), host)
-    return Term(
-        "compute", seconds, "s",
-        "max(FLOPs / (peak x share) + passes T D N / (HBM x share), host N); x 4/3 if recomputed",
-        f"max({done:.4g} / ({device.flops:.4g} x {share:.3f}) + {moved:.4g} / ({device.hbm:.4g} x {eff.hbm}), "
-        f"{host:.3g})",
-    )  # fmt: skip
-
-
-def _exchange(job: Job, layout: Layout, device: Device, eff: Efficiency) -> tuple[list[Term], Term]:
+def exchange_terms(job: Job, layout: Layout, device: Device, eff: Efficiency) -> tuple[list[Term], Term]:
     """All-to-all: what stays in the node over NVLink, the rest over the network card; nothing hides it."""
     total = all_to_all_bytes(job, layout)
     near = min(layout.ep_size, device.per_node)
@@ -88,14 +42,15 @@ def _exchange(job: Job, layout: Layout, device: Device, eff: Efficiency) -> tupl
     return traffic, term
 
 
-def _synchronise(job: Job, layout: Layout, device: Device, eff: Efficiency) -> tuple[list[Term], float]:
+def zero_terms(job: Job, layout: Layout, device: Device, eff: Efficiency) -> tuple[list[Term], float]:
     """Gradients reduced and weights gathered: of the rest over all ranks, of experts over their data group.
 
-    Stages 1 and 2 gather weights once per step, stage 3 twice per micro-batch; stage 1 reduces once per step.
+    Stages 1 and 2 gather weights once per step, stage 3 twice per micro-batch. Stage 1 reduces once per step, the
+    others once per micro-batch; stages 1 and 2 of DeepSpeed 0.19.8 do so by an all-reduce, which sends twice as much.
     """
     s, counts, per_node = job.num_bytes, job.counts, device.per_node
     gathers = 2 * layout.accumulation if layout.stage == 3 else 1
-    reductions = 1 if layout.stage == 1 else layout.accumulation
+    reductions = {1: 2, 2: 2 * layout.accumulation, 3: layout.accumulation}[layout.stage]
     several = layout.world_size > per_node
     inside = device.node * eff.node
     ring = per_node * device.nic * eff.nic if several else inside
