@@ -26,7 +26,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import z3_leaf_module
 from torch import Tensor, nn
 
-from trainer.engine.zero3_blocks import simplify_hooks
+from trainer.engine.zero3_blocks import add_together, simplify_hooks
 from trainer.engine.zero3_gather import gather
 
 logger = logging.getLogger("ec_dit")
@@ -201,6 +201,7 @@ def lighten(engine: Any) -> None:
     coordinator.__class__ = _PartitionedParameterCoordinator
     coordinator.start(engine.module)
     simplify_hooks(engine.optimizer)
+    add_together(engine.optimizer)
     if not engine._config.zero_config.use_all_reduce_for_fetch_params:
         for parameter in engine.module.parameters():
             parameter.all_gather_coalesced = partial(parameter.all_gather_coalesced.func, gather)
