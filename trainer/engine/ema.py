@@ -15,7 +15,7 @@ from trainer.engine.zero_state import copy_masters, flat_masters, master_pieces,
 
 
 class Ema:
-    """The average over this rank's pieces: `average[name]` is fp32 and flat, a view of a copy of ZeRO's flat tensors."""
+    """The average over this rank's pieces: `average[name]` is fp32 and flat, a view of a copy of ZeRO's tensors."""
 
     def __init__(self, engine: Any, config: EmaConfig) -> None:
         self.config = config
