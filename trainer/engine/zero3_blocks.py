@@ -36,7 +36,7 @@ def through(then: Callable[[], None], values: tuple[Any, ...]) -> tuple[Any, ...
     if not any(watched):
         return values
     tensors = [value for value, is_watched in zip(values, watched, strict=True) if is_watched]
-    found: Iterator[Tensor] = iter(_Through.apply(then, *tensors))  # type: ignore[no-untyped-call]
+    found: Iterator[Tensor] = iter(_Through.apply(then, *tensors))
     return tuple(next(found) if is_watched else value for value, is_watched in zip(values, watched, strict=True))
 
 
@@ -71,7 +71,8 @@ def add_together(optimizer: Any) -> None:
 def _add(optimizer: Any, params: list[Any]) -> None:
     """Add gradients to the bucket in their order; it is reduced before one that is too much or of another group."""
     dtype, size = optimizer.communication_data_type, optimizer.reduce_bucket_size
-    bucket, run, num = optimizer.ipg_buckets[dtype], [], 0
+    bucket, num = optimizer.ipg_buckets[dtype], 0
+    run: list[Any] = []
     for param in params:
         group, more = param.ds_process_group, bucket.elements + num
         if more and (group is not bucket.process_group or more + param.ds_numel > size):
