@@ -2,7 +2,7 @@
 
     python -m benchmarks.host_time                                        # tiny shapes: nearly all of it is the host's
     torchrun --nproc-per-node 2 -m benchmarks.host_time parallel.ep_size=2
-    python -m benchmarks.host_time ec_dit_xl_8e train.micro_batch_size=1 --sides plain zero3
+    python -m benchmarks.host_time ec_dit_xl_8e train.micro_batch_size=1 --layers 1 2
 
 Each side trains the recipe's model with two numbers of blocks, all in one process and in turn. A block's time is the
 difference of two whole steps (forward, backward, update, average) by the difference of their blocks, so what a step
@@ -30,8 +30,7 @@ TINY = (
 def command_line() -> argparse.ArgumentParser:
     """Options; see the module docstring."""
     parser = command_parser("benchmarks.host_time", __doc__)
-    parser.add_argument("config", nargs="?", default="", help="YAML recipe or its name (default: debug, made tiny)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("words", nargs="*", metavar="[RECIPE] key=value", help="(default: debug, made tiny)")
     parser.add_argument("--layers", type=int, nargs=2, default=[2, 8], help="blocks of the two models")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--rounds", type=int, default=15, help="measured rounds (default %(default)s)")
@@ -121,13 +120,14 @@ def plain_step(config: TrainConfig, shape: ModelShape, world: World, device: tor
 
 def build_steps(options: argparse.Namespace) -> dict[tuple[str, int], Callable[[], None]]:
     """For each side and number of blocks a function that takes one step; on one batch that never changes."""
-    name = options.config or "debug"
-    own = [] if options.config else list(TINY)
+    named = bool(options.words) and "=" not in options.words[0]
+    name = options.words[0] if named else "debug"
+    given = options.words[1:] if named else [*TINY, *options.words]
     world = detect_world()
     device = init_distributed(world)
     steps: dict[tuple[str, int], Callable[[], None]] = {}
     for layers in options.layers:
-        overrides = [*own, *options.overrides, f"model.num_layers={layers}"]
+        overrides = [*given, f"model.num_layers={layers}"]
         config = load_config(name, overrides)
         shape, tokens = data_shape(config, parse_plan([name, *overrides]))
         job = Job(config=config, shape=shape, text_tokens=tokens, zero={})
