@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import determinism, exchange, sampling
+from benchmarks import determinism, exchange, gather, sampling
 from benchmarks.interleaved import Times, markdown_table, ratio, time_interleaved
 from benchmarks.moe_layer import Case, one_hot_forward, table
 from moe.config import MoeConfig
@@ -38,6 +38,12 @@ def test_benchmark_prints_and_writes_its_table(tmp_path: Path) -> None:
         assert all(clock["median"] > 0 for path in result["ratios"].values() for clock in path.values())
     for clock in ("cpu", "wall"):
         assert table(content["results"], clock) in done.stdout
+
+
+def test_both_gathers_give_the_same_and_are_timed() -> None:
+    options = gather.command_line().parse_args(["--rounds", "2", "--repeats", "1", "--params", "5"])
+    times = gather.measure(options, ranks=7)
+    assert set(times) == set(gather.SIDES) and all(len(of) == 2 and min(of) > 0 for of in times.values())
 
 
 def test_unfair_shapes_are_refused() -> None:

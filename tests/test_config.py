@@ -8,7 +8,7 @@ import pytest
 from trainer.config import ConfigError, config_from_dict, config_to_dict, load_config, run_cli, save_config
 from trainer.data.dataset import open_dataset
 from trainer.distributed import World
-from trainer.engine.deepspeed_config import load_deepspeed_config
+from trainer.engine.deepspeed_config import DEFAULT_LIVE, load_deepspeed_config
 from trainer.loop.start_checks import check_start, rounded_capacities
 from trainer.train import main
 
@@ -119,6 +119,27 @@ def test_auto_values_are_filled(tmp_path: Path) -> None:
     assert content["data_types"] == {"grad_accum_dtype": "fp32"}  # several micro-batches
     alone = load_config("debug", [deepspeed_json(tmp_path), "train.precision=bf16"])
     assert load_deepspeed_config(alone, 1)["data_types"] == {"grad_accum_dtype": "bf16"}
+
+
+def test_a_whole_block_is_gathered_ahead(tmp_path: Path) -> None:
+    """Of the experts a rank's own; a number in the file stands, and what is live has room for two blocks."""
+    names = "stage3_prefetch_bucket_size", "stage3_max_live_parameters"
+
+    def filled(ep_size: int, *overrides: str, **given: object) -> list[int]:
+        override = deepspeed_json(tmp_path, zero_optimization={"stage": 3} | dict.fromkeys(names, "auto") | given)
+        config = load_config("debug", [override, f"parallel.ep_size={ep_size}", *overrides])
+        content = load_deepspeed_config(config, 8)["zero_optimization"]
+        return [content[name] for name in names]
+
+    dim, hidden, num_experts = 64, 256, 8
+    attention = 2 * (2 * dim * dim + 2 * dim * dim // 2 + 2 * dim // 4)  # query and out, key and value, two norms
+    rest, expert = attention + 6 * dim, 2 * dim * hidden + dim + hidden
+    assert filled(1) == [rest + num_experts * dim + 8 * expert, DEFAULT_LIVE]
+    assert filled(4) == [rest + num_experts * dim + 2 * expert, DEFAULT_LIVE]
+    assert filled(1, "moe.every=0") == [rest + expert, DEFAULT_LIVE]
+    assert filled(1, stage3_prefetch_bucket_size=7) == [7, DEFAULT_LIVE]
+    block, live = filled(1, "model.dim=8192")
+    assert block > DEFAULT_LIVE and live == 2 * block
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ CHECKS = (
     "every_step_has_its_rate_capacity_and_mask",
     "a_report_is_the_mean_of_its_steps_over_any_number_of_stops",
     "a_routers_loss_is_learned_and_not_reported",
+    "lighter_bookkeeping_changes_no_bit",
+    "bookkeeping_stays_where_something_is_in_the_way",
 )
 CASES = [pytest.param(size, check, marks=[pytest.mark.slow] * (size - 1)) for size in (1, 2) for check in CHECKS]
 

@@ -6,6 +6,7 @@ value that contradicts the YAML.
 
 import difflib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ KNOWN_KEYS = tuple(
     weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
     """.split()
 )
+DEFAULT_LIVE = 1_000_000_000  # DeepSpeed's own stage3_max_live_parameters
 SECTIONS = ("bf16", "fp16", "data_types", "zero_optimization")  # those that are looked into below
 
 
@@ -74,6 +76,7 @@ def load_deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any
         require(name not in content, f"{path}: {name} belongs in the YAML (optim.*): remove it")
     _check_guard(path, content)
     _fill_accumulation(path, content, config)
+    _fill_prefetch(content, config)
     leftovers = [key for key, value in leaves(content).items() if value == "auto"]
     require(not leftovers, f'{path}: {", ".join(leftovers)} is "auto", but nothing here fills it: write a value')
     stage = content.get("zero_optimization", {}).get("stage", 0)
@@ -105,6 +108,39 @@ def _fill_accumulation(path: str, content: dict[str, Any], config: TrainConfig) 
         f"{path}: data_types.grad_accum_dtype is {given!r}: with train.precision={loop.precision} use "
         f'{" or ".join(allowed)}, or "auto"',
     )
+
+
+def largest_block(config: TrainConfig) -> int:
+    """Parameters of the largest block that a rank gathers: of an MoE block its own experts only."""
+    import torch  # here, as --help must not wait for it
+
+    from moe.layer import MoeLayer
+    from trainer.diffusion.model import DitBlock
+
+    moe, size = config.moe, config.model
+    kinds = {moe.has_moe(layer) for layer in range(size.num_layers)}
+    build = partial(MoeLayer, moe, dim=size.dim, hidden_dim=size.mlp_ratio * size.dim)
+    with torch.device("meta"):
+        blocks = [DitBlock(size, build if has_moe else None) for has_moe in kinds]
+    ep_size = config.parallel.ep_size
+    return max(
+        sum(p.numel() // (ep_size if ".experts." in name else 1) for name, p in block.named_parameters())
+        for block in blocks
+    )
+
+
+def _fill_prefetch(content: dict[str, Any], config: TrainConfig) -> None:
+    """Stage 3 gathers a whole block ahead: of less, the rest is gathered only when the block waits for it.
+
+    DeepSpeed gathers ahead no more than its limit of live parameters leaves beside the block that computes.
+    """
+    zero = content.get("zero_optimization", {})
+    names = "stage3_prefetch_bucket_size", "stage3_max_live_parameters"
+    if "auto" in [zero.get(name) for name in names]:
+        block = largest_block(config)
+        for name, value in zip(names, (block, max(DEFAULT_LIVE, 2 * block)), strict=True):
+            if zero.get(name) == "auto":
+                zero[name] = value
 
 
 def _check_zero(path: str, content: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from trainer.diffusion.compiled import CompiledBlocks, is_wanted
 from trainer.diffusion.model import DitBlock, EcDit, ModelShape, initial_value
 from trainer.engine.deepspeed_config import zero_stage
 from trainer.engine.optim import build_optimizer
+from trainer.engine.zero3_host_cost import lighten
 from trainer.engine.zero_state import full_shape, write_initial
 
 InitialValue = Callable[[str, tuple[int, ...], int, int], Tensor]
@@ -86,9 +87,14 @@ def build_engine(
     shape: ModelShape,
     device: torch.device,
     initial: InitialValue | None = None,
+    *,
     compiling: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    stock: bool = False,
 ) -> Any:
-    """Model, optimizer and ZeRO in one DeepSpeed engine; `compiling` surrounds each compilation of blocks."""
+    """Model, optimizer and ZeRO in one DeepSpeed engine; `compiling` surrounds each compilation of blocks.
+
+    `stock` keeps DeepSpeed's own bookkeeping, to compare with.
+    """
     _import_muon_uncompiled()
     model = build_model(config, deepspeed_config, shape, initial)
     if is_wanted(config.train.compile, device):
@@ -98,6 +104,8 @@ def build_engine(
     optimizer = build_optimizer(model.named_parameters(), config.optim)
     with _zero_optimizer_at_every_stage():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config)
+    if zero_stage(deepspeed_config) == 3 and not stock:
+        lighten(engine)
     return engine
 
 

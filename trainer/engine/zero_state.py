@@ -130,6 +130,16 @@ def master_pieces(engine: Any) -> Iterator[tuple[str, TensorPiece]]:
         yield name, piece
 
 
+def copy_masters(engine: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Copies of the flat tensors, padding included, and views of them as `master_pieces` are of their originals."""
+    copies = {id(flat): flat.detach().clone() for flat in flat_masters(engine)}
+    views = {
+        name: copies[id(flat)][position : position + len(piece.values)]
+        for name, flat, position, piece in _places(engine)
+    }
+    return list(copies.values()), views
+
+
 def moment_pieces(engine: Any) -> Iterator[tuple[str, str, TensorPiece]]:
     """(kind, name, piece) of the optimizer's moments; nothing for SGD and before the first step."""
     states = engine.optimizer.optimizer.state  # of torch's optimizer, which steps on the flat tensors
