@@ -60,7 +60,6 @@ from benchmarks.step import RandomData
 from trainer.config import TrainConfig, load_config, require, run_cli
 from trainer.data.position import DataState
 from trainer.diffusion.compiled import CompiledBlocks, is_wanted
-from trainer.diffusion.compiled import CompiledBlocks, is_wanted
 from trainer.diffusion.flow import NoisedBatch, training_loss
 from trainer.diffusion.model import ModelShape
 from trainer.distributed import World, detect_world, init_distributed
