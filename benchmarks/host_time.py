@@ -187,5 +187,10 @@ def run(options: argparse.Namespace) -> None:
         )
 
 
+def main(argv: list[str] | None = None) -> None:
+    """Print the table; exit code 2 and one sentence on a wrong option."""
+    run_cli(lambda: run(command_line().parse_intermixed_args(argv)))
+
+
 if __name__ == "__main__":
-    run_cli(lambda: run(command_line().parse_intermixed_args()))
+    main()

@@ -26,6 +26,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=10, help="measured steps (default %(default)s)")
     parser.add_argument("--warmups", type=int, default=3, help="steps before them (default %(default)s)")
     parser.add_argument("--micro-batches", default="", metavar="N,N,...", help="sizes to measure one after another")
+    parser.add_argument("--profile", action="store_true", help="also say which kinds of kernels a step's time goes to")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     return parser
 
@@ -42,6 +43,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.interleaved import markdown_table, wait_for_gpu, write_json
+from benchmarks.kernel_shares import kernel_seconds, shares
 from benchmarks.step_fit import fit_steps, read_sizes
 from trainer.config import TrainConfig, require, run_cli
 from trainer.data.latents.samples import LatentInfo, Sample
@@ -121,6 +123,11 @@ class Bench:
         means = all_reduce_mean(torch.tensor(seconds[warmups:], device=self.device)).tolist()
         sections = {name.removeprefix("time/"): value for name, value in self.timer.take().items()}
         return Measured(steps=means, sections=sections, allocated_bytes=allocated, taken_bytes=taken)
+
+    def kernels(self, number: int) -> dict[str, float]:
+        """Seconds of each kind of kernels in one step, on a GPU."""
+        upcoming = next_step(self.batches, self.config, number)
+        return kernel_seconds(lambda: self.step(number, upcoming))
 
 
 class RandomData:
@@ -206,6 +213,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     if sizes:
         return sweep(options, [planned["configured"]["step_seconds"] for planned in each], sizes, bench)
     found = bench.measure(options.steps, options.warmups)
+    kinds = bench.kernels(options.warmups + options.steps + 1) if options.profile else {}
+    bench.engine.destroy()  # another benchmark of this process may need its memory
     if not world.is_main:
         return
     lines = compare(report["configured"], found, job.config, world.size)
@@ -216,6 +225,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     print("\n" + markdown_table(["", "planned", "measured", "measured / planned"], rows))
     sections = ", ".join(f"{key} {value:.4f}" for key, value in found.sections.items())
     print(f"\nsections of a measured step, s: {sections}", flush=True)
+    if kinds:
+        print(shares(kinds), flush=True)
     if options.json:
         write_json(options.json, {"lines": lines, "measured": asdict(found), "plan": report})
 
