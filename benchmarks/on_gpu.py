@@ -58,7 +58,7 @@ def run(name: str, words: list[str]) -> bool:
     """Run one benchmark in this process and give its memory back; whether it came to its end."""
     start = time.perf_counter()
     print(f"\n# python -m benchmarks.{name} {' '.join(words)}", flush=True)
-    faulthandler.dump_traceback_later(SILENCE, repeat=True)
+    faulthandler.dump_traceback_later(SILENCE, repeat=True, file=sys.__stderr__ or sys.stderr)
     try:
         import_module(f"benchmarks.{name}").main(words)
         return True

@@ -3,17 +3,19 @@
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import determinism, exchange, gather, sampling
+from benchmarks import determinism, exchange, gather, kernel_shares, on_gpu, sampling
 from benchmarks.interleaved import Times, markdown_table, ratio, time_interleaved
 from benchmarks.moe_layer import Case, one_hot_forward, table
 from moe.config import MoeConfig
 from moe.layer import MoeLayer
+from trainer.config import load_config
 from trainer.plan.__main__ import parse as parse_plan
 from trainer.plan.command import plan
 
@@ -97,6 +99,32 @@ def test_sampling_benchmark_compares_and_times_each_measure(tmp_path: Path, caps
     assert list(content) == [*measures, "apart"] and content["naive"]["median"] == 1.0
     assert max(content["apart"][name] for name in measures[:4]) < 1e-5 < content["apart"]["bf16"] < 0.5
     assert all(f"| {name} | {content[name]['median']:.2f}x |" in said for name in measures)
+
+
+def test_what_runs_on_a_gpu_is_asked_for_in_words_that_are_known(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, line in on_gpu.RUNS:
+        parser = import_module(f"benchmarks.{name}").command_line()
+        options, rest = parser.parse_known_intermixed_args(line.split())
+        settings = [word for word in [*rest, *getattr(options, "settings", []), *getattr(options, "words", [])]]
+        if settings and "=" not in settings[0]:
+            load_config(settings[0], settings[1:])
+        assert not [word for word in settings if word.startswith("-")], line
+    assert not on_gpu.run("sampling", ["--rounds", "0"]) and "--rounds is 0: use 1 or more" in capsys.readouterr().err
+    assert on_gpu.run("sampling", ["debug", "model.dim=32", "--images", "1", "--rounds", "1"])
+
+
+def test_kinds_of_kernels_by_their_names() -> None:
+    names = {
+        "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTT": "products", "triton_poi_fused_add_gelu_3": "fused passes",
+        "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<x>": "attention", "_sum_rows": "row sums",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n": "products", "Memcpy HtoD (Pageable -> Device)": "copies",
+        "cudnn_generated_fort_native_sdpa_sm90_fprop": "attention", "vectorized_elementwise_kernel": "other passes",
+        "ncclDevKernel_AllGather_RING_LL": "communication",
+    }  # fmt: skip
+    assert {name: kernel_shares.kind_of(name) for name in names} == names
+    assert kernel_shares.shares({"products": 0.006, "attention": 0.002}) == (
+        "kernels of a step take 8.0 ms: products 75%, attention 25%"
+    )
 
 
 def test_markdown_table() -> None:

@@ -222,9 +222,7 @@ def test_command_says_whether_and_where_it_fits(capsys: pytest.CaptureFixture[st
     assert run(parse(["debug", "--world-size", "4", "--explain"])) == 0
     text = capsys.readouterr().out
     assert "fits: ep_size 1, ZeRO 3" in text and "g q = 4 x" in text and "best layout for each ep_size" in text
-    assert (
-        "and for each ZeRO stage:" in text and text.count("; as fast") + text.count(" s more, most of all ") == 2
-    )
+    assert "and for each ZeRO stage:" in text and text.count("; as fast") + text.count(" s more, most of all ") == 2
     assert "compute is that of bf16" in text and "fills every expert" not in text
     assert run(parse(["debug", "moe.router=expert_race", "moe.pool=batch"])) == 0
     assert "moe.router=expert_race fills every expert up to the fullest" in capsys.readouterr().out
