@@ -19,8 +19,8 @@ from moe.config import MoeConfig
 from moe.routing import ChoiceMemory
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # exact fractions: torch 2.11 cannot trace them
-def _capacity(num_tokens: int, num_experts: int, factor: float) -> int:
+def fixed_capacity(num_tokens: int, num_experts: int, factor: float) -> int:
+    """`MoeConfig.capacity` as a function of numbers only, whose result a compiler may take as it is."""
     return MoeConfig(num_experts=num_experts, capacity_factor=factor).capacity(num_tokens)
 
 
@@ -46,8 +46,7 @@ class RouterInput:
     def capacity(self) -> int:
         """Tokens of a pool that each expert takes: floor(S * f_c / E)."""
         _, num_tokens, num_experts = self.logits_BSE.shape
-        rows: int = _capacity(num_tokens, num_experts, self.capacity_factor)
-        return rows
+        return fixed_capacity(num_tokens, num_experts, self.capacity_factor)
 
     def packed(self, mask_BSE: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
         """Rows of a choice given as a mask, or of the memory: (index_BEC, valid_BEC), see `pack`.

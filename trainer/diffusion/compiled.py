@@ -27,6 +27,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from moe.all_to_all import COMPILER_OPTIONS
 from moe.layer import MoeLayer
+from moe.routers.base import fixed_capacity
 from moe.routing import ChoiceMemory
 from trainer.diffusion.model import DitBlock, EcDit
 
@@ -55,6 +56,8 @@ class CompiledBlocks:
         model.is_compiled = True
         # A block's two passes are compiled together, so that no backward pass stops for it; graphs of all blocks of a
         # kind are kept behind one function.
+        # Here and not where it stands, as that would load the compiler: exact fractions cannot be traced by torch 2.11.
+        torch.compiler.assume_constant_result(fixed_capacity)
         dynamo: Any = import_module("torch._dynamo.config")
         functorch: Any = import_module("torch._functorch.config")
         functorch.force_non_lazy_backward_lowering = True
