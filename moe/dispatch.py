@@ -46,7 +46,9 @@ def expert_rows(index_BEC: Tensor, num_tokens: int) -> Rows:
     return Rows(token_R=token_R, order_R=order_R, first_T1=first_T1)
 
 
-def _sum_by_bags(value_RD: Tensor, weight_R: Tensor | None, order_R: Tensor, first_T1: Tensor) -> Tensor:
+def _sum_by_bags(
+    value_RD: Tensor, weight_R: Tensor | None, token_R: Tensor, order_R: Tensor, first_T1: Tensor
+) -> Tensor:
     weight = None if weight_R is None else weight_R[order_R]
     out_TD: Tensor = functional.embedding_bag(
         order_R, value_RD, first_T1, mode="sum", per_sample_weights=weight, include_last_offset=True
@@ -54,30 +56,20 @@ def _sum_by_bags(value_RD: Tensor, weight_R: Tensor | None, order_R: Tensor, fir
     return out_TD
 
 
-@torch.library.custom_op("ec_dit::sum_at_tokens", mutates_args=())
-def sum_at_tokens(
+def _sum_on_gpu(
     value_RD: Tensor, weight_R: Tensor | None, token_R: Tensor, order_R: Tensor, first_T1: Tensor
 ) -> Tensor:
-    """Sum of (weighted) rows of each token, [T, D]; zeros where there are none. The other arguments are `Rows`.
-
-    An operator of its own, so that a compiler takes it as it is: on a GPU it is a Triton kernel, with another path
-    beside it, and what decides between them cannot be traced.
-    """
-    return _sum_by_bags(value_RD, weight_R, order_R, first_T1)
-
-
-@sum_at_tokens.register_kernel("cuda")
-def _(value_RD: Tensor, weight_R: Tensor | None, token_R: Tensor, order_R: Tensor, first_T1: Tensor) -> Tensor:
     if value_RD.dtype == torch.double or find_spec("triton") is None:
-        return _sum_by_bags(value_RD, weight_R, order_R, first_T1)
+        return _sum_by_bags(value_RD, weight_R, token_R, order_R, first_T1)
     from moe.row_sum_kernel import sum_rows
 
     out_TD: Tensor = sum_rows(value_RD, order_R, first_T1, weight_R)
     return out_TD
 
 
-@sum_at_tokens.register_fake
-def _(value_RD: Tensor, weight_R: Tensor | None, token_R: Tensor, order_R: Tensor, first_T1: Tensor) -> Tensor:
+def _shape_of_sum(
+    value_RD: Tensor, weight_R: Tensor | None, token_R: Tensor, order_R: Tensor, first_T1: Tensor
+) -> Tensor:
     return value_RD.new_empty(first_T1.shape[0] - 1, value_RD.shape[1])
 
 
@@ -96,7 +88,22 @@ def _gradient(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
     return grad_RD * weight_R[:, None], (grad_RD * value_RD).sum(-1), None, None, None
 
 
-sum_at_tokens.register_autograd(_gradient, setup_context=_keep_for_gradient)
+# An operator of its own, so that a compiler takes it as it is: on a GPU it is a Triton kernel, with another path beside
+# it, and what decides between them cannot be traced. Not by `torch.library.custom_op`, whose first call loads the
+# compiler: 2.6 seconds of each process.
+_LIBRARY = torch.library.Library("ec_dit", "DEF")
+_NAME = "ec_dit::sum_at_tokens"
+_LIBRARY.define("sum_at_tokens(Tensor value, Tensor? weight, Tensor token, Tensor order, Tensor first) -> Tensor")
+_LIBRARY.impl("sum_at_tokens", _sum_by_bags, "CompositeExplicitAutograd")
+_LIBRARY.impl("sum_at_tokens", _sum_on_gpu, "CUDA")
+torch.library.register_fake(_NAME, _shape_of_sum, lib=_LIBRARY)
+torch.library.register_autograd(_NAME, _gradient, setup_context=_keep_for_gradient, lib=_LIBRARY)
+
+
+def sum_at_tokens(value_RD: Tensor, rows: Rows, weight_R: Tensor | None = None) -> Tensor:
+    """Sum of (weighted) rows of each token, [T, D]; zeros where there are none. Differentiable."""
+    out_TD: Tensor = torch.ops.ec_dit.sum_at_tokens(value_RD, weight_R, rows.token_R, rows.order_R, rows.first_T1)
+    return out_TD
 
 
 class _Dispatch(torch.autograd.Function):
@@ -109,8 +116,7 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        rows = ctx.rows
-        return sum_at_tokens(grad_outputs[0], None, rows.token_R, rows.order_R, rows.first_T1), None
+        return sum_at_tokens(grad_outputs[0], ctx.rows), None
 
 
 def dispatch(x_BSD: Tensor, rows: Rows, num_experts: int) -> Tensor:
@@ -126,7 +132,5 @@ def combine(y_END: Tensor, gate_BEC: Tensor, rows: Rows, like_BSD: Tensor) -> Te
     A token that no expert took gets zeros: it keeps only its residual path.
     """
     weight_R = gate_BEC.transpose(0, 1).reshape(-1).to(y_END.dtype)
-    out_TD: Tensor = sum_at_tokens(
-        y_END.reshape(-1, y_END.shape[-1]), weight_R, rows.token_R, rows.order_R, rows.first_T1
-    )
+    out_TD = sum_at_tokens(y_END.reshape(-1, y_END.shape[-1]), rows, weight_R)
     return out_TD.to(like_BSD.dtype).view_as(like_BSD)
