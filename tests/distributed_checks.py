@@ -171,7 +171,8 @@ def bf16_gradients_are_summed_in_fp32(world: World) -> None:
         after = gather_master(engine)
         moved = {name: before[name].double() - after[name].double() for name in after}
         worst = max(float((moved[name] - mean).norm() / mean.norm()) for name, mean in expected.items())
-        assert worst < 2**-8, (stage, worst)  # summed in bf16: 0.0065 at stage 1, 0.0069 at stages 2 and 3
+        # 0.0044 at stage 1, which rounds what it reduces, 0.0021 at others; summed in bf16: 0.0079 and 0.0101.
+        assert worst < (1.5 if stage == 1 else 1.0) * 2**-8, (stage, worst)
         engine.destroy()
 
 
