@@ -81,6 +81,24 @@ def test_limits_are_learned_from_normal_steps(monkeypatch: pytest.MonkeyPatch) -
     assert Progress(60.0).limit("start-up") == 3600
 
 
+def test_a_compilation_is_no_part_of_a_normal_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    progress, now = Progress(60.0), [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def passes(seconds: int) -> None:
+        now[0] += seconds
+        for _ in range(seconds // 5):
+            progress.look(0, 5.0)
+
+    for compiling in (0, 0, 500):  # the first step is never normal
+        with progress.within("step"):
+            passes(40)
+            with progress.within("compile"):
+                passes(compiling)
+    assert progress.limit("data") == 100, "2.5 times the 40 seconds of a step without it"
+    assert progress.limit("compile") == 1250
+
+
 def test_a_beat_counts_its_own_time() -> None:
     progress = Progress(2.0)
     progress.slowest["step"] = 0.0
