@@ -163,12 +163,13 @@ class Trainer:
 
     @contextmanager
     def _compiling(self) -> Iterator[None]:
-        """A graph is made in the middle of a step: no part of its speed, and no sign that it hangs."""
-        start = time.perf_counter()
+        """A graph is made in the middle of a step or of a grid: no part of its speed, and no sign that it hangs."""
+        start, around = time.perf_counter(), self.progress.phase
         with self.progress.within("compile"):
             yield
-        self.progress.enter("forward")
-        self.reporter.pause(time.perf_counter() - start)
+        self.progress.enter(around)
+        if around != "samples":  # whose whole time is left out already
+            self.reporter.pause(time.perf_counter() - start)
 
     def _read_and_report(self, *, more: bool, result: StepResult | None = None) -> StepReport:
         """Read the data of the next step if there are `more`, then tell all ranks how this one went. Collective.
