@@ -2,11 +2,13 @@
 
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from trainer.cluster.progress import Beat, Progress, judge
 from trainer.config import ConfigError, load_config
+from trainer.loop.loop import Trainer
 
 AT_REPORT = Beat(
     rank=0, node="n0", pid=1, step=7, phase="report", moves=70, collectives=900, still=61.0, overdue=True
@@ -131,3 +133,14 @@ def test_a_step_pays_less_than_50_microseconds() -> None:
 def test_a_senseless_limit_is_refused(value: str) -> None:
     with pytest.raises(ConfigError, match=r"train.hang_seconds is .*: use (1 or more, or 0 \(off\)|0 or more)"):
         load_config("debug", [f"train.hang_seconds={value}"])
+
+
+@pytest.mark.parametrize("around,left_out", [("forward", 1), ("samples", 0)])
+def test_a_compilation_gives_back_the_phase_that_it_interrupts(around: str, left_out: int) -> None:
+    """In a grid of samples, too, whose whole time is left out of the speed already."""
+    pauses: list[float] = []
+    trainer = SimpleNamespace(progress=Progress(60.0), reporter=SimpleNamespace(pause=pauses.append))
+    trainer.progress.enter(around)
+    with Trainer._compiling(trainer):  # type: ignore[arg-type]
+        assert trainer.progress.phase == "compile"
+    assert trainer.progress.phase == around and len(pauses) == left_out
