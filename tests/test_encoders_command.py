@@ -23,7 +23,7 @@ def test_known_encoders_are_settings_that_the_registry_reads(capsys: pytest.Capt
             assert any(re.fullmatch(entry.pattern, setting) for entry in registered), setting
             assert encoder.setting in printed and encoder.licence in printed
             folder = setting.rpartition(":")[2]
-            assert "--local-dir" not in encoder.arguments or folder.startswith(encoder.arguments.split()[-1])
+            assert "--local-dir" not in encoder.fetch or folder.startswith(encoder.fetch.split()[-1])
 
 
 def test_check_tries_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

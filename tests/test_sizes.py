@@ -19,6 +19,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "trainer" / "configs"
 RECIPES = sorted(CONFIGS.glob("ec_dit_*.yaml"))
 SHAPE = ModelShape(channels=16, height=32, width=32, text_dim=4096)
 BILLION = 1e9
+SMALL = "ec_dit_b_8e"  # for one node or one GPU; not among the paper's
 
 # EC-DIT, table 1: billions of parameters, dense twin and with the most experts, as printed (frozen encoders included),
 # and how much the activated size grows over the dense twin.
@@ -92,11 +93,11 @@ def test_97_billion_are_built_without_memory_in_seconds() -> None:
 def test_recipe_has_the_layout_that_the_plan_finds_best(path: Path) -> None:
     """And says so: `python -m trainer.plan.recipes trainer/configs/ec_dit_*.yaml` would change nothing."""
     text = path.read_text()
-    nodes = re.search(r"Hardware: (\d+) nodes of 8 x H100", text)
+    nodes = re.search(r"Hardware: (\d+) nodes? of 8 x H100", text)
     assert nodes is not None
     report = plan(parse([str(path), "--nodes", nodes[1]]))[0]
     assert report["configured"]["fits"] and report["best"]["layout"] == report["configured"]["layout"]
-    assert report["global_batch_size"] == 4096, "the paper's"
+    assert report["global_batch_size"] == (2048 if path.stem == SMALL else 4096), "the paper's"
     for pattern, line in lines_of(report, path.stem, nodes[1]):
         assert re.search(pattern, text) and re.sub(pattern, line, text, count=1) == text
     speed, memory = report["configured"]["images_per_second"], report["configured"]["peak_bytes"] / 1e9
@@ -124,4 +125,13 @@ def test_a_recipe_gets_the_best_layout_and_keeps_the_rest() -> None:
 def test_every_size_of_the_paper_has_its_recipes() -> None:
     kinds = {size: ["dense", "8e", "16e", "32e"] for size in PRINTED} | {"m": ["dense", "64e"]}
     expected = {f"ec_dit_{size}_{kind}" for size, names in kinds.items() for kind in names}
-    assert {path.stem for path in RECIPES} == expected
+    assert {path.stem for path in RECIPES} == expected | {SMALL}
+
+
+def test_the_small_recipe_is_what_its_header_says() -> None:
+    """Its encoders are not here: their sizes come from the list of well-known ones."""
+    report, job, *_ = plan(parse([SMALL]))
+    assert job.shape == ModelShape(channels=4, height=32, width=32, text_dim=768) and job.text_tokens == 77
+    total, active = (round(report["parameters"][name] / 1e6) for name in ("total", "active"))
+    assert f"{total}M parameters, {active}M activated" in (CONFIGS / f"{SMALL}.yaml").read_text()
+    assert 100 <= active <= 200

@@ -19,7 +19,7 @@ from eval.networks.protocols import ImageEncoder
 from eval.weights import cache_folder, file_sha256, find_weights_file
 from eval.weights_table import TABLE
 from trainer.config import require
-from trainer.encoders.pretrained import must_fit, read_torchscript, read_weights
+from trainer.encoders.pretrained import must_fit, read_weights
 
 DEFAULT_CLIP, CMMD_CLIP = "ViT-L-14:openai", "ViT-L-14-336:openai"
 _BATCH = 64
@@ -47,14 +47,10 @@ def find_clip(spec: str) -> tuple[str, str, Path]:
     return arch, where, files[0]
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
-    try:
-        return read_weights(path, lambda name: name.removeprefix("module."))
-    except RuntimeError as error:
-        if "TorchScript" not in str(error):
-            raise
-    unused = ("input_resolution", "context_length", "vocab_size")  # OpenAI's archives hold these numbers too
-    return {name: value for name, value in read_torchscript(path).items() if name not in unused}
+def _weight_name(key: str) -> str:
+    name = key.removeprefix("module.")
+    # OpenAI's archives hold these numbers too
+    return "" if name in ("input_resolution", "context_length", "vocab_size") else name
 
 
 def load_clip(spec: str) -> "ClipModel":
@@ -67,7 +63,7 @@ def load_clip(spec: str) -> "ClipModel":
     quick = tag == "openai" or any(entry.sha256 == sha256 and "openai" in entry.name for entry in TABLE.values())
     model = open_clip.create_model(arch, pretrained_text=False, force_quick_gelu=quick)
     with must_fit(f"{path} does not hold weights of {arch}"):
-        model.load_state_dict(_read_state(path))
+        model.load_state_dict(read_weights(path, _weight_name))
     preset = open_clip.get_pretrained_cfg(arch, tag) if tag else {}
     return ClipModel(arch, model, sha256, preset)
 

@@ -63,11 +63,19 @@ def load_local(setting: str, cls: Any, folder: Path, device: torch.device | None
 
 
 def read_weights(path: Path, rename: Callable[[str], str]) -> dict[str, Tensor]:
-    """Weights of a safetensors or torch file; `rename` gives their names here, "" for those that are not wanted."""
+    """Weights of a safetensors or torch file or a TorchScript archive.
+
+    `rename` gives their names here, "" for those that are not wanted.
+    """
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(key) for key in file.keys() if (name := rename(key))}
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except RuntimeError as error:
+        if "TorchScript" not in str(error):
+            raise
+        content = read_torchscript(path)  # as OpenAI published CLIP
     state = content.get("state_dict", content)
     return {name: value for key, value in state.items() if (name := rename(key))}
 

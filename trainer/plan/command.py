@@ -11,7 +11,8 @@ from moe.routers.registry import router_class
 from trainer.config import ConfigError, TrainConfig, load_config, require
 from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.model import ModelShape
-from trainer.encoders.build import build_codec
+from trainer.encoders.build import build_codec, build_text_encoder
+from trainer.encoders.catalog import known_sizes
 from trainer.engine.deepspeed_config import accumulation_dtype, load_deepspeed_config, zero_stage
 from trainer.plan.devices import Efficiency, find_device
 from trainer.plan.job import Job, Term, configured_layout
@@ -29,14 +30,9 @@ def data_shape(config: TrainConfig, given: Namespace) -> tuple[ModelShape, int]:
 
         info: LatentInfo = open_dataset(config).info
         return ModelShape.of(info), info.max_tokens
-    try:
-        codec = build_codec(config.data.codec)
-        channels, factor = codec.channels, codec.factor
-    except ConfigError:  # its files are not on this machine: the most common ones
-        channels, factor = 16, 8
+    channels, factor = _codec_sizes(config.data.codec)
     channels, factor = given.channels or channels, given.factor or factor
-    small = config.data.source == "synthetic" or config.data.text_encoder.startswith("minilm")
-    text_dim, text_tokens = (32, 8) if config.data.source == "synthetic" else (384, 32) if small else (4096, 120)
+    text_dim, text_tokens = (32, 8) if config.data.source == "synthetic" else _text_sizes(config.data.text_encoder)
     require(
         config.data.image_size % (factor * config.model.patch_size) == 0,
         f"data.image_size={config.data.image_size} is no multiple of --factor {factor} x model.patch_size="
@@ -45,6 +41,26 @@ def data_shape(config: TrainConfig, given: Namespace) -> tuple[ModelShape, int]:
     side = config.data.image_size // factor
     shape = ModelShape(channels=channels, height=side, width=side, text_dim=given.text_dim or text_dim)
     return shape, given.text_tokens or text_tokens
+
+
+def _codec_sizes(setting: str) -> tuple[int, int]:
+    """Channels and factor."""
+    try:
+        codec = build_codec(setting)
+        return codec.channels, codec.factor
+    except ConfigError:  # its files are not on this machine; of one that is not listed either, the most common ones
+        return known_sizes(setting) or (16, 8)
+
+
+def _text_sizes(setting: str) -> tuple[int, int]:
+    """Width of a token and tokens of the longest caption."""
+    if setting.startswith("minilm"):
+        return 384, 32
+    try:
+        encoder = build_text_encoder(setting)
+        return encoder.dim, encoder.max_tokens
+    except ConfigError:
+        return known_sizes(setting) or (4096, 120)
 
 
 def plan(given: Namespace) -> tuple[dict[str, Any], Job, PlanResult, list[PlanResult]]:

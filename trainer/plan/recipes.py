@@ -24,8 +24,8 @@ def lines_of(report: dict[str, Any], name: str, nodes: str) -> list[tuple[str, s
     chosen = f"ep_size {layout['ep_size']}, ZeRO {layout['stage']}" if report["parameters"]["experts"] else \
         f"ZeRO {layout['stage']}"  # fmt: skip
     return [
-        (r"# Hardware: .*", f"# Hardware: {nodes} nodes of 8 x H100 80 GB. Layout chosen by: python -m trainer.plan "
-            f"{name} --nodes {nodes}"),
+        (r"# Hardware: .*", f"# Hardware: {nodes} node{'s' * (nodes != '1')} of 8 x H100 80 GB. Layout chosen by: "
+            f"python -m trainer.plan {name} --nodes {nodes}"),
         (r"# Expected by the plan.*", "# Expected by the plan (compiled blocks; its terms are from one H100, no "
             f"cluster measured): {best['peak_bytes'] / 1e9:.0f} GB per device, {best['step_seconds']:.2f} s/step, "
             f"{best['images_per_second']:.0f} images/s, MFU {best['mfu']:.0%}, {gigabytes:.0f} GB per checkpoint."),
@@ -43,7 +43,7 @@ def settled(text: str, name: str) -> str:
     from trainer.plan.__main__ import parse
     from trainer.plan.command import plan
 
-    found = re.search(r"# Hardware: (\d+) nodes", text)
+    found = re.search(r"# Hardware: (\d+) nodes?", text)
     require(found is not None, f"{name} has no line '# Hardware: N nodes ...': say there for how many nodes it is")
     nodes = found[1] if found else ""
     with tempfile.TemporaryDirectory() as folder:
