@@ -22,6 +22,8 @@ from trainer.data.dataset import open_dataset
 from trainer.data.demo import scene_shards, scenes
 from trainer.data.encode import main
 from trainer.data.index import build_index
+from trainer.data.latents.dataset_file import read_dataset_file
+from trainer.data.latents.describe import describe
 from trainer.data.latents.encode_folder import build_encoder, encode
 from trainer.data.latents.samples import Batch
 from trainer.data.latents.shard_writer import Encoder
@@ -357,7 +359,9 @@ def test_larger_pictures_are_resized_and_cropped(images: Path, tmp_path: Path) -
 def test_pictures_are_not_enlarged_without_a_word(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ConfigError, match=r"data\.image_size=64 would enlarge the pictures of .* 4 times .* now 1\.5"):
+    with pytest.raises(
+        ConfigError, match=r"data\.image_size=64 would enlarge the pictures of .* largest 4 times: .* 1$"
+    ):
         encode(encoder_for(images, tmp_path / "latents", image_size=64))
     with pytest.raises(ConfigError, match=r"data\.buckets=\['32x24'\] would enlarge"):
         encode(build_encoder(data_for(images, tmp_path / "latents", buckets=["32x24"])))
@@ -366,3 +370,27 @@ def test_pictures_are_not_enlarged_without_a_word(
     assert f"00000: {SHARD_SIZE} pictures ({SHARD_SIZE} enlarged)" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"data\.image_size=64 would enlarge"):
         load_pictures(data_for(images, tmp_path, image_size=64, buckets=["16x16"]))
+
+
+def test_pictures_that_are_too_small_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """5 of 24 pixels, 8 of 20 and 3 of 16: the last are a tar that gives no shard."""
+    pictures, made = tmp_path / "images", tmp_path / "latents"
+    for size, count in ((24, 5), (20, 8), (16, 3)):
+        sizes = ["--num-images", str(count), "--image-size", str(size)]
+        scene_shards.main(["--out", str(pictures / f"of-{size}"), *sizes])
+    build_index(pictures)
+    capsys.readouterr()
+    assert encode(encoder_for(pictures, made, image_size=20))
+    said = capsys.readouterr().out
+    assert "of-16__00000: 0 pictures (0 enlarged), 3 left out as too small, 0 captions" in said
+    assert "dataset.json: 13 samples; 3 pictures left out as smaller than their crop (data.enlarge_up_to)" in said
+    data = data_for(pictures, made, image_size=20)
+    assert len(open_dataset(TrainConfig(data=data))) == 13
+    assert "a sample; 3 pictures left out as smaller" in describe(read_dataset_file(made), 1, 0)
+    assert len(load_pictures(data)) == 13
+    with pytest.raises(ConfigError, match=r"data\.enlarge_up_to is 1\.25 but .* holds shards made with 1\.0: restore"):
+        encode(build_encoder(replace(data, enlarge_up_to=1.25)))
+    with_small = replace(data, latents=str(tmp_path / "with_small"), enlarge_up_to=1.25)
+    assert encode(build_encoder(with_small)) and len(open_dataset(TrainConfig(data=with_small))) == 16

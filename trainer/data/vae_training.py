@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from trainer.config import DataConfig, require
 from trainer.data.index import index_or_open
-from trainer.data.latents.enlargement import check_enlargement
+from trainer.data.latents.enlargement import check_enlargement, large_enough, too_small
 from trainer.data.latents.shard_writer import picture_batches
 from trainer.encoders.vae import SmallVae
 from trainer.files import replacing
@@ -28,10 +28,12 @@ LOG_EVERY = 100
 
 def load_pictures(data: DataConfig) -> Tensor:
     """The first MAX_PICTURES pictures of the index as uint8 [N, 3, size, size]."""
-    folder, size = Path(data.images), data.image_size
-    rows = list(islice(index_or_open(folder).rows(), MAX_PICTURES))
-    require(bool(rows), f"data.images={folder} has no sound sample: see python -m trainer.data.index")
-    check_enlargement(replace(data, buckets=[]), rows)
+    folder, size, squares = Path(data.images), data.image_size, replace(data, buckets=[])
+    found = list(islice(index_or_open(folder).rows(), MAX_PICTURES))
+    require(bool(found), f"data.images={folder} has no sound sample: see python -m trainer.data.index")
+    check_enlargement(squares, found)
+    rows = large_enough(squares, found)
+    print(f"{len(rows)} pictures{too_small(len(found) - len(rows))}")
     batches = [
         batch
         for _, of_tar in groupby(rows, key=lambda row: row.tar)

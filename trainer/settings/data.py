@@ -48,9 +48,9 @@ class DataConfig:
     of 1. At 1 all channels are equally loud, at 0 as loud as in the picture; 0 to 1, below 1 only where measured."""
     buckets: list[str] = field(default_factory=list)
     """Picture sizes HEIGHTxWIDTH in pixels, each once; a picture goes to the nearest aspect ratio. None: squares."""
-    enlarge_up_to: float = field(default=1.5, metadata=at_least(1))
-    """How many times as large as it is the middle one of the pictures may be made to cover its crop; 1 or more.
-    Encoding refuses more: pictures smaller than their crop show nothing more when enlarged."""
+    enlarge_up_to: float = field(default=1.0, metadata=at_least(1))
+    """How many times as large as it is a picture may be made to cover its crop; 1 (none is enlarged) or more. Encoding
+    leaves out, and counts, those that need more: enlarged they show nothing more, and blur is what a model learns."""
     bucket_block: int = field(default=0, metadata=at_least(0))
     """Samples in a row of one bucket, from all folders by weight; with several buckets or folders a multiple of the
     global batch, otherwise unused; 0 or more."""

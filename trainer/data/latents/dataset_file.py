@@ -38,6 +38,7 @@ class LatentFolder:
     codec_fingerprint: str
     empty_text: str | None
     empty_sha256: str | None
+    num_too_small: int = 0
 
     @property
     def fingerprint(self) -> str:
@@ -104,6 +105,7 @@ def read_dataset_file(folder: Path) -> LatentFolder:
             codec_fingerprint=content.get("codec_fingerprint", ""),
             empty_text=content["empty_text"],
             empty_sha256=content.get("empty_sha256"),
+            num_too_small=content.get("num_too_small", 0),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} is damaged: run {_ENCODE} again") from error

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from trainer.data.images.contact_sheet import Figure
 from trainer.data.latents.dataset_file import LatentFolder
+from trainer.data.latents.enlargement import too_small
 from trainer.data.latents.shard_file import DamagedShardError
 from trainer.encoders.protocols import ImageCodec
 from trainer.errors import ConfigError
@@ -86,7 +87,7 @@ def describe(folder: LatentFolder, factor: int, block: int) -> str:
     text = info["text_encoder"] if folder.empty_text else "online, captions are stored"
     lines = [
         f"{folder.num_samples} samples in {len(folder.shards)} shards, {size / 1e9:.3f} GB, "
-        f"{size / folder.num_samples / 1e3:.1f} kB a sample",
+        f"{size / folder.num_samples / 1e3:.1f} kB a sample{too_small(folder.num_too_small)}",
         f"codec {info['codec']}, {info['channels']} channels, factor {factor}; text encoder {text}{_precision(folder)}",
         f"fingerprint {folder.fingerprint}",
         "mean    " + " ".join(f"{value:8.4f}" for value in info["mean"]),

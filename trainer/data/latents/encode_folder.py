@@ -21,7 +21,7 @@ from trainer.data.images.decode import nearest_bucket
 from trainer.data.images.index_file import Index, TarEntry, check_unchanged, open_index
 from trainer.data.images.tar_scan import IndexRow
 from trainer.data.index import index_or_open
-from trainer.data.latents.enlargement import check_enlargement
+from trainer.data.latents.enlargement import check_enlargement, large_enough, too_small
 from trainer.data.latents.format import CROP, DATASET_NAME, FORMAT_VERSION, SETTINGS, encoding_fingerprint, signed_json
 from trainer.data.latents.packed_text import stored_text
 from trainer.data.latents.shard_writer import Encoder, write_shard
@@ -89,6 +89,12 @@ def read_sidecar(encoder: Encoder, name: str, entry: TarEntry) -> Sidecar | None
     )
     if version != FORMAT_VERSION or sidecar["source"] != entry.source:
         return None
+    given, stored = encoder.data.enlarge_up_to, sidecar.get("enlarge_up_to")
+    require(
+        stored in (given, None),  # None: older, and complete
+        f"data.enlarge_up_to is {given:g} but data.latents={encoder.latents} holds shards made with {stored}: restore "
+        "it, name another folder or delete this one",
+    )
     files = [(encoder.latents / shard["file"], shard["size"]) for shard in sidecar["shards"]]
     return sidecar if all(path.is_file() and path.stat().st_size == size for path, size in files) else None
 
@@ -107,7 +113,9 @@ def encode_tar(encoder: Encoder, index: Index, name: str, entry: TarEntry) -> Si
     check_unchanged(index, entry)  # its places in the tar would point at other bytes
     sizes = encoder.data.picture_sizes()
     groups: list[list[IndexRow]] = [[] for _ in sizes]
-    for row in index.rows_of(entry):
+    found = index.rows_of(entry)
+    kept = large_enough(encoder.data, found)
+    for row in kept:
         groups[nearest_bucket(sizes, row.height, row.width)].append(row)
     shards = []
     for (height, width), rows in zip(sizes, groups, strict=True):
@@ -123,6 +131,8 @@ def encode_tar(encoder: Encoder, index: Index, name: str, entry: TarEntry) -> Si
         "text_fingerprint": encoder.text_encoder.fingerprint() if encoder.text_encoder else "online",
         "picture_sizes": sizes,
         "crop": CROP,
+        "enlarge_up_to": encoder.data.enlarge_up_to,
+        "num_too_small": len(found) - len(kept),
         "code_version": code_version(),
         "tar": entry.tar,
         "source": entry.source,
@@ -181,6 +191,7 @@ def write_dataset(encoder: Encoder, sidecars: list[Sidecar]) -> None:
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "num_samples": sum(part["num_samples"] for part in parts),
+        "num_too_small": sum(sidecar.get("num_too_small", 0) for sidecar in sidecars),
         "info": info,
         "settings": {name: getattr(encoder.data, name) for name in SETTINGS},
         "empty_text": _EMPTY_NAME if encoder.text_encoder else None,
@@ -195,6 +206,19 @@ def write_dataset(encoder: Encoder, sidecars: list[Sidecar]) -> None:
         temporary.write_bytes(signed_json(content))
 
 
+def _encode_share(encoder: Encoder, index: Index, tars: dict[str, TarEntry], todo: list[str]) -> None:
+    """Encode some of the tars, a line for each."""
+    encoder.latents.mkdir(parents=True, exist_ok=True)
+    for name in tqdm(todo, desc="encode", unit="tar", disable=None):
+        start = time.perf_counter()
+        sidecar = encode_tar(encoder, index, name, tars[name])
+        keys = ("num_samples", "num_enlarged", "num_captions")
+        pictures, enlarged, captions = (sum(shard[key] for shard in sidecar["shards"]) for key in keys)
+        small = f", {sidecar['num_too_small']} left out as too small" if sidecar["num_too_small"] else ""
+        seconds = time.perf_counter() - start
+        tqdm.write(f"{name}: {pictures} pictures ({enlarged} enlarged){small}, {captions} captions, {seconds:.1f} s")
+
+
 def encode(encoder: Encoder, *, rank: int = 0, world_size: int = 1) -> bool:
     """Encode this rank's unfinished tars; returns whether the whole data set is now finished."""
     index = index_or_open(encoder.images) if world_size == 1 else open_index(encoder.images)
@@ -205,14 +229,7 @@ def encode(encoder: Encoder, *, rank: int = 0, world_size: int = 1) -> bool:
     finished = {name: read_sidecar(encoder, name, entry) is not None for name, entry in tars.items()}
     todo = [name for name in list(tars)[rank::world_size] if not finished[name]]
     print(f"{len(tars)} tars, {sum(finished.values())} finished, {len(todo)} to encode")
-    encoder.latents.mkdir(parents=True, exist_ok=True)
-    for name in tqdm(todo, desc="encode", unit="tar", disable=None):
-        start = time.perf_counter()
-        shards = encode_tar(encoder, index, name, tars[name])["shards"]
-        pictures, captions = (sum(shard[key] for shard in shards) for key in ("num_samples", "num_captions"))
-        enlarged = sum(shard["num_enlarged"] for shard in shards)
-        seconds = time.perf_counter() - start
-        tqdm.write(f"{name}: {pictures} pictures ({enlarged} enlarged), {captions} captions, {seconds:.1f} s")
+    _encode_share(encoder, index, tars, todo)
     # Other processes may have ended meanwhile: whoever finds every sidecar writes the list. Several may, and write the
     # same bytes, so they need not talk to each other.
     sidecars = [read_sidecar(encoder, name, entry) for name, entry in tars.items()]
@@ -221,5 +238,6 @@ def encode(encoder: Encoder, *, rank: int = 0, world_size: int = 1) -> bool:
         return False
     write_dataset(encoder, whole)
     samples = sum(shard["num_samples"] for sidecar in whole for shard in sidecar["shards"])
-    print(f"{encoder.latents / DATASET_NAME}: {samples} samples")
+    small = sum(sidecar.get("num_too_small", 0) for sidecar in whole)
+    print(f"{encoder.latents / DATASET_NAME}: {samples} samples{too_small(small)}")
     return True
