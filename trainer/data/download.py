@@ -1,6 +1,7 @@
 """URL list -> image shards, with img2dataset: `python -m trainer.data.download urls.parquet --out DIR`.
 
     --parts N --part K    slice K of N of the list, into DIR/part-K; a job array needs nothing else
+    --recipe RECIPE       pictures as large as this recipe needs them, --image-size, and no larger
     (the same command)    goes on where it stopped: finished tars stay, damaged ones are done again
 
 DIR/part-K holds the tars; DIR/lists the slice and its settings, which must not change; DIR/reports the counts;
@@ -17,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.config import ConfigError, command, command_parser, require
+from trainer.config import ConfigError, command, command_parser, load_config, require
 from trainer.data.images import img2dataset
 from trainer.data.images.download_report import (
     DownloadProgress,
@@ -174,16 +175,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--url-column", help="default: url or image_url, in any case, whichever the list has")
     parser.add_argument("--caption-column", help="default: caption or text, in any case (LAION's TEXT)")
     parser.add_argument("--keep-columns", nargs="*", default=[], help="further columns to keep with each picture")
+    parser.add_argument("--recipe", help="YAML recipe, or its name in trainer/configs: decides on --image-size")
     parser.add_argument("--python", default=sys.executable, help="interpreter of an environment with img2dataset")
     for name, value in asdict(DownloadSettings()).items():
         choices = {"encode_format": ("jpg", "png", "webp"), "distributor": DISTRIBUTORS}.get(name)
-        default = None if name == "encode_quality" else value
+        default = None if name in ("encode_quality", "image_size") else value
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=default, choices=choices)
     return parser
 
 
-def _check(args: argparse.Namespace) -> DownloadSettings:
-    for name in ("parts", "image_size", "samples_per_tar", "processes", "threads", "timeout", *LIMITS):
+def _image_size(given: int | None, recipe: str | None) -> tuple[int, str]:
+    """To how many pixels the shorter side of larger pictures is reduced, and why."""
+    if recipe is None:
+        return given or DownloadSettings().image_size, "as given" if given else "the default: --recipe would choose"
+    from trainer.data.images.decode import shorter_side  # numpy and Pillow take time, and --help needs neither
+
+    data = load_config(recipe).data
+    needed = shorter_side(data.picture_sizes())
+    setting = "data.buckets" if data.buckets else f"data.image_size={data.image_size}"
+    return given or needed, f"{'as given; ' if given else ''}{setting} of {recipe} needs {needed}"
+
+
+def _check(args: argparse.Namespace) -> tuple[DownloadSettings, str]:
+    """The settings, and why --image-size is what it is."""
+    require(args.image_size is None or args.image_size >= 1, f"--image-size is {args.image_size}: use 1 or more")
+    for name in ("parts", "samples_per_tar", "processes", "threads", "timeout", *LIMITS):
         require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} is {getattr(args, name)}: use 1 or more")
     require(args.part is None or 0 <= args.part < args.parts, f"--part is {args.part}: use 0 to {args.parts - 1}")
     for column in args.keep_columns:
@@ -195,17 +211,19 @@ def _check(args: argparse.Namespace) -> DownloadSettings:
         0 <= args.encode_quality <= highest,
         f"--encode-quality is {args.encode_quality}: use 0 to {highest} with --encode-format {args.encode_format}",
     )
-    return DownloadSettings(**{name: getattr(args, name) for name in asdict(DownloadSettings())})
+    args.image_size, why = _image_size(args.image_size, args.recipe)
+    return DownloadSettings(**{name: getattr(args, name) for name in asdict(DownloadSettings())}), why
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
     """Command line; exit code 1 if tars are missing, or a slice gave no picture."""
     args = _parser().parse_args(argv)
-    settings = _check(args)
+    settings, why = _check(args)
     check_writable(args.out, f"--out={args.out}")
     urls = open_url_list(args.urls, args.url_column, args.caption_column, tuple(args.keep_columns))
     print(f"URLs from column {urls.columns[0]}, captions from column {urls.columns[1]}")
+    print(f"--image-size {settings.image_size}: {why}")
     img2dataset.check_environment(args.python, settings.distributor)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that img2dataset is ended too
     parts = list(range(args.parts)) if args.part is None else [args.part]

@@ -99,3 +99,19 @@ def nearest_bucket(sizes: Sequence[tuple[int, int]], height: int, width: int) ->
     """Which of some (height, width) has the aspect ratio nearest to a picture's, by their quotient."""
     quotients = [abs(math.log(width * h / (height * w))) for h, w in sizes]
     return quotients.index(min(quotients))
+
+
+def shorter_side(sizes: Sequence[tuple[int, int]]) -> int:
+    """To how many pixels on their shorter side pictures may be reduced and still cover the nearest (height, width).
+
+    The squarest of the pictures that a size is nearest to needs most. Its longer side is rounded when it is reduced.
+    """
+    ratios = [math.log(w / h) for h, w in sizes]
+    needed = []
+    for (h, w), ratio in zip(sizes, ratios, strict=True):
+        lowest = max(((ratio + other) / 2 for other in ratios if other < ratio), default=-math.inf)
+        highest = min(((ratio + other) / 2 for other in ratios if other > ratio), default=math.inf)
+        squarest = min(max(0.0, lowest), highest)
+        short, long = (h, w) if squarest >= 0 else (w, h)
+        needed.append(max(short, math.ceil((long + 0.5) / math.exp(abs(squarest))) if squarest else long))
+    return max(needed)
