@@ -112,6 +112,7 @@ def shorter_side(sizes: Sequence[tuple[int, int]]) -> int:
         lowest = max(((ratio + other) / 2 for other in ratios if other < ratio), default=-math.inf)
         highest = min(((ratio + other) / 2 for other in ratios if other > ratio), default=math.inf)
         squarest = min(max(0.0, lowest), highest)
+        stretch = math.exp(abs(squarest))
         short, long = (h, w) if squarest >= 0 else (w, h)
-        needed.append(max(short, math.ceil((long + 0.5) / math.exp(abs(squarest))) if squarest else long))
+        needed.append(max(short, long if math.isclose(stretch, 1) else math.ceil((long + 0.5) / stretch)))
     return max(needed)
