@@ -49,7 +49,8 @@ TEXT_ENCODERS = (
     KnownEncoder(
         setting="t5@120:models/sd3/text_encoder_3", note="encoder of T5 v1.1 XXL, 4,096 values a token",
         licence=_COMMUNITY, sizes=(4096, 120),
-        fetch=f'{_SD3} --include "text_encoder_3/*" --include "tokenizer_3/*" --local-dir models/sd3',
+        fetch=f'{_SD3} --include "text_encoder_3/*" --include "tokenizer_3/*" --exclude "*fp16*" '
+        "--local-dir models/sd3",
     ),
     KnownEncoder(
         setting="t5@120:models/flan_t5_xxl", note="FLAN-T5 XXL, 4,096 values a token", licence="Apache-2.0",
