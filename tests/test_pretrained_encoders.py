@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from eval.networks.clip import load_clip
 from trainer.config import ConfigError, DataConfig, TrainConfig
 from trainer.data.dataset import open_dataset
 from trainer.data.demo import scene_shards, scenes
@@ -146,6 +147,27 @@ def test_open_clip_takes_an_architecture_and_a_checkpoint(clip: Path, tmp_path: 
     found = build_text_encoder(f"open_clip:tiny-test-clip:{clip / 'model.pt'}")
     for a, b in zip(found.encode(CAPTIONS), build_text_encoder(f"open_clip:{clip}").encode(CAPTIONS), strict=True):
         assert torch.equal(a, b)
+
+
+def test_open_clip_takes_an_archive_as_openai_published_it(clip: Path, tmp_path: Path) -> None:
+    """A TorchScript archive in half precision, with numbers beside the weights."""
+    archive = torch.nn.Module()
+    for name, value in load_file(clip / "model.safetensors").items():
+        *path, last = name.split(".")
+        owner = archive
+        for part in path:
+            if part not in dict(owner.named_children()):
+                owner.add_module(part, torch.nn.Module())
+            owner = owner.get_submodule(part)
+        owner.register_buffer(last, value.half())
+    archive.register_buffer("context_length", torch.tensor(20))
+    torch.jit.script(archive).save(tmp_path / "archive.pt")
+    (tmp_path / "archived-clip.json").write_text(json.dumps({**TINY_CLIP, "quick_gelu": True}))
+    open_clip.add_model_config(tmp_path / "archived-clip.json")
+    found = build_text_encoder(f"open_clip:archived-clip:{tmp_path / 'archive.pt'}").encode(CAPTIONS)
+    for a, b in zip(found, build_text_encoder(f"open_clip:{clip}").encode(CAPTIONS), strict=True):
+        torch.testing.assert_close(a, b, atol=5e-3, rtol=5e-3)
+    assert load_clip(f"archived-clip:{tmp_path / 'archive.pt'}").dim == 16
 
 
 def test_open_clip_errors_are_one_sentence(clip: Path, tmp_path: Path) -> None:

@@ -71,7 +71,9 @@ def read_weights(path: Path, rename: Callable[[str], str]) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(key) for key in file.keys() if (name := rename(key))}
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*TorchScript archive.*")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except RuntimeError as error:
         if "TorchScript" not in str(error):
             raise
