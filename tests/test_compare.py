@@ -1,109 +1,221 @@
-"""The comparison of routers: equal FLOPs, results that are read again, a table that hides nothing."""
+"""The comparison of dense and expert choice: equal FLOPs, scenes, runs that go on, and numbers that hide nothing."""
 
 import json
-from dataclasses import replace
+import math
+from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import compare as compare_module
-from benchmarks.compare import DEFAULT_VARIANTS, VARIANTS, compare, parse, result_of, sizes
-from benchmarks.compare_report import spread, table
-from trainer.config import ConfigError, load_config
-from trainer.diffusion.model import EcDit, ModelShape
+from benchmarks.compare.__main__ import command_line
+from benchmarks.compare.compute import correlation, detail
+from benchmarks.compare.data import MAX_TOKENS, encoder, training_batch
+from benchmarks.compare.kinds import BINS, NUM_KINDS, OFFSET, kinds
+from benchmarks.compare.records import parameters_of, training_flops_of
+from benchmarks.compare.report import write_report
+from benchmarks.compare.run import Comparison
+from benchmarks.compare.scenes import GRID, SIZE, Placed, Scene, render, scene
+from benchmarks.compare.statistics import estimate, fit_line, reduction, speedup, steps_to
+from benchmarks.compare.studies import SIZES, STUDIES, VARIANTS, Job, Size, jobs_of, run_config
+from benchmarks.compare.training import Record, Run, train
+from benchmarks.compare.validation import PLACES, places
+from trainer.config import ConfigError
+from trainer.encoders.dct import DctCodec
 
-SHAPE = ModelShape(channels=16, height=8, width=8, text_dim=384)
-
-
-def made_up(variant: str, seed: int) -> dict[str, Any]:
-    return {
-        "variant": variant, "seed": seed, "steps": 5, "validation_loss": {"0.1": 1.0 + seed, "0.9": 2.0},
-        "mean_validation_loss": 1.5 + seed, "fid": 100.0, "geneval": 0.25,
-        "curve": [[1, 3.0], [2, 2.0 + seed]], "parameters": 3_000_000, "active_parameters": 1_500_000,
-        "forward_flops": 170e6, "seconds": 60.0,
-    }  # fmt: skip
-
-
-def test_variants_cost_the_same_flops() -> None:
-    flops = {name: sizes(load_config("demo", VARIANTS[name]), SHAPE, 20)["forward_flops"] for name in VARIANTS}
-    for name, value in flops.items():
-        assert value == pytest.approx(flops["expert_choice"], rel=0.03), name
-    assert len(DEFAULT_VARIANTS) == 5 and set(DEFAULT_VARIANTS) <= set(VARIANTS)
+TINY = Size(dim=32, num_layers=2, batch_size=4, learning_rate=2e-3, steps=6)
+CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_builds_and_takes_a_step(variant: str) -> None:
-    config = load_config("demo", VARIANTS[variant])
-    model = EcDit(replace(config.model, dim=32), config.moe, SHAPE)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    text, mask = torch.randn(4, 5, 384), torch.ones(4, 5, dtype=torch.bool)
-    out, _ = model(torch.randn(4, 16, 8, 8), torch.rand(4), text, mask)
-    out.square().mean().backward()
-    assert out.isfinite().all()
+def made_up(losses: dict[int, float], rare: float = 2.0) -> Record:
+    measured = {str(step): {"mean": {"all": loss, "rare": rare * loss}} for step, loss in losses.items()}
+    return Record(of={}, device="cpu", step=max(losses), seconds=1.0, measured=measured)
 
 
-def test_finished_runs_are_read_and_others_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = parse(["--out", str(tmp_path), "--seeds", "0", "1", "--variants", "dense", "diffmoe", "--steps", "5"])
-    made: list[tuple[str, int]] = []
-
-    def train(_: object, variant: str, seed: int) -> None:
-        made.append((variant, seed))
-
-    monkeypatch.setattr(compare_module, "train", train)
-    monkeypatch.setattr(compare_module, "score", lambda _, variant, seed: made_up(variant, seed))
-    monkeypatch.setattr(compare_module, "prepare_data", lambda _: None)
-    monkeypatch.setattr(compare_module, "measure_speed", lambda _: {"dense": [50.0, 60.0], "diffmoe": [40.0, 40.0]})
-    compare(config)
-    assert made == [("dense", 0), ("diffmoe", 0), ("dense", 1), ("diffmoe", 1)], "seed by seed"
-    result_of(config, "dense", 1)
-    assert len(made) == 4, "nothing is trained twice"
-    result_of(replace(config, steps=6), "dense", 1)
-    assert len(made) == 5, "another setting is another run"
-    text = (tmp_path / "compare.md").read_text()
-    assert "| dense | 2 | 2.0000 +- 0.7071 | 100.0 | 25.0 |" in text and "4 runs of 5 steps" in text
-    assert "| 55 +- 7 |" in text and text.splitlines()[7].endswith("| 40 |")
-    assert len(json.loads((tmp_path / "compare.json").read_text())["results"]) == 4
-    assert (tmp_path / "compare.png").stat().st_size > 1000
-    assert not list(tmp_path.glob("*.tmp*"))
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_cost_what_they_say(name: str) -> None:
+    size = SIZES["small"]
+    dense = training_flops_of(run_config("dense", size, steps=10, seed=0))
+    ratio = training_flops_of(run_config(name, size, steps=10, seed=0)) / dense
+    if VARIANTS[name].extra:
+        assert abs(ratio - 1) > 0.03, "it says that it costs something else"
+    else:
+        assert ratio == pytest.approx(1, abs=0.03), "equal but for the router"
 
 
-def test_spread_is_shown_only_where_there_is_one() -> None:
-    assert spread([2.0], "{:.1f}") == "2.0" and spread([2.0, 2.0], "{:.1f}") == "2.0"
-    assert spread([1.0, 3.0], "{:.1f}") == "2.0 +- 1.4"
-    assert table([made_up("dense", 0)], {}).count("\n") == 2
+def test_sizes_are_those_that_the_words_say() -> None:
+    for size, low, high in (("small", 1.5, 2.5), ("large", 60, 100)):
+        for variant in ("dense", "expert_choice"):
+            _, active = parameters_of(run_config(variant, SIZES[size], steps=10, seed=0))
+            assert low < active / 1e6 < high, (size, variant)
 
 
-def test_speed_is_measured_in_turns_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = parse(["--out", str(tmp_path), "--variants", "dense", "diffmoe", "--speed-rounds", "2"])
-    turns: list[str] = []
+def test_a_third_of_all_objects_falls_into_each_bin() -> None:
+    assert [r for ranks in BINS.values() for r in ranks] == list(range(NUM_KINDS)) == [k.rank for k in kinds()]
+    assert len({k.name for k in kinds()}) == len({k.character for k in kinds()}) == NUM_KINDS
+    found = [kinds()[item.rank].bin for i in range(3000) for item in scene(0, i).objects[:1]]
+    for name in BINS:
+        assert found.count(name) / 3000 == pytest.approx(1 / 3, abs=0.05)
+    shares = [found.count(name) / 3000 for name in BINS]
+    weights = [1 / (rank + OFFSET) for rank in range(NUM_KINDS)]
+    expected = [sum(weights[r] for r in ranks) / sum(weights) for ranks in BINS.values()]
+    np.testing.assert_allclose(shares, expected, atol=0.03)
 
-    def train(_: object, variant: str, __: int, *changes: str) -> None:
-        turns.append(variant)
-        run_dir = Path(dict(change.split("=") for change in changes)["run_dir"])
-        assert not run_dir.exists()
-        run_dir.mkdir(parents=True)
-        lines = [{"images_per_second": speed * len(turns)} for speed in (1, 100, 100)]
-        (run_dir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
-    monkeypatch.setattr(compare_module, "train", train)
-    expected = {"dense": [100, 300], "diffmoe": [200, 400]}
-    assert compare_module.measure_speed(config) == expected == compare_module.measure_speed(config)
-    assert turns == ["dense", "diffmoe"] * 2
+def test_scenes_are_what_their_captions_say() -> None:
+    for index in range(400):
+        drawn = scene(3, index)
+        assert drawn == scene(3, index), "a function of seed and index"
+        names = [kinds()[item.rank].name for item in drawn.objects]
+        assert all(name in drawn.caption for name in names) and drawn.caption.endswith(f"{drawn.pattern} {drawn.color}")
+        for item in drawn.objects:
+            assert item.left % GRID == item.top % GRID == 0
+            assert 0 <= min(item.left, item.top) and max(item.left, item.top) + item.side <= SIZE
+        boxes = [(i.left, i.top) for i in drawn.objects]
+        assert len(set(boxes)) == len(boxes), "no object hides another"
+        if drawn.category == "relation":
+            (a, b), words = drawn.objects, drawn.caption
+            assert (" left of " in words) == (a.left + a.side <= b.left and "left of" in words)
+            assert (" above " in words) == (a.top + a.side <= b.top and "above" in words)
+            assert (" below " in words) == (b.top + b.side <= a.top and "below" in words)
+    assert scene(3, 0) != scene(4, 0)
+
+
+def test_pictures_show_their_objects_and_captions_fit() -> None:
+    scenes = [scene(1, i) for i in range(64)]
+    for drawn in scenes:
+        picture, empty = render(drawn), render(Scene("", "", (), drawn.color, drawn.pattern))
+        assert picture.shape == (3, SIZE, SIZE) and np.abs(picture).max() <= 1.0001
+        changed = np.abs(picture - empty).max(0) > 0.02
+        inside = np.zeros((SIZE, SIZE), bool)
+        for item in drawn.objects:
+            box = slice(item.top, item.top + item.side), slice(item.left, item.left + item.side)
+            assert changed[box].any()
+            inside[box] = True
+        assert not changed[~inside].any()
+    assert max(len(tokens) for tokens in encoder().encode([s.caption for s in scenes])) <= MAX_TOKENS
+    decoded = DctCodec().decode(DctCodec().encode(torch.from_numpy(render(scenes[0]))[None]))
+    assert float((decoded[0] - torch.from_numpy(render(scenes[0]))).square().mean()) < 0.05
+
+
+def test_tokens_are_told_apart_by_what_they_show() -> None:
+    rare, common = BINS["rare"][0], BINS["common"][0]
+    drawn = Scene("pair", "", (Placed(rare, 0, 0, 16), Placed(common, 32, 8, 24)), "red", "plain")
+    expected = np.full((8, 8), PLACES.index("background"))
+    expected[:2, :2] = PLACES.index("rare")
+    expected[1:4, 4:7] = PLACES.index("common")
+    np.testing.assert_array_equal(places([drawn])[0].reshape(8, 8), expected)
+
+
+def test_batches_are_functions_of_seed_and_step() -> None:
+    first, again = (training_batch(1, 5, 3, 2.0, NUM_KINDS) for _ in range(2))
+    assert torch.equal(first.x_BCHW, again.x_BCHW) and torch.equal(first.text_BLD, again.text_BLD)
+    assert not torch.equal(first.t_B, training_batch(1, 6, 3, 2.0, NUM_KINDS).t_B)
+    assert not torch.equal(first.t_B, training_batch(2, 5, 3, 2.0, NUM_KINDS).t_B)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    config = run_config("expert_choice", TINY, steps=6, seed=0)
+    whole, part = (Run(config, CPU, compiled=False) for _ in range(2))
+    assert train(whole, tmp_path / "whole.pt", log_every=2)
+    assert not train(part, tmp_path / "part.pt", log_every=2, stop=lambda: part.record.step >= 3)
+    resumed = Run(config, CPU, compiled=False)
+    assert train(resumed, tmp_path / "part.pt", log_every=2)
+    for name, value in whole.masters.items():
+        assert torch.equal(value, resumed.masters[name]) and torch.equal(whole.average[name], resumed.average[name])
+    records = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "part")]
+    for key in ("measured", "curve", "step"):
+        assert records[0][key] == records[1][key], key
+    with pytest.raises(ValueError, match="run of other settings"):
+        train(Run(run_config("dense", TINY, steps=6, seed=0), CPU, compiled=False), tmp_path / "part.pt")
+
+
+def test_a_step_is_that_of_a_plain_loop() -> None:
+    """fp32 throughout, SGD by hand: the masters move by the rate times the clipped mean gradient."""
+    config = run_config("expert_choice", TINY, steps=6, seed=0)
+    run, plain = (Run(config, CPU, compiled=False) for _ in range(2))
+    for each in (run, plain):
+        each.model.float()
+        each.weights = dict(each.model.named_parameters())
+        each.publish(each.masters)
+    run.optimizer = torch.optim.SGD(run.masters.values())
+    noised = training_batch(0, 0, 4, 2.0, NUM_KINDS)
+    run.train_step(noised)
+    velocity, _ = plain.predict(noised)
+    ((velocity - noised.target_BCHW) ** 2).mean().backward()
+    norm = math.sqrt(sum(float((p.grad**2).sum()) for p in plain.weights.values() if p.grad is not None))
+    rate = config.optim.learning_rate / config.optim.warmup_steps
+    for name, weight in plain.weights.items():
+        gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        expected = weight.detach() - rate * gradient * min(1, config.optim.max_grad_norm / norm)
+        torch.testing.assert_close(run.masters[name].detach(), expected, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(run.weights[name].detach(), expected, rtol=1e-5, atol=1e-8)
+
+
+def test_statistics_are_those_of_the_textbook() -> None:
+    base = {0: made_up({10: 2.0, 20: 1.0}), 1: made_up({10: 2.2, 20: 1.1})}
+    other = {0: made_up({10: 1.4, 20: 0.9}), 1: made_up({10: 1.5, 20: 1.0}), 2: made_up({20: 9.0})}
+    lower = reduction(base, other)
+    assert lower.value == pytest.approx(100 * (0.1 + 1 / 11) / 2)
+    assert lower.margin == pytest.approx(12.7062 * np.std([10, 100 / 11], ddof=1) / math.sqrt(2), rel=1e-4)
+    assert lower.is_clear == (lower.value > lower.margin)
+    assert steps_to(other[0], 1.0) == pytest.approx(18) and math.isinf(steps_to(other[0], 0.5))
+    assert steps_to(other[0], 1.5) == 10
+    assert speedup(base, other).value == pytest.approx((20 / 18 + 20 / 18) / 2)
+    assert math.isnan(estimate([3.0]).margin) and str(estimate([3.0])) == "3" and not estimate([3.0]).is_clear
+    line = fit_line([1, 2, 4, 8], [4, 3.5, 3, 2.5])
+    assert line.slope.value == pytest.approx(-0.5) and line.at(16) == pytest.approx(2)
+
+
+def test_detail_is_where_neighbours_differ() -> None:
+    pixels = torch.zeros(1, 3, SIZE, SIZE)
+    pixels[..., :8, 8:16] = (torch.arange(8) % 2).float()
+    found = detail(pixels)[0].view(8, 8)
+    assert found.argmax() == 1 and float(found[4:].abs().max()) == 0
+    assert correlation(torch.arange(4.0), -torch.arange(4.0)) == pytest.approx(-1)
+
+
+def test_every_study_has_a_row_of_each_variant(tmp_path: Path) -> None:
+    """A page of made-up runs: what it says follows from them."""
+    seeds = (0, 1, 2)
+    jobs = {name: jobs_of(study, TINY, steps=8, seeds=seeds) for name, study in STUDIES.items()}
+    (tmp_path / "runs").mkdir()
+    for group in jobs.values():
+        for job in group:
+            write_made_up(tmp_path, job, 0.9 if "expert" in job.variant else 1.0)
+    write_report(tmp_path, jobs)
+    text = (tmp_path / "compare.html").read_text()
+    assert "Expert choice has the lower validation loss" in text and ">9.99" in text
+    for name in {variant for study in STUDIES.values() for variant in study.variants}:
+        assert VARIANTS[name].words in text, name
+    found = json.loads((tmp_path / "compare.json").read_text())
+    assert found["lower_percent"]["value"] == pytest.approx(10, abs=0.02) and set(found["final"]) == set(STUDIES)
+
+
+def write_made_up(out: Path, job: Job, loss: float) -> None:
+    of = json.loads(json.dumps(asdict(job.config)))
+    loss += 0.001 * job.config.seed
+    step = job.config.steps
+    by_place = dict.fromkeys((*PLACES, "all"), loss)
+    measured = {
+        str(at): {time: by_place for time in ("0.1", "0.3", "0.5", "0.7", "0.9", "mean")} for at in (step // 2, step)
+    }
+    record = {"of": of, "device": "cpu", "step": step, "seconds": 2.0, "curve": [[step, 1.0]], "measured": measured}
+    (out / "runs" / f"{job.name}.json").write_text(json.dumps(record))
 
 
 @pytest.mark.parametrize(
     "arguments,words",
     [
-        (["--variants", "moe"], "--variants moe is not known: choose from dense"),
-        (["--steps", "0"], "--steps is 0: use 1 or more"),
-        (["--processes", "3"], "parallel.ep_size=3 does not divide moe.num_experts=8"),
-        (["--set", "moe.num_expert=4"], "did you mean moe.num_experts"),
+        (["--studies", "pears"], "--studies pears is not known: choose from pair"),
+        (["--steps", "0"], "--steps is 0: use more than 0"),
+        (["--minutes", "-1"], "--minutes is -1.0: use more than 0"),
     ],
 )
-def test_wrong_options_are_refused_before_anything_is_made(tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_wrong_options_are_refused_before_anything_is_made(arguments: list[str], words: str) -> None:
+    given: Namespace = command_line().parse_args(arguments)
     with pytest.raises(ConfigError) as error:
-        compare(parse(["--out", str(tmp_path / "out"), "--variants", "expert_choice", *arguments]))
-    assert words in str(error.value) and not (tmp_path / "out").exists()
+        Comparison.of(given)
+    assert words in str(error.value)

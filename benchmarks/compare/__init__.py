@@ -1,0 +1,1 @@
+"""Does expert choice pay? Dense, token choice and expert choice at equal activated FLOPs, with a protocol."""

@@ -1,0 +1,135 @@
+"""The runs of the studies, one after another or several side by side, within the time that is given."""
+
+import argparse
+import json
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from benchmarks.compare.data import training_batches
+from benchmarks.compare.report import write_report
+from benchmarks.compare.studies import SIZES, STUDIES, Job, Size, jobs_of, run_config
+from benchmarks.compare.training import Run, RunConfig, train
+from trainer.config import require
+
+TRIED_STEPS = 20
+RESERVE = 0.8  # share of the minutes that steps are counted on; compilation and validation take the rest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What is asked for; `until` is a time of day in seconds."""
+
+    out: Path
+    studies: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    size: Size
+    device: str
+    until: float
+    side_by_side: int
+
+    @classmethod
+    def of(cls, given: argparse.Namespace) -> "Comparison":
+        """From the command line; ConfigError on what cannot be, before anything is made."""
+        on_cpu = given.device == "cpu"
+        require(on_cpu or torch.cuda.is_available(), "--device cuda: no GPU is seen here, use --device cpu")
+        for option in ("steps", "jobs", "minutes"):
+            value = getattr(given, option)
+            require(value is None or value > 0, f"--{option} is {value}: use more than 0, or leave it out")
+        studies = tuple(given.studies or (STUDIES if on_cpu else ("pair",)))
+        for name in studies:
+            require(name in STUDIES, f"--studies {name} is not known: choose from {', '.join(STUDIES)}")
+        size = SIZES[given.size or ("small" if on_cpu else "large")]
+        seconds = given.minutes * 60 if given.minutes else float("inf")
+        steps = given.steps or size.steps
+        if given.steps is None and given.minutes and not on_cpu:
+            steps = steps_within(seconds / len(given.seeds), size, torch.device(given.device))
+        return cls(
+            out=given.out, studies=studies, seeds=tuple(given.seeds), steps=steps, size=size, device=given.device,
+            until=time.time() + seconds, side_by_side=given.jobs or ((os.cpu_count() or 1) if on_cpu else 1),
+        )  # fmt: skip
+
+    def jobs(self, studies: Iterable[str]) -> list[Job]:
+        """Runs of some studies, each once."""
+        found = [
+            job for name in studies for job in jobs_of(STUDIES[name], self.size, steps=self.steps, seeds=self.seeds)
+        ]
+        return list({job.name: job for job in found}.values())
+
+
+def steps_within(seconds: float, size: Size, device: torch.device) -> int:
+    """Steps that the main pair can take one after the other: a few of each are timed, without compilation."""
+    each = 0.0
+    for variant in ("dense", "expert_choice"):
+        run = Run(run_config(variant, size, steps=10**6, seed=0), device)
+        config = run.config
+        batches = training_batches(
+            0, range(TRIED_STEPS), config.batch_size, config.time_shift, config.num_kinds, device
+        )
+        losses = []
+        for number, noised in enumerate(batches):
+            losses.append(run.train_step(noised))
+            if number == TRIED_STEPS // 4:
+                losses[-1].item()
+                start = time.perf_counter()
+        losses[-1].item()
+        each += (time.perf_counter() - start) / (TRIED_STEPS - 1 - TRIED_STEPS // 4)
+    return max(1, int(RESERVE * seconds / each))
+
+
+def is_done(job: Job, out: Path) -> bool:
+    """Whether a run with these settings has been finished."""
+    path = out / "runs" / f"{job.name}.json"
+    if not path.is_file():
+        return False
+    known = json.loads(path.read_text())
+    return bool(known["step"] == job.config.steps and known["of"] == json.loads(json.dumps(asdict(job.config))))
+
+
+def do(config: RunConfig, path: Path, device: str, until: float, threads: int | None) -> bool:
+    """Train one run or what is left of it; SIGINT and SIGTERM make it save and stop."""
+    stopped: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda got, _: stopped.append(got))
+    if threads:
+        torch.set_num_threads(threads)
+    return train(Run(config, torch.device(device)), path, stop=lambda: bool(stopped) or time.time() > until)
+
+
+def results(todo: list[Job], asked: Comparison) -> Iterator[tuple[Job, bool]]:
+    """Do the runs; each that ended, and whether it is whole."""
+    tasks = {job: (job.config, asked.out / "runs" / f"{job.name}.pt", asked.device, asked.until) for job in todo}
+    if asked.side_by_side == 1:
+        yield from ((job, do(*task, None)) for job, task in tasks.items())
+        return
+    threads = max(1, (os.cpu_count() or 1) // asked.side_by_side)
+    with ProcessPoolExecutor(asked.side_by_side, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        futures = {pool.submit(do, *task, threads): job for job, task in tasks.items()}
+        try:
+            yield from ((futures[future], future.result()) for future in as_completed(futures))
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)  # those at work got the signal, too, and save
+            raise
+
+
+def compare(asked: Comparison) -> None:
+    """All runs that are not yet done, and the page after each."""
+    (asked.out / "runs").mkdir(parents=True, exist_ok=True)
+    jobs = asked.jobs(asked.studies)
+    todo = [job for job in jobs if not is_done(job, asked.out)]
+    print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them done", flush=True)
+    for job, is_whole in results(todo, asked):
+        if not is_whole:
+            print(f"stopped at {job.name}: the same command goes on from here", flush=True)
+            continue
+        write_report(asked.out, {name: asked.jobs([name]) for name in STUDIES})
+    write_report(asked.out, {name: asked.jobs([name]) for name in STUDIES})
+    print(f"report: {asked.out / 'compare.html'}", flush=True)
