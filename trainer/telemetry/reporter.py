@@ -1,6 +1,6 @@
 """What a run reports while it trains: loss, speed, utilisation and router statistics, every `train.log_every` steps.
 
-To `metrics.jsonl`, TensorBoard, the log and a progress bar.
+To `metrics.jsonl`, TensorBoard, the log, a progress bar and, at sample grids and at the end, the page `report.html`.
 """
 
 import json
@@ -25,6 +25,7 @@ from trainer.errors import require
 from trainer.files import keep_records
 from trainer.settings.tokens import num_image_tokens, num_kept_tokens
 from trainer.telemetry.flops import peak_tflops, training_flops
+from trainer.telemetry.page import PageWriter
 from trainer.telemetry.routing_metrics import router_histograms, router_metrics, vector_size
 
 logger = logging.getLogger("ec_dit")
@@ -43,6 +44,7 @@ class Reporter:
     | `loss`               | mean over the steps since the last report and over all samples                |
     | `grad_norm`          | global norm before clipping, of the last step                                 |
     | `images_per_second`  | over all processes; sample grids and checkpoints are not part of the time     |
+    | `seconds_per_step`   | from the same time                                                            |
     | `tflops_per_second`  | model TFLOP/s per device (telemetry/flops.py), from the same time             |
     | `mfu`                | its share of the device's dense bf16 peak; only in bf16 on a device we know   |
     | `bad_steps`          | steps skipped since the run's start                                           |
@@ -59,6 +61,7 @@ class Reporter:
         self.is_main, self.run_dir = world.is_main, Path(config.run_dir)
         if self.is_main:
             total, hidden = config.train.max_steps, not sys.stderr.isatty()
+            self.page = PageWriter(self.run_dir)
             self.bar = tqdm(total=total, initial=step, disable=hidden, unit="step")
             self._open(step)
 
@@ -78,7 +81,8 @@ class Reporter:
         """
         # The interval ends here on every rank, also where nothing is written: a roll-back or a pause moves its begin.
         now = time.perf_counter()
-        speed = (step - self.step) * self.config.global_batch_size(self.world_size) / (now - self.start)
+        seconds = (now - self.start) / (step - self.step)
+        speed = self.config.global_batch_size(self.world_size) / seconds
         self.start, self.step = now, step
         if not self.is_main:
             return
@@ -89,6 +93,7 @@ class Reporter:
             "grad_norm": float(norm if norm is not None else math.nan),
             "learning_rate": rate,
             "images_per_second": speed,
+            "seconds_per_step": seconds,
             "tflops_per_second": tflops,
             "epoch": float(epoch),
             "bad_steps": float(bad_steps),
@@ -152,14 +157,16 @@ class Reporter:
             self.bar.refresh()
 
     def add_image(self, step: int, picture_HWC: Tensor) -> None:
-        """Show a sample grid in TensorBoard; main process only."""
+        """Show a sample grid, whose file is written, in TensorBoard and on the page; main process only."""
         self.tensorboard.add_image("samples", picture_HWC, step, dataformats="HWC")
+        self.page.refresh()
 
     def close(self) -> None:
-        """Flush and close all files."""
+        """Flush and close all files, and write the page."""
         if self.is_main:
             self.bar.close()
             self._close_files()
+            self.page.refresh()
 
     def _close_files(self) -> None:
         self.tensorboard.close()
