@@ -16,7 +16,6 @@ from itertools import groupby
 from pathlib import Path
 
 import pyarrow as pa
-from tqdm import tqdm
 
 from trainer.config import command, command_parser, require
 from trainer.data.images.index_file import (
@@ -33,6 +32,7 @@ from trainer.data.images.index_file import (
 )
 from trainer.data.images.tar_scan import REPEATED, IndexRow, scan_tar, tar_digest, tar_stamp
 from trainer.files import check_writable
+from trainer.formats.progress_bar import ProgressBar
 
 _MAX_EXAMPLES = 3
 
@@ -142,7 +142,7 @@ def build_index(
     scan = partial(index_tar, folder, needs_stats)
     with ProcessPoolExecutor(num_workers) if num_workers else nullcontext() as pool:
         scanned = pool.map(scan, todo) if pool else map(scan, todo)
-        for _ in tqdm(scanned, total=len(todo), desc="index", unit="tar", disable=None):
+        for _ in ProgressBar(scanned, "index", len(todo), unit="tar", shown=rank == 0):
             pass
     entries = [entry for entry in map(finished, tars) if entry is not None]
     if len(entries) < len(tars):

@@ -18,6 +18,7 @@ from trainer.distributed import World, barrier, check_devices, from_main, init_d
 from trainer.engine.determinism import make_deterministic
 from trainer.errors import writing
 from trainer.files import write_json
+from trainer.formats.progress_bar import BesideBars
 from trainer.loop.loop import Trainer
 from trainer.loop.run_lock import RunLock
 from trainer.loop.signals import StopSignal
@@ -87,7 +88,7 @@ def setup_logging(path: Path) -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.handlers.clear()
-    for handler in (logging.FileHandler(path), logging.StreamHandler(sys.stdout)):
+    for handler in (logging.FileHandler(path), BesideBars(sys.stdout)):
         handler.addFilter(_mark)
         handler.setFormatter(logging.Formatter("%(asctime)s %(mark)s%(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from moe.routing import RoutingStats
 from trainer.config import TrainConfig
@@ -23,6 +22,7 @@ from trainer.diffusion.model import ModelShape
 from trainer.distributed import World
 from trainer.errors import require
 from trainer.files import keep_records
+from trainer.formats.progress_bar import ProgressBar
 from trainer.settings.tokens import num_image_tokens, num_kept_tokens
 from trainer.telemetry.flops import peak_tflops, training_flops
 from trainer.telemetry.page import PageWriter
@@ -60,9 +60,10 @@ class Reporter:
         self.start, self.step = time.perf_counter(), step
         self.is_main, self.run_dir = world.is_main, Path(config.run_dir)
         if self.is_main:
-            total, hidden = config.train.max_steps, not sys.stderr.isatty()
             self.page = PageWriter(self.run_dir)
-            self.bar = tqdm(total=total, initial=step, disable=hidden, unit="step")
+            # In a log the lines of `_write` say the same.
+            total, shown = config.train.max_steps, sys.stderr.isatty()
+            self.bar = ProgressBar(desc="train", total=total, initial=step, unit="step", shown=shown)
             self._open(step)
 
     def _open(self, step: int) -> None:
@@ -114,10 +115,11 @@ class Reporter:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
+        total = self.config.train.max_steps
         logger.info(
-            "step %d/%d  loss %.6f  grad_norm %.4f  lr %.2e  %.1f images/s",
-            step, self.config.train.max_steps, values["loss"], values["grad_norm"], values["learning_rate"],
-            values["images_per_second"],
+            "step %d/%d  loss %.6f  grad_norm %.4f  lr %.2e  %.1f images/s  %s to go",
+            step, total, values["loss"], values["grad_norm"], values["learning_rate"], values["images_per_second"],
+            ProgressBar.format_interval((total - step) * values["seconds_per_step"]),
         )  # fmt: skip
 
     def _flops_per_image(self, step: int) -> int:

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from trainer.data.images.contact_sheet import Figure
 from trainer.data.latents.dataset_file import LatentFolder
 from trainer.data.latents.shard_file import DamagedShardError
 from trainer.encoders.protocols import ImageCodec
 from trainer.errors import ConfigError
+from trainer.formats.progress_bar import ProgressBar
 
 _MAX_READ = 64  # shards whose captions are counted
 _DECODE_BATCH = 16
@@ -98,7 +98,7 @@ def describe(folder: LatentFolder, factor: int, block: int) -> str:
 def verify(folder: LatentFolder) -> list[str]:
     """Read every shard whole; the files that are not what their hash says."""
     damaged = []
-    for number, entry in enumerate(tqdm(folder.shards, desc="verify", unit="shard", disable=None)):
+    for number, entry in enumerate(ProgressBar(folder.shards, "verify", unit="shard")):
         try:
             folder.open(number).close()
             with (folder.path / entry.file).open("rb") as file:

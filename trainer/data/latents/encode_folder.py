@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
-from tqdm import tqdm
 
 from trainer.config import DataConfig, require
 from trainer.data.images.decode import nearest_bucket
@@ -28,6 +27,7 @@ from trainer.data.latents.shard_writer import Encoder, write_shard
 from trainer.encoders.build import build_codec, build_text_encoder
 from trainer.encoders.protocols import TextEncoder
 from trainer.files import check_writable, git_commit, replacing, write_json
+from trainer.formats.progress_bar import ProgressBar
 
 _EMPTY_NAME = "empty.safetensors"
 _MAX_LOOKED_AT = 16  # tars whose sizes of pictures are looked at before anything is encoded
@@ -206,13 +206,13 @@ def encode(encoder: Encoder, *, rank: int = 0, world_size: int = 1) -> bool:
     todo = [name for name in list(tars)[rank::world_size] if not finished[name]]
     print(f"{len(tars)} tars, {sum(finished.values())} finished, {len(todo)} to encode")
     encoder.latents.mkdir(parents=True, exist_ok=True)
-    for name in tqdm(todo, desc="encode", unit="tar", disable=None):
+    for name in ProgressBar(todo, "encode", unit="tar", shown=rank == 0):
         start = time.perf_counter()
         shards = encode_tar(encoder, index, name, tars[name])["shards"]
         pictures, captions = (sum(shard[key] for shard in shards) for key in ("num_samples", "num_captions"))
         enlarged = sum(shard["num_enlarged"] for shard in shards)
         seconds = time.perf_counter() - start
-        tqdm.write(f"{name}: {pictures} pictures ({enlarged} enlarged), {captions} captions, {seconds:.1f} s")
+        ProgressBar.write(f"{name}: {pictures} pictures ({enlarged} enlarged), {captions} captions, {seconds:.1f} s")
     # Other processes may have ended meanwhile: whoever finds every sidecar writes the list. Several may, and write the
     # same bytes, so they need not talk to each other.
     sidecars = [read_sidecar(encoder, name, entry) for name, entry in tars.items()]
