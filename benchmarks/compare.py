@@ -241,11 +241,7 @@ def compare(config: CompareConfig) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Compare; exit code 2 and one sentence on a wrong option, 130 when stopped."""
-    try:
-        run_cli(lambda: compare(parse(argv)))
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    run_cli(lambda: compare(parse(argv)), stopped="the same command goes on from here")
 
 
 if __name__ == "__main__":

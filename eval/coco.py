@@ -17,7 +17,7 @@ from PIL import Image
 
 from eval.files import check_file
 from eval.pictures.prompt_files import json_rows
-from trainer.config import ConfigError, command, command_parser, require
+from trainer.config import ConfigError, command_parser, interruptible, require
 from trainer.data.images.decode import BadPictureError, read_rgb
 from trainer.files import check_writable, replacing, write_text
 from trainer.formats.progress_bar import ProgressBar
@@ -90,7 +90,7 @@ def write_pictures(rows: list[dict[str, Any]], folder: Path, out: Path, size: in
     return sum(ProgressBar(done, "pictures", len(rows), unit="image"))
 
 
-@command
+@interruptible("pictures that were written are kept, and the same command goes on with the others")
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = command_parser("eval.coco", __doc__)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.scoring.options import SUITES, add_score_options, split_names
-from trainer.config import ConfigError, command, command_parser, require
+from trainer.config import ConfigError, command_parser, interruptible, require
 from trainer.files import check_writable, whole_records, write_text
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def parse(argv: list[str] | None) -> WatchConfig:
     )
 
 
-@command
+@interruptible("what is scored is kept, and the same command goes on from there")
 def main(argv: list[str] | None = None) -> None:
     """Command line of the watcher."""
     given = sys.argv[1:] if argv is None else argv

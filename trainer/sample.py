@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe.ranges import Range
-from trainer.config import ConfigError, command, command_parser, require
+from trainer.config import ConfigError, command_parser, interruptible, require
 from trainer.files import check_writable
 from trainer.settings.model import check_prompt
 
@@ -106,7 +106,7 @@ def files_of(given: argparse.Namespace, prompts: list[str]) -> "PictureFiles":
     return PictureFiles(out=out, kind=kind, is_file=is_file)
 
 
-@command
+@interruptible("pictures that were drawn are kept, and the same command draws all of them again")
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     given = build_parser().parse_args(argv)

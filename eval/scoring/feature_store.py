@@ -112,10 +112,14 @@ def prefetched(items: Iterable[Item], work: Callable[[Item], Ready], workers: in
     source = iter(items)
     with ThreadPoolExecutor(workers) as pool:
         waiting = [pool.submit(work, item) for item in islice(source, ahead)]
-        while waiting:
-            done = waiting.pop(0).result()
-            waiting += [pool.submit(work, item) for item in islice(source, 1)]
-            yield done
+        try:
+            while waiting:
+                done = waiting.pop(0).result()
+                waiting += [pool.submit(work, item) for item in islice(source, 1)]
+                yield done
+        finally:
+            for item in waiting:  # of work that was given up nothing more is begun
+                item.cancel()
 
 
 def hash_files(files: Sequence[Path], workers: int = 8, *, shown: bool = True) -> list[str]:

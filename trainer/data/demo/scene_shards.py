@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from trainer.config import command, command_parser, require
+from trainer.config import command_parser, interruptible, require
 from trainer.data.demo.emoji import ATTRIBUTION
 from trainer.data.demo.scenes import Scene, render, training_scene
 from trainer.files import replacing, write_text
@@ -81,7 +81,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-@command
+@interruptible("shards that were written are kept, but the same command draws all of them again")
 def main(argv: list[str] | None = None) -> None:
     """Command line: draw training scenes and write them as image shards."""
     parser = command_parser("trainer.data.demo.scene_shards", __doc__)
