@@ -32,11 +32,12 @@ def load_pictures(data: DataConfig) -> Tensor:
     rows = list(islice(index_or_open(folder).rows(), MAX_PICTURES))
     require(bool(rows), f"data.images={folder} has no sound sample: see python -m trainer.data.index")
     check_enlargement(replace(data, buckets=[]), rows)
-    batches = [
-        batch
-        for _, of_tar in groupby(rows, key=lambda row: row.tar)
-        for batch in picture_batches(folder, list(of_tar), size, size, num_threads=1)
-    ]
+    batches = []
+    with ProgressBar(desc="pictures", total=len(rows), unit="image") as bar:
+        for _, of_tar in groupby(rows, key=lambda row: row.tar):
+            for batch in picture_batches(folder, list(of_tar), size, size, num_threads=1):
+                batches.append(batch)
+                bar.update(len(batch))
     return torch.cat(batches).permute(0, 3, 1, 2)
 
 
