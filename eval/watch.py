@@ -77,13 +77,14 @@ def evaluate_checkpoint(config: WatchConfig, checkpoint: Path) -> dict[str, floa
     from eval.validation_loss import fixed_samples, validation_loss
     from trainer.data.dataset import open_dataset
     from trainer.pipeline import Pipeline
+    from trainer.telemetry.trackers import send_scores
 
     pipeline = Pipeline.load(checkpoint).compile()
     dataset = open_dataset(pipeline.config)
     batches = fixed_samples(dataset, config.num_samples, config.batch_size)
     results: dict[str, Any] = {"validation_loss": validation_loss(pipeline, batches)}
     step = pipeline.step
-    log_numbers(config.run, {"results": results, "step": step})
+    send_scores(config.run, step, log_numbers(config.run, {"results": results, "step": step}), [])
     del pipeline
     if config.score is not None:
         evaluation = EvalConfig(

@@ -1,6 +1,6 @@
 """What a run reports while it trains: loss, speed, utilisation and router statistics, every `train.log_every` steps.
 
-To `metrics.jsonl`, TensorBoard, the log, a progress bar and, at sample grids and at the end, the page `report.html`.
+To `metrics.jsonl`, TensorBoard and other trackers, the log, a progress bar; at sample grids and at the end to a page.
 """
 
 import json
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from moe.routing import RoutingStats
-from trainer.config import TrainConfig
+from trainer.config import TrainConfig, config_to_dict
 from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.model import ModelShape
 from trainer.distributed import World
@@ -25,8 +25,10 @@ from trainer.files import keep_records
 from trainer.formats.progress_bar import ProgressBar
 from trainer.settings.tokens import num_image_tokens, num_kept_tokens
 from trainer.telemetry.flops import peak_tflops, training_flops
+from trainer.telemetry.page import NAME as PAGE
 from trainer.telemetry.page import PageWriter
 from trainer.telemetry.routing_metrics import router_histograms, router_metrics, vector_size
+from trainer.telemetry.trackers import Trackers
 
 logger = logging.getLogger("ec_dit")
 
@@ -60,7 +62,7 @@ class Reporter:
         self.start, self.step = time.perf_counter(), step
         self.is_main, self.run_dir = world.is_main, Path(config.run_dir)
         if self.is_main:
-            self.page = PageWriter(self.run_dir)
+            self.page, self.trackers = PageWriter(self.run_dir), Trackers(self.run_dir, config_to_dict(config))
             # In a log the lines of `_write` say the same.
             total, shown = config.train.max_steps, sys.stderr.isatty()
             self.bar = ProgressBar(desc="train", total=total, initial=step, unit="step", shown=shown)
@@ -115,6 +117,7 @@ class Reporter:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
+        self.trackers.log(step, values)
         total = self.config.train.max_steps
         logger.info(
             "step %d/%d  loss %.6f  grad_norm %.4f  lr %.2e  %.1f images/s  %s to go",
@@ -161,6 +164,7 @@ class Reporter:
     def add_image(self, step: int, picture_HWC: Tensor) -> None:
         """Show a sample grid, whose file is written, in TensorBoard and on the page; main process only."""
         self.tensorboard.add_image("samples", picture_HWC, step, dataformats="HWC")
+        self.trackers.picture(step, self.run_dir / "samples" / f"step_{step:08d}.png")
         self.page.refresh()
 
     def close(self) -> None:
@@ -169,6 +173,8 @@ class Reporter:
             self.bar.close()
             self._close_files()
             self.page.refresh()
+            self.trackers.attach(self.run_dir / PAGE)
+            self.trackers.close()
 
     def _close_files(self) -> None:
         self.tensorboard.close()
