@@ -26,7 +26,7 @@ CURVES = (
     ("mfu", "Share of the devices' peak (MFU)", GREY, True, True),
     ("memory_gb", "Memory, GB", RED, False, True),
 )
-SHOWN_GRIDS, GRID_WIDTH = 6, 1000  # pictures of the run; pixels that a wider one is embedded with
+SHOWN_GRIDS, GRID_WIDTH = 6, 1200  # pictures of the run; pixels that a wider one is embedded with
 SHOWN_LAYERS = 4
 ROUTER_COLUMNS = {
     "coverage_0": ("tokens without expert", "{:.1%}"),
@@ -58,9 +58,8 @@ def grid_section(run_dir: Path, prompts: Sequence[str]) -> list[str]:
     last = len(grids) - 1
     chosen = sorted({round(i * last / (SHOWN_GRIDS - 1)) for i in range(SHOWN_GRIDS)})
     figures = [
-        f'<figure><img src="{_embedded(grids[i])}" alt="{grids[i].stem}">'
-        f"<figcaption>step {int(grids[i].stem.removeprefix('step_')):,}</figcaption></figure>"
-        for i in chosen
+        f"<figure>{_grid_image(path)}<figcaption>step {int(path.stem.removeprefix('step_')):,}</figcaption></figure>"
+        for path in (grids[i] for i in chosen)
     ]
     return [
         "<h3>Pictures drawn during training</h3>",
@@ -148,12 +147,13 @@ def _points(rows: Rows, key: str) -> list[tuple[float, float]]:
     return [(float(row["step"]), float(row[key])) for row in rows if key in row]
 
 
-def _embedded(path: Path) -> str:
-    """A picture as a data URI, a wide one smaller."""
+def _grid_image(path: Path) -> str:
+    """A picture inside the page, a wide one made smaller, a small one shown at twice its size at most."""
     with Image.open(path) as picture:
-        if picture.width <= GRID_WIDTH:
-            return file_uri(path.read_bytes(), "image/png")
-        picture.thumbnail((GRID_WIDTH, GRID_WIDTH))
-        buffer = io.BytesIO()
-        picture.convert("RGB").save(buffer, format="JPEG", quality=85)
-    return file_uri(buffer.getvalue(), "image/jpeg")
+        largest, uri = 2 * picture.width, file_uri(path.read_bytes(), "image/png")
+        if picture.width > GRID_WIDTH:
+            picture.thumbnail((GRID_WIDTH, GRID_WIDTH))
+            buffer = io.BytesIO()
+            picture.convert("RGB").save(buffer, format="JPEG", quality=85)
+            uri = file_uri(buffer.getvalue(), "image/jpeg")
+    return f'<img src="{uri}" alt="{path.stem}" style="width: min(100%, {largest}px)">'
