@@ -13,10 +13,11 @@ from PIL import Image
 
 from trainer.config import config_to_dict, load_config
 from trainer.formats.chart import BINS, Frame, binned, line_chart, share_chart, short, smoothed, ticks
+from trainer.loop.run import setup_logging
 from trainer.telemetry.metrics_file import read_curves
 from trainer.telemetry.page import PageWriter, build_page, main
 from trainer.telemetry.run_history import read_history
-from trainer.telemetry.run_sections import coverage_section, curve_section, router_table
+from trainer.telemetry.run_sections import coverage_section, curve_section, router_table, time_table
 
 LOG = """2026-11-20 10:00:00 run runs/a: 4 processes, ep_size 2, ZeRO stage 3, bf16
 2026-11-20 10:00:00 starting fresh
@@ -121,6 +122,15 @@ def test_routers_of_ranges_without_an_image_have_no_number() -> None:
     assert router_table({"step": 4, "loss": 1.0}) == []
 
 
+def test_the_newest_measured_step_says_where_its_time_went() -> None:
+    rows = [{"step": 4, "time/forward": 9.0}, {"step": 8, "time/forward": 1.0, "time/all_to_all": 3.0}, {"step": 9}]
+    text = "".join(time_table(rows))
+    assert "step 8" in text and re.findall(r"<td>([^<]*)</td>", text) == [
+        "all to all", "3.0000", "75%", "forward", "1.0000", "25%",
+    ]  # fmt: skip
+    assert time_table(rows[2:]) == []
+
+
 def test_a_long_file_is_read_in_part_but_for_its_curves(run: Path) -> None:
     curves, rows = read_curves(run, most_whole=7)
     assert [row["step"] for row in curves] == list(range(1, 21)), "without the half line of a killed run"
@@ -137,6 +147,20 @@ def test_the_history_is_that_of_the_log(run: Path) -> None:
     ]
     assert history.num_resumed == 1 and history.newest == "2026-11-21 10:00:09"
     assert history.incidents == [("2026-11-21 10:00:04", "skipped step 14: its loss is not finite; <b>")]
+
+
+def test_the_log_marks_what_the_page_calls_an_incident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("ec_dit")
+    for name in ("handlers", "propagate"):
+        monkeypatch.setattr(logger, name, getattr(logger, name))
+    monkeypatch.setattr(logger, "handlers", [])
+    setup_logging(tmp_path / "train.log")
+    logger.info("run a: %d processes, ep_size 1, ZeRO stage 3, fp32", 1)
+    logger.warning("passed over checkpoint 3")
+    for handler in logger.handlers:
+        handler.close()
+    history = read_history(tmp_path)
+    assert [words for _, words in history.incidents] == ["passed over checkpoint 3"] and len(history.starts) == 1
 
 
 def test_the_page_says_where_the_run_is_and_needs_nothing_else(run: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from trainer.formats.chart import short
 from trainer.formats.page import escape, page, stat, table
 from trainer.telemetry.metrics_file import METRICS, read_curves
 from trainer.telemetry.run_history import History, Start, read_history
-from trainer.telemetry.run_sections import coverage_section, curve_section, grid_section, router_table
+from trainer.telemetry.run_sections import coverage_section, curve_section, grid_section, router_table, time_table
 
 NAME = "report.html"
 SHOWN_INCIDENTS = 20
@@ -69,6 +69,7 @@ def build_page(run_dir: Path) -> str:
         f'<div class="headline">{"".join(_stats(newest, step, last))}</div>',
         "<h2>Training</h2>",
         *(curve_section(curves) if curves else ["<p>No step is logged yet.</p>"]),
+        *time_table(curves),
         *grid_section(run_dir, config.get("sample", {}).get("prompts", [])),
     ]
     routers = [*coverage_section(rows), *(router_table(rows[-1]) if rows else [])]

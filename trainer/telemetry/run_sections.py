@@ -50,6 +50,23 @@ def curve_section(rows: Rows) -> list[str]:
     return [plots(charts)]
 
 
+def time_table(rows: Rows) -> list[str]:
+    """Where the time of the newest measured step went (`train.profile_every`)."""
+    row = next((row for row in reversed(rows) if any(key.startswith("time/") for key in row)), None)
+    if row is None:
+        return []
+    seconds = {key.removeprefix("time/"): float(row[key]) for key in row if key.startswith("time/")}
+    whole = sum(seconds.values()) or 1.0
+    lines = [
+        [escape(name.replace("_", " ")), f"{value:.4f}", f"{value / whole:.0%}"]
+        for name, value in sorted(seconds.items(), key=lambda item: -item[1])
+    ]
+    return [
+        f"<h3>Where the time of step {row['step']:,} went</h3>",
+        f'<div class="narrow">{table(["section", "seconds", "share"], lines)}</div>',
+    ]
+
+
 def grid_section(run_dir: Path, prompts: Sequence[str]) -> list[str]:
     """Grids of these prompts that the run drew, from the first to the newest."""
     grids = sorted((run_dir / "samples").glob("step_*.png"))
