@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from eval.files import check_file
 from eval.pictures.prompt_files import json_rows
-from trainer.config import ConfigError, command, command_parser, require
+from trainer.config import ConfigError, command_parser, interruptible, require
 from trainer.data.images.decode import BadPictureError, read_rgb
 from trainer.files import check_writable, replacing, write_text
+from trainer.formats.progress_bar import ProgressBar
 
 
 def read_annotations(path: Path) -> dict[str, Any]:
@@ -87,10 +87,10 @@ def write_pictures(rows: list[dict[str, Any]], folder: Path, out: Path, size: in
         return True
 
     done = prefetched(rows, work, num_workers(), 64)
-    return sum(tqdm(done, "pictures", total=len(rows), disable=None))
+    return sum(ProgressBar(done, "pictures", len(rows), unit="image"))
 
 
-@command
+@interruptible("pictures that were written are kept, and the same command goes on with the others")
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = command_parser("eval.coco", __doc__)

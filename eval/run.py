@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.scoring.options import EMBEDDED, SUITES, add_score_options, split_names
-from trainer.config import command, command_parser, require
+from trainer.config import command_parser, interruptible, require
 
 if TYPE_CHECKING:
     from eval.scoring.draw_and_score import EvalConfig
@@ -94,7 +94,7 @@ def parse(argv: Sequence[str] | None) -> "EvalConfig":
     )
 
 
-@command
+@interruptible("pictures, features and detections so far are kept, and the same command goes on from there")
 def main(argv: list[str] | None = None) -> None:
     """Command line of the evaluation."""
     config = parse(argv)

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from eval.scoring.options import SUITES, add_score_options, split_names
-from trainer.config import command, command_parser
+from trainer.config import command_parser, interruptible
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@command
+@interruptible("pictures, features and detections so far are kept, and the same command goes on from there")
 def main(argv: list[str] | None = None) -> None:
     """Command line of scoring."""
     given = build_parser().parse_args(argv)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.scoring.options import SUITES, add_score_options, split_names
-from trainer.config import ConfigError, command, command_parser, require
+from trainer.config import ConfigError, command_parser, interruptible, require
 from trainer.files import check_writable, whole_records, write_text
 
 if TYPE_CHECKING:
@@ -77,13 +77,14 @@ def evaluate_checkpoint(config: WatchConfig, checkpoint: Path) -> dict[str, floa
     from eval.validation_loss import fixed_samples, validation_loss
     from trainer.data.dataset import open_dataset
     from trainer.pipeline import Pipeline
+    from trainer.telemetry.trackers import send_scores
 
     pipeline = Pipeline.load(checkpoint).compile()
     dataset = open_dataset(pipeline.config)
     batches = fixed_samples(dataset, config.num_samples, config.batch_size)
     results: dict[str, Any] = {"validation_loss": validation_loss(pipeline, batches)}
     step = pipeline.step
-    log_numbers(config.run, {"results": results, "step": step})
+    send_scores(config.run, step, log_numbers(config.run, {"results": results, "step": step}), [])
     del pipeline
     if config.score is not None:
         evaluation = EvalConfig(
@@ -179,7 +180,7 @@ def parse(argv: list[str] | None) -> WatchConfig:
     )
 
 
-@command
+@interruptible("what is scored is kept, and the same command goes on from there")
 def main(argv: list[str] | None = None) -> None:
     """Command line of the watcher."""
     given = sys.argv[1:] if argv is None else argv

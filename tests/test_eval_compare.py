@@ -134,9 +134,10 @@ def test_missing_and_ambiguous_reports_are_one_sentence(tmp_path: Path, capsys: 
 def test_numbers_reach_tensorboard_at_the_checkpoints_step(tmp_path: Path) -> None:
     overall = {"value": 0.5, "low": 0.4, "high": 0.6, "correct": 2, "total": 4}
     report = {"step": 40, "results": {"geneval": {"overall": overall, "card": {"pictures": 3}}}}
-    assert not log_numbers(tmp_path, report)
+    log_numbers(tmp_path, report)
+    assert not list(tmp_path.iterdir()), "nothing is logged of what is no run"
     (tmp_path / "tensorboard").mkdir()
-    assert log_numbers(tmp_path, report)
+    assert log_numbers(tmp_path, report) == {"eval/geneval/overall": 0.5}
     events = EventAccumulator(str(tmp_path / "tensorboard" / "eval"))
     events.Reload()
     assert events.Tags()["scalars"] == ["eval/geneval/overall"]

@@ -18,7 +18,6 @@ from eval.demo.prompts import demo_prompts, render_prompts
 from eval.files import training_records
 from eval.metrics.controls import judge_all, permuted_scores, with_overall
 from eval.metrics.geneval import Detection, judge
-from eval.pages.charts import coverage_layers
 from eval.pages.compute_map import ComputeMaps, compute_by_region, object_patches, trace_compute
 from eval.pages.numbers import flat_numbers
 from eval.pictures.image_files import geneval_files, picture_path, write_picture
@@ -32,6 +31,7 @@ from trainer.config import ConfigError, load_config
 from trainer.data.demo.scenes import CATEGORIES
 from trainer.data.latents.samples import LatentInfo
 from trainer.pipeline import Pipeline
+from trainer.telemetry.run_sections import coverage_layers
 
 PER_TAG = 2
 

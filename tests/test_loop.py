@@ -67,7 +67,7 @@ def test_a_second_job_is_refused_and_ctrl_c_saves(launcher: Launcher, tmp_path: 
     assert (run_dir / "train.log").read_text().startswith(log)
     assert "resuming" not in (run_dir / "train.log").read_text()
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0
+    assert process.wait(60) == 130
     step = metrics(run_dir)[-1]["step"]
     assert f"ended after step {step} of 100000 (stop signal)" in (run_dir / "train.log").read_text()
     assert (run_dir / "checkpoints" / f"step_{step:08d}").is_dir()

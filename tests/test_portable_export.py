@@ -22,8 +22,9 @@ from trainer.checkpoint.__main__ import main
 from trainer.checkpoint.export_reader import read_export_config
 from trainer.checkpoint.init_from import check_init
 from trainer.checkpoint.model_card import model_card
+from trainer.checkpoint.portable import portable_config
 from trainer.checkpoint.state import read_state
-from trainer.config import ConfigError, TrainConfig, config_from_dict, load_config
+from trainer.config import ConfigError, TrainConfig, config_from_dict, config_to_dict, load_config
 from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.model import ModelShape
 from trainer.encoders.minilm import PACKAGE
@@ -243,3 +244,9 @@ def test_it_is_pushed_with_the_hubs_own_client(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert export(home / "mine", tmp_path / "three", "--push", "me/mine") == 2
     assert "needs the package huggingface_hub: run pip install" in capsys.readouterr().err
+
+
+def test_an_export_names_no_place_that_a_run_was_logged_to() -> None:
+    config = config_to_dict(load_config("debug", ["train.wandb=team/a", "train.mlflow=http://host:5000"]))
+    assert {key: portable_config(config)["train"][key] for key in ("wandb", "mlflow")} == {"wandb": "", "mlflow": ""}
+    assert config["train"]["wandb"] == "team/a"

@@ -37,6 +37,7 @@ from trainer.settings.training import ParallelConfig as ParallelConfig
 from trainer.settings.training import TrainLoopConfig as TrainLoopConfig
 
 CONFIG_DIR = Path(__file__).parent / "configs"
+STARTS_AGAIN = "nothing is kept, and the same command starts again"
 _HELP = "python -m trainer.train --settings describes them"
 
 
@@ -176,23 +177,40 @@ def save_config(config: TrainConfig, path: Path) -> None:
     write_text(path, OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config))))
 
 
-def run_cli(main: Callable[[], None], errors: TextIO | None = None) -> None:
-    """Run a command-line body; a ConfigError becomes its sentence and its notes (on stderr) and exit code 2."""
+def run_cli(main: Callable[[], None], errors: TextIO | None = None, stopped: str = STARTS_AGAIN) -> None:
+    """Run a command-line body. A ConfigError ends it with its sentence and notes on stderr and exit code 2, Ctrl-C with
+    `stopped`, which says what is kept, and 130; of several processes the first says so.
+    """
+    interrupted = False
     try:
         main()
     except ConfigError as error:
         print(f"error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=errors or sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        interrupted = True
+    if interrupted:  # not above, where the error holds what was going on, threads too, until it is let go of
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\nstopped: {stopped}", file=errors or sys.stderr)
+        raise SystemExit(130)
 
 
 def command(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
-    """Decorator of a program's `main(argv=None)`: a ConfigError ends it as `run_cli` says."""
+    """Decorator of a program's `main(argv=None)`: errors and Ctrl-C end it as `run_cli` says."""
+    return interruptible(STARTS_AGAIN)(main)
 
-    @wraps(main)
-    def run(argv: list[str] | None = None) -> None:
-        run_cli(lambda: main(argv))
 
-    return run
+def interruptible(stopped: str) -> Callable[[Callable[[list[str] | None], None]], Callable[..., None]]:
+    """`command` of a program of which Ctrl-C leaves something: `stopped` says what, and how to go on."""
+
+    def decorate(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
+        @wraps(main)
+        def run(argv: list[str] | None = None) -> None:
+            run_cli(lambda: main(argv), stopped=stopped)
+
+        return run
+
+    return decorate
 
 
 def command_parser(program: str, doc: str | None) -> argparse.ArgumentParser:

@@ -56,7 +56,14 @@ _VARIABLES = (  # rank, rank on the node, processes, processes on the node: of t
 
 
 def detect_world() -> World:
-    """Read the launcher's variables; connects to nothing."""
+    """Read the launcher's variables; connects to nothing. Only the first rank shows the bars of model libraries."""
+    world = _read_world()
+    if not world.is_main:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers heeds it, too
+    return world
+
+
+def _read_world() -> World:
     for rank, local_rank, size, local_size in _VARIABLES:
         if rank in os.environ:
             return World(

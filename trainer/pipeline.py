@@ -29,6 +29,7 @@ from trainer.diffusion.compiled import CompiledBlocks, is_wanted
 from trainer.diffusion.draw_options import DrawOptions, settings_of
 from trainer.diffusion.model import EcDit, ModelShape, init_weights
 from trainer.diffusion.sampling import Observer, draw, text_batch, to_pictures
+from trainer.distributed import detect_world
 from trainer.encoders.build import build_codec, build_text_encoder
 from trainer.encoders.places import placed_settings
 from trainer.settings.model import check_prompt
@@ -89,7 +90,8 @@ class Pipeline:
             "those of trainer/configs/demo.yaml",
         )
         info = _with_encoders(state, folder, None if encoders is None else Path(encoders))
-        config, found = config_from_dict(state.config), read(folder) if weights == "ema" else None
+        config, shown = config_from_dict(state.config), detect_world().is_main
+        found = read(folder, shown=shown) if weights == "ema" else None
         if found is not None:
             with torch.device("meta"):
                 model = EcDit(config.model, config.moe, ModelShape.of(info))

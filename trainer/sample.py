@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe.ranges import Range
-from trainer.config import ConfigError, command, command_parser, require
+from trainer.config import ConfigError, command_parser, interruptible, require
 from trainer.files import check_writable
 from trainer.settings.model import check_prompt
 
@@ -106,7 +106,7 @@ def files_of(given: argparse.Namespace, prompts: list[str]) -> "PictureFiles":
     return PictureFiles(out=out, kind=kind, is_file=is_file)
 
 
-@command
+@interruptible("pictures that were drawn are kept, and the same command draws all of them again")
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     given = build_parser().parse_args(argv)
@@ -130,10 +130,10 @@ def draw_files(given: argparse.Namespace, prompts: list[str], files: "PictureFil
     """Load the model, draw, write each picture when it is drawn, or all in one."""
     import torch
     from PIL import Image
-    from tqdm import tqdm
 
     from trainer.diffusion.sampling import picture_grid
     from trainer.formats.picture_file import enlarged, enlargement, write_picture_file
+    from trainer.formats.progress_bar import ProgressBar
     from trainer.pipeline import Pipeline
 
     pipeline = Pipeline.load(given.checkpoint, encoders=given.encoders, device=given.device, dtype=given.dtype)
@@ -141,7 +141,8 @@ def draw_files(given: argparse.Namespace, prompts: list[str], files: "PictureFil
     scale = given.scale or enlargement(card["height"], card["width"])
     jobs = [(n, prompt, given.seed + k) for n, prompt in enumerate(prompts) for k in range(given.num)]
     batches = pipeline.batches([job[1] for job in jobs], [job[2] for job in jobs], options, given.batch_size)
-    pictures = tqdm((picture for batch in batches for picture in batch), total=len(jobs), unit="image", disable=None)
+    drawn = (picture for batch in batches for picture in batch)
+    pictures = ProgressBar(drawn, "pictures", len(jobs), unit="image")
     if given.grid:
         grid = Image.fromarray(picture_grid(torch.stack(list(pictures)), columns=given.num, scale=scale).numpy())
         write_picture_file(files.out, grid, files.kind, {"prompts": prompts, "seed": given.seed, **card})

@@ -6,9 +6,9 @@
 
 Also under `deepspeed --module`, `mpirun` and `srun`. SIGTERM, SIGUSR1, SIGHUP, Ctrl-C or the launcher's death saves at
 the next step and ends the run; a second Ctrl-C ends it at once. A file RUN/stop does as the signals do, and no start
-goes on until it is removed; RUN/save saves and goes on. Exit codes: 0 done or stopped, 1 failed, 2 refused. A file
-named by the variable TRAIN_OUTCOME is told which of these it was, one named by TRAIN_INCIDENTS what this process
-noticed of a failure; TRAIN_DEADLINE (Unix time) ends the run in time to save.
+goes on until it is removed; RUN/save saves and goes on. Exit codes: 0 done or stopped (130 by Ctrl-C), 1 failed, 2
+refused. A file named by the variable TRAIN_OUTCOME is told which of these it was, one named by TRAIN_INCIDENTS what
+this process noticed of a failure; TRAIN_DEADLINE (Unix time) ends the run in time to save.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def start(recipe: str, overrides: list[str], stop: StopSignal) -> None:
     """Import, read the configuration and train; ConfigError becomes one sentence for all ranks together."""
     import torch
 
-    from trainer.cluster.outcome import Recorder
+    from trainer.cluster.outcome import Outcome, Recorder
     from trainer.config import load_config, run_cli
     from trainer.distributed import detect_world
 
@@ -68,6 +68,7 @@ def start(recipe: str, overrides: list[str], stop: StopSignal) -> None:
     world = detect_world()
 
     recorder = Recorder(rank=world.rank)
+    outcome: list[Outcome] = []
 
     def body() -> None:
         with recorder.watching():
@@ -77,10 +78,13 @@ def start(recipe: str, overrides: list[str], stop: StopSignal) -> None:
             from trainer.loop.run import train
 
             deepspeed.utils.logger.setLevel("ERROR")
-            recorder.record(train(config, world, stop))
+            outcome.append(train(config, world, stop))
+            recorder.record(outcome[0])
 
     with open(os.devnull, "w") as silent:
         run_cli(body, None if world.is_main else silent)
+    if stop.interrupted and outcome[0].kind == "stopped":  # so that what follows in a script is not begun
+        raise SystemExit(130)
 
 
 if __name__ == "__main__":

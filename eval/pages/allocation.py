@@ -18,6 +18,7 @@ from trainer.data.latents.samples import pad_text
 from trainer.diffusion.flow import interpolate
 from trainer.diffusion.solver import initial_noise
 from trainer.formats.page import escape
+from trainer.formats.progress_bar import ProgressBar
 from trainer.pipeline import Pipeline
 
 TIMES = (0.3, 0.6, 0.9)
@@ -57,7 +58,7 @@ def word_shares(
     latent_NCHW = (pipeline.codec.encode(rgb) - mean) / std
     noise_NCHW = initial_noise(list(seeds), tuple(latent_NCHW.shape[1:]))  # type: ignore[arg-type]
     found = []
-    for n, caption in enumerate(captions):
+    for n, caption in enumerate(ProgressBar(captions, "words", unit="caption")):
         words = caption.split()
         totals = [0.0] * len(words)
         for time in TIMES:

@@ -36,18 +36,18 @@ def write_csv(path: Path, report: Mapping[str, Any]) -> None:
     write_text(path, "\n".join(["name,value", *rows]) + "\n")
 
 
-def log_numbers(run_dir: Path, report: Mapping[str, Any]) -> bool:
-    """Add the numbers to RUN/tensorboard/eval at the checkpoint's step; False for what is no run with a log.
+def log_numbers(run_dir: Path, report: Mapping[str, Any]) -> dict[str, float]:
+    """Add the numbers to RUN/tensorboard/eval at the checkpoint's step, for what is a run with a log; returns them.
 
     A folder of its own: a resumed run discards what was logged after its checkpoint, scores are of checkpoints.
     """
-    folder = run_dir / "tensorboard"
-    if not folder.is_dir():
-        return False
-    from torch.utils.tensorboard import SummaryWriter
+    folder, hidden = run_dir / "tensorboard", ("/low", "/high", "/correct", "/total")
+    found = flat_numbers(report["results"]).items()
+    numbers = {f"eval/{name.removesuffix('/value')}": value for name, value in found if not name.endswith(hidden)}
+    if folder.is_dir():
+        from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder / "eval")) as writer:
-        for name, value in flat_numbers(report["results"]).items():
-            if not name.endswith(("/low", "/high", "/correct", "/total")):
-                writer.add_scalar(f"eval/{name.removesuffix('/value')}", value, report["step"])
-    return True
+        with SummaryWriter(str(folder / "eval")) as writer:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, report["step"])
+    return numbers

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from eval.files import training_records
 from eval.pages.allocation import word_lines
-from eval.pages.charts import compute_chart, coverage_chart, moved_chart, region_chart, training_chart
+from eval.pages.charts import compute_chart, moved_chart, region_chart
 from eval.pages.compute_map import ComputeMaps, compute_by_region
-from trainer.formats.page import escape, file_uri, image
-
-SHOWN_GRIDS = 6
+from trainer.formats.page import image
+from trainer.telemetry.run_sections import coverage_section, curve_section, grid_section
 
 
 def training_section(run_dir: Path, prompts: Sequence[str]) -> list[str]:
@@ -22,30 +21,7 @@ def training_section(run_dir: Path, prompts: Sequence[str]) -> list[str]:
     rows = training_records(run_dir)
     if not rows:
         return []
-    parts = ["<h2>Training</h2>", image(training_chart(rows), "loss, learning rate, gradient norm, speed")]
-    grids = sorted((run_dir / "samples").glob("step_*.png"))
-    if grids:
-        last = len(grids) - 1
-        chosen = sorted({round(i * last / (SHOWN_GRIDS - 1)) for i in range(SHOWN_GRIDS)})
-        figures = [
-            f"<figure>{image(file_uri(grids[i].read_bytes(), 'image/png'), grids[i].stem, 'wide')}"
-            f"<figcaption>step {int(grids[i].stem.removeprefix('step_')):,}</figcaption></figure>"
-            for i in chosen
-        ]
-        parts += [
-            "<h3>Pictures drawn during training</h3>",
-            f'<p class="key">{", ".join(map(escape, prompts))}</p>',
-            f'<div class="strip">{"".join(figures)}</div>',
-        ]
-    coverage = coverage_chart(rows)
-    if coverage:
-        parts += [
-            "<h3>How many experts take a token</h3>",
-            "<p>Each expert chooses its tokens, so a token may be taken by none or by several. Shares of all "
-            "tokens, over training.</p>",
-            image(coverage, "share of tokens by number of experts"),
-        ]
-    return parts
+    return ["<h2>Training</h2>", *curve_section(rows), *grid_section(run_dir, prompts), *coverage_section(rows)]
 
 
 def compute_section(maps: ComputeMaps, object_mask_Nhw: Tensor | None = None) -> list[str]:

@@ -6,19 +6,18 @@ ranks nor a restart changes it. What exists is not drawn again. Shapes: N pictur
 """
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from eval.pictures.image_files import is_whole, picture_path, write_picture
 from eval.pictures.prompts import Prompt, metadata_lines, picture_seed
 from eval.pictures.protocol import fingerprint, sampling_card
 from trainer.distributed import World
 from trainer.files import write_text
+from trainer.formats.progress_bar import ProgressBar
 from trainer.pipeline import Pipeline
 
 Generator = Callable[[list[str], list[int]], Tensor]  # captions, seeds -> uint8 [N, H, W, 3]
@@ -43,8 +42,7 @@ def generate_pictures(
         line = json.dumps(prompts[number].metadata) + "\n"
         write_text(folder / f"{number:05d}" / "metadata.jsonl", line)
         jobs += [(number, s) for s in range(num_samples) if not is_whole(picture_path(folder, number, s))]
-    hidden = rank != 0 or not sys.stderr.isatty()
-    with tqdm(total=len(jobs), desc="pictures", unit="image", disable=hidden) as bar:
+    with ProgressBar(desc="pictures", total=len(jobs), unit="image", shown=rank == 0) as bar:
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
             captions = [prompts[number].text for number, _ in batch]

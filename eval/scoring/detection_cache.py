@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from eval.networks.protocols import FoundObject
 from eval.pictures.image_files import read_picture
-from eval.scoring.feature_store import ALONE, bar_is_hidden, missing_pictures, num_workers, prefetched
+from eval.scoring.feature_store import ALONE, missing_pictures, num_workers, prefetched
 from eval.scoring.rle import decode_mask, encode_mask
 from trainer.distributed import World
 from trainer.files import whole_records, write_text
+from trainer.formats.progress_bar import ProgressBar
 
 _AHEAD = 16  # pictures read before they are asked for
 FLOOR = 0.05  # objects below this score are not kept; the judge's thresholds lie above
@@ -67,7 +67,7 @@ class LineCache:
         """
         todo = missing_pictures(files, self.read(), world)
         ready = prefetched(todo.values(), read_picture, num_workers(), _AHEAD)
-        bar = tqdm(zip(todo, ready, strict=True), title, len(todo), unit="image", disable=bar_is_hidden(world))
+        bar = ProgressBar(zip(todo, ready, strict=True), title, len(todo), unit="image", shown=world.is_main)
         with self.appending() as write:
             for name, picture in bar:
                 write(measure(name, picture))

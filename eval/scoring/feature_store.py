@@ -20,7 +20,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from eval.networks.protocols import ImageEncoder
 from eval.pictures.image_files import read_picture
@@ -28,6 +27,7 @@ from eval.weights import file_sha256
 from trainer.config import ConfigError, require
 from trainer.distributed import World
 from trainer.files import replacing, write_text
+from trainer.formats.progress_bar import ProgressBar
 
 ALONE = World(rank=0, local_rank=0, size=1)  # all the pictures are its share
 SHARD_ROWS = 512
@@ -112,13 +112,17 @@ def prefetched(items: Iterable[Item], work: Callable[[Item], Ready], workers: in
     source = iter(items)
     with ThreadPoolExecutor(workers) as pool:
         waiting = [pool.submit(work, item) for item in islice(source, ahead)]
-        while waiting:
-            done = waiting.pop(0).result()
-            waiting += [pool.submit(work, item) for item in islice(source, 1)]
-            yield done
+        try:
+            while waiting:
+                done = waiting.pop(0).result()
+                waiting += [pool.submit(work, item) for item in islice(source, 1)]
+                yield done
+        finally:
+            for item in waiting:  # of work that was given up nothing more is begun
+                item.cancel()
 
 
-def hash_files(files: Sequence[Path], workers: int = 8) -> list[str]:
+def hash_files(files: Sequence[Path], workers: int = 8, *, shown: bool = True) -> list[str]:
     """sha256 of each file's bytes; ConfigError for one that is missing or empty."""
 
     def check(path: Path) -> str:
@@ -127,18 +131,16 @@ def hash_files(files: Sequence[Path], workers: int = 8) -> list[str]:
         )
         return file_sha256(path)
 
-    return list(prefetched(files, check, workers, 4 * workers))
+    found = prefetched(files, check, workers, 4 * workers)
+    return list(ProgressBar(found, "look at pictures", len(files), unit="image", shown=shown, leave=False))
 
 
 def missing_pictures(files: Sequence[Path], known: Collection[str], world: World) -> dict[str, Path]:
     """Hash and file of each of this rank's pictures that is not in `known`; ConfigError as of `hash_files`."""
     mine = files[world.rank :: world.size]
-    return {name: path for name, path in zip(hash_files(mine), mine, strict=True) if name not in known}
-
-
-def bar_is_hidden(world: World) -> bool | None:
-    """tqdm's `disable`: the first process has a bar, if it has a terminal."""
-    return None if world.is_main else True
+    return {
+        name: path for name, path in zip(hash_files(mine, shown=world.is_main), mine, strict=True) if name not in known
+    }
 
 
 def num_workers() -> int:
@@ -158,7 +160,7 @@ def add_picture_features(
     ready = prefetched(
         todo.values(), lambda path: encoder.prepare(read_picture(path)), num_workers(), _AHEAD * batch_size
     )
-    with tqdm(total=len(names), desc=title, unit="image", disable=bar_is_hidden(world)) as bar:
+    with ProgressBar(desc=title, total=len(names), unit="image", shown=world.is_main) as bar:
         for start in range(0, len(names), SHARD_ROWS):
             shard = names[start : start + SHARD_ROWS]
             parts = []

@@ -18,6 +18,9 @@ from eval.pictures.protocol import package_versions
 from eval.scoring.job import Result, ScoringJob, find_suite, prepare_all, score_all
 from trainer.distributed import barrier
 from trainer.files import write_text
+from trainer.telemetry.trackers import send_scores
+
+REPORTS = ("report.html", "report.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,8 @@ def score_and_report(job: ScoringJob, subject: ScoredSubject) -> dict[str, Any]:
     }
     write_report(job, report, subject.run_sections)
     if subject.run_dir is not None:
-        log_numbers(subject.run_dir, report)
+        numbers = log_numbers(subject.run_dir, report)
+        send_scores(subject.run_dir, subject.step, numbers, [job.config.out / name for name in REPORTS])
     print_summary(report, job.config.out, unused)
     return report
 

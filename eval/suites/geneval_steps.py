@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from eval.metrics.geneval import Detection
 from eval.networks.colors import ColorJudge
@@ -17,9 +16,10 @@ from eval.pictures.geneval_names import COLORS
 from eval.pictures.image_files import DECODING, read_picture
 from eval.pictures.prompts import Prompt
 from eval.scoring.detection_cache import FLOOR, Line, LineCache, from_line, to_line
-from eval.scoring.feature_store import ALONE, bar_is_hidden, hash_files
+from eval.scoring.feature_store import ALONE, hash_files
 from trainer.config import require
 from trainer.distributed import World
+from trainer.formats.progress_bar import ProgressBar
 
 
 def open_detections(folder: Path, detector_card: Mapping[str, str]) -> LineCache:
@@ -65,8 +65,8 @@ def judge_colors(
     found, known, judged = detections.read(), cache.read(), 0
     mine = range(world.rank, len(files), world.size)
     jobs = [i for i in mine if every or asked_colors(prompts[i // samples].metadata)]
-    names = hash_files([files[i] for i in jobs])
-    bar = tqdm(zip(jobs, names, strict=True), "colours", len(jobs), unit="image", disable=bar_is_hidden(world))
+    names = hash_files([files[i] for i in jobs], shown=world.is_main)
+    bar = ProgressBar(zip(jobs, names, strict=True), "colours", len(jobs), unit="image", shown=world.is_main)
     with cache.appending() as write:
         for i, identity in bar:
             classes = {item.name for item in from_line(found[identity])} & set(every)

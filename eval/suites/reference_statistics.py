@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from eval.files import check_file
-from trainer.config import ConfigError, command, command_parser, require
+from trainer.config import ConfigError, command_parser, interruptible, require
 from trainer.files import check_writable, replacing
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def build_statistics(pictures: Path, store_folder: Path, convention: str) -> Sta
     )
 
 
-@command
+@interruptible("features so far are kept, and the same command goes on from there")
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = command_parser("eval.suites.reference_statistics", __doc__)

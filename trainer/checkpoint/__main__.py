@@ -14,10 +14,10 @@ codec and text encoder. Resuming on other processes needs no command: any topolo
 import sys
 from pathlib import Path
 
-from trainer.config import command, command_parser
+from trainer.config import command_parser, interruptible
 
 
-@command
+@interruptible("checkpoints are as they were, no part of an export is left; the same command starts again")
 def main(argv: list[str] | None = None) -> None:
     """Run one subcommand and exit with its code."""
     parser = command_parser("trainer.checkpoint", __doc__)

@@ -1,12 +1,9 @@
 """The subcommands of `python -m trainer.checkpoint`: each takes the parsed arguments and returns an exit code."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
-
-from tqdm import tqdm
 
 from trainer.checkpoint.export import CONFIG, ExportOptions, check_target, export
 from trainer.checkpoint.export_reader import ExportReader, is_export, read_export_config
@@ -61,7 +58,7 @@ def _checkpoints(path: Path) -> list[Path]:
 
 
 def _show(checkpoints: Sequence[Path], *, checksums: bool) -> int:
-    rows = [_row(path, checksums) for path in tqdm(checkpoints, disable=not sys.stderr.isatty(), leave=False)]
+    rows = [_row(path, checksums) for path in checkpoints]
     widths = [max(map(len, column)) for column in zip(_HEADER, *rows, strict=True)]
     for row in (_HEADER, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

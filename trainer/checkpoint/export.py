@@ -18,13 +18,14 @@ lay on this machine (trainer/checkpoint/portable.py).
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trainer.checkpoint.folder import check_written, write_durable, write_manifest
 from trainer.checkpoint.model_card import CARD, model_card
@@ -34,6 +35,7 @@ from trainer.checkpoint.state import read_state
 from trainer.checkpoint.tensorfile import Source, Written, write_tensors
 from trainer.errors import ConfigError, require, sentence_of
 from trainer.files import flush
+from trainer.formats.progress_bar import ProgressBar
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 # Of 1 the weights meant another pairing of channels in the rotary embedding; 2 named encoders by their whole paths.
@@ -134,16 +136,25 @@ def _write_weights(source: Path, folder: Path, options: ExportOptions) -> tuple[
     shards = split_shards(sizes, options.shard_bytes)
     files: dict[str, Written] = {}
     weight_map: dict[str, str] = {}
+    bar = ProgressBar(desc="export", total=sum(sizes.values()), unit="B", unit_scale=True)
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         sources = {}
         for name in names:
-            chunks = (chunk.to(dtype) for chunk in reader.chunks(kind, name, chunk_bytes=_PART_BYTES))
+            chunks = _counted(bar, (chunk.to(dtype) for chunk in reader.chunks(kind, name, chunk_bytes=_PART_BYTES)))
             sources[name] = Source(dtype=dtype, shape=shapes[name], chunks=chunks)
         files[file] = write_tensors(folder / file, sources, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
+    bar.close()
     reader.close()
     return files, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+
+
+def _counted(bar: ProgressBar, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The chunks, each told to the bar when it is asked for."""
+    for chunk in chunks:
+        bar.update(chunk.numel() * chunk.element_size())
+        yield chunk
 
 
 def split_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:

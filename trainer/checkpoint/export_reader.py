@@ -14,6 +14,7 @@ from trainer.checkpoint.members import FileName, member, read_json
 from trainer.checkpoint.tensorfile import TensorFile
 from trainer.config import require
 from trainer.data.latents.samples import LatentInfo
+from trainer.formats.progress_bar import ProgressBar
 
 _STORED = ("BF16", "F32")
 
@@ -107,11 +108,11 @@ class ExportReader:
             file.close()
 
 
-def read_export(folder: Path) -> dict[str, Tensor]:
-    """All tensors of an export: {name: full fp32 tensor, all experts}."""
+def read_export(folder: Path, *, shown: bool = False) -> dict[str, Tensor]:
+    """All tensors of an export: {name: full fp32 tensor, all experts}. With `shown` there is a bar."""
     reader = ExportReader(folder)
     weights = {name: torch.empty(shape) for name, shape in reader.shapes.items()}
-    for name, weight in weights.items():
-        reader.read_into(name, 0, weight.view(-1))
+    for name in ProgressBar(list(weights), "load", unit="tensor", shown=shown, leave=False):
+        reader.read_into(name, 0, weights[name].view(-1))
     reader.close()
     return weights

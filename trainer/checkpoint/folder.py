@@ -24,6 +24,7 @@ from trainer.checkpoint.state import STATE
 from trainer.checkpoint.tensorfile import Written
 from trainer.errors import ConfigError, require
 from trainer.files import flush, remove_leftovers, replacing
+from trainer.formats.progress_bar import ProgressBar
 
 MANIFEST = "MANIFEST.json"
 _LATEST = "latest"
@@ -131,7 +132,9 @@ def fault(
         return ""
 
     with ThreadPoolExecutor(_HASH_THREADS) as pool:  # hashing and reading let go of the interpreter's lock
-        return next(filter(None, pool.map(problem, names)), "")
+        bar = ProgressBar(pool.map(problem, names), f"verify {checkpoint.name}", len(names), unit="file",
+                          shown=checksums and part == 0, leave=False)  # fmt: skip
+        return next(filter(None, bar), "")
 
 
 def check_written(temporary: Path, *, state: str = STATE) -> None:

@@ -136,7 +136,9 @@ def load_init(folder: Path, engine: Any, config: TrainConfig) -> None:
     def read() -> None:
         with closing(ExportReader(folder)) as reader:
             read_into = _source(reader, config).read_into
-            fill((piece.values, piece.offset, partial(read_into, name)) for name, piece in master_pieces(engine))
+            pieces = master_pieces(engine)
+            targets = ((piece.values, piece.offset, partial(read_into, name)) for name, piece in pieces)
+            fill(targets, shown=torch.distributed.get_rank() == 0)
 
     with refused(f"init_from={folder} cannot be read"):
         agree(read)

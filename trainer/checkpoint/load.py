@@ -19,6 +19,7 @@ from trainer.config import ConfigError
 from trainer.distributed import World
 from trainer.engine.ema import Ema
 from trainer.engine.zero_state import prepare_moments, publish_master
+from trainer.formats.progress_bar import ProgressBar
 
 
 def load_checkpoint(checkpoint: Path, engine: Any, ema: Ema, world: World) -> TrainState:
@@ -48,18 +49,19 @@ def _fill(checkpoint: Path, engine: Any, ema: Ema, saved: SavedState, world: Wor
     prepare_moments(engine, saved.optimizer.moments, saved.optimizer.step)
     pieces = engine_pieces(engine, ema)
     reader = _reader(checkpoint, pieces, world)
-    fill((piece.values, piece.offset, partial(reader.read_into, piece.kind, piece.name)) for piece in pieces)
+    targets = ((piece.values, piece.offset, partial(reader.read_into, piece.kind, piece.name)) for piece in pieces)
+    fill(targets, shown=world.is_main)
     reader.close()
 
 
 @torch.no_grad()
-def fill(targets: Iterable[tuple[Tensor, int, Callable[[int, Tensor], None]]]) -> None:
+def fill(targets: Iterable[tuple[Tensor, int, Callable[[int, Tensor], None]]], *, shown: bool = False) -> None:
     """Fill flat fp32 tensors of any device: of each its values, where they begin in the full tensor, and a reader.
 
-    The reader fills a flat host tensor with the elements from a start on.
+    The reader fills a flat host tensor with the elements from a start on. With `shown` there is a bar.
     """
     buffer: Tensor | None = None
-    for values, offset, read in targets:
+    for values, offset, read in ProgressBar(list(targets), "load", unit="tensor", shown=shown, leave=False):
         if values.device.type == "cpu":
             read(offset, values)
             continue

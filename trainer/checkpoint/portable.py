@@ -41,6 +41,7 @@ def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     names = short_names(list(data["mix"]))
     data["mix"] = {names[path]: weight for path, weight in data["mix"].items()}
     data["stage_dir"] = ""
+    found["train"] |= dict.fromkeys(found["train"].keys() & {"wandb", "mlflow"}, "")
     deepspeed = found["parallel"]["deepspeed_config"]
     found["parallel"]["deepspeed_config"] = _name(deepspeed) if os.path.isabs(deepspeed) else deepspeed
     return found

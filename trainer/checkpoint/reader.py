@@ -22,6 +22,7 @@ from trainer.checkpoint.folder import read_manifest
 from trainer.checkpoint.members import member, misfit
 from trainer.checkpoint.tensorfile import CHUNK_BYTES, TensorFile, Written, flat_source, write_tensors
 from trainer.config import ConfigError, require
+from trainer.formats.progress_bar import ProgressBar
 
 KINDS = ("weight", "ema", "exp_avg", "exp_avg_sq")
 _RANK_FILE = re.compile(r"rank_\d{5,}\.safetensors")
@@ -195,10 +196,14 @@ def check_same_model(origin: Path, there: Mapping[str, list[int]], here: Mapping
         require(old == new, f"{origin} is of another model: {name} is {old} there and {new} here")
 
 
-def read_ema(folder: Path) -> dict[str, Tensor]:
-    """The whole average: {name: full fp32 tensor, all experts}. ConfigError when the pieces do not cover it."""
+def read_ema(folder: Path, *, shown: bool = False) -> dict[str, Tensor]:
+    """The whole average: {name: full fp32 tensor, all experts}. ConfigError when the pieces do not cover it.
+
+    With `shown` there is a bar.
+    """
     reader = CheckpointReader(folder)
-    average = {name: reader.read("ema", name) for name in reader.names("ema")}
+    names = ProgressBar(list(reader.names("ema")), "load", unit="tensor", shown=shown, leave=False)
+    average = {name: reader.read("ema", name) for name in names}
     reader.close()
     if not average:
         raise ConfigError(f"{folder} has no EMA weights")

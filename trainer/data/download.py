@@ -18,7 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.config import ConfigError, command, command_parser, load_config, require
+from trainer.config import ConfigError, command_parser, interruptible, load_config, require
 from trainer.data.images import img2dataset
 from trainer.data.images.download_report import (
     DownloadProgress,
@@ -215,7 +215,7 @@ def _check(args: argparse.Namespace) -> tuple[DownloadSettings, str]:
     return DownloadSettings(**{name: getattr(args, name) for name in asdict(DownloadSettings())}), why
 
 
-@command
+@interruptible("tars that are finished are kept, and the same command goes on with the others")
 def main(argv: list[str] | None = None) -> None:
     """Command line; exit code 1 if tars are missing, or a slice gave no picture."""
     args = _parser().parse_args(argv)

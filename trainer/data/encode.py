@@ -5,10 +5,10 @@ The tars are dealt out to the processes. A rerun goes on where a killed one stop
 
 import os
 
-from trainer.config import command, command_parser, load_config, require
+from trainer.config import command_parser, interruptible, load_config, require
 
 
-@command
+@interruptible("tars that were encoded are kept, and the same command goes on with the others")
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = command_parser("trainer.data.encode", __doc__)

@@ -8,6 +8,7 @@ With RANK and WORLD_SIZE set the tars are dealt out to the ranks. `python -m tra
 
 import json
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -16,9 +17,8 @@ from itertools import groupby
 from pathlib import Path
 
 import pyarrow as pa
-from tqdm import tqdm
 
-from trainer.config import command, command_parser, require
+from trainer.config import command_parser, interruptible, require
 from trainer.data.images.index_file import (
     INDEX_NAME,
     ROW_SCHEMA,
@@ -33,6 +33,7 @@ from trainer.data.images.index_file import (
 )
 from trainer.data.images.tar_scan import REPEATED, IndexRow, scan_tar, tar_digest, tar_stamp
 from trainer.files import check_writable
+from trainer.formats.progress_bar import ProgressBar
 
 _MAX_EXAMPLES = 3
 
@@ -140,9 +141,9 @@ def build_index(
     finished = partial(_finished_entry, folder, needs_stats)
     todo = [tar for tar in tars[rank::world_size] if finished(tar) is None]
     scan = partial(index_tar, folder, needs_stats)
-    with ProcessPoolExecutor(num_workers) if num_workers else nullcontext() as pool:
+    with ProcessPoolExecutor(num_workers, initializer=_end_quietly) if num_workers else nullcontext() as pool:
         scanned = pool.map(scan, todo) if pool else map(scan, todo)
-        for _ in tqdm(scanned, total=len(todo), desc="index", unit="tar", disable=None):
+        for _ in ProgressBar(scanned, "index", len(todo), unit="tar", shown=rank == 0):
             pass
     entries = [entry for entry in map(finished, tars) if entry is not None]
     if len(entries) < len(tars):
@@ -152,6 +153,11 @@ def build_index(
     schema = pa.schema([("tar", pa.string()), ("size", pa.int64()), ("entry", pa.string())])
     write_table(folder / INDEX_NAME, rows, schema, {"num_kept": sum(entry.num_kept for entry in entries)})
     return Index(folder=folder, tars=entries)
+
+
+def _end_quietly() -> None:
+    """Ctrl-C reaches a worker, too, which has nothing to say of it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def index_or_open(folder: Path) -> Index:
@@ -164,7 +170,7 @@ def index_or_open(folder: Path) -> Index:
     return index
 
 
-@command
+@interruptible("tars that were read are kept, and the same command goes on with the others")
 def main(argv: list[str] | None = None) -> None:
     """Command line: index a folder; exit code 2 if nothing in it can be kept."""
     parser = command_parser("trainer.data.index", __doc__)

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
 from trainer.config import DataConfig, require
 from trainer.data.index import index_or_open
@@ -19,6 +18,7 @@ from trainer.data.latents.enlargement import check_enlargement, large_enough, to
 from trainer.data.latents.shard_writer import picture_batches
 from trainer.encoders.vae import SmallVae
 from trainer.files import replacing
+from trainer.formats.progress_bar import ProgressBar
 from trainer.randomness import keyed_generator
 
 BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS, MAX_PICTURES = 32, 2e-3, 50, 8192
@@ -34,11 +34,12 @@ def load_pictures(data: DataConfig) -> Tensor:
     check_enlargement(squares, found)
     rows = large_enough(squares, found)
     print(f"{len(rows)} pictures{too_small(len(found) - len(rows))}")
-    batches = [
-        batch
-        for _, of_tar in groupby(rows, key=lambda row: row.tar)
-        for batch in picture_batches(folder, list(of_tar), size, size, num_threads=1)
-    ]
+    batches = []
+    with ProgressBar(desc="pictures", total=len(rows), unit="image") as bar:
+        for _, of_tar in groupby(rows, key=lambda row: row.tar):
+            for batch in picture_batches(folder, list(of_tar), size, size, num_threads=1):
+                batches.append(batch)
+                bar.update(len(batch))
     return torch.cat(batches).permute(0, 3, 1, 2)
 
 
@@ -59,8 +60,7 @@ def train_vae(pictures: Tensor, steps: int, seed: int) -> SmallVae:
         model = SmallVae()
     generator = keyed_generator(seed, "vae")
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.99))
-    progress = tqdm(range(steps), desc="vae", unit="step", disable=None)
-    for step in progress:
+    for step in ProgressBar(range(steps), "vae", unit="step"):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * (1 - step / steps) ** 0.5
         rows = torch.randint(len(pictures), (BATCH_SIZE,), generator=generator)
@@ -70,7 +70,7 @@ def train_vae(pictures: Tensor, steps: int, seed: int) -> SmallVae:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
-            tqdm.write(f"step {step + 1}/{steps}  loss {loss.item():.4f}  squared error {squared:.5f}")
+            ProgressBar.write(f"step {step + 1}/{steps}  loss {loss.item():.4f}  squared error {squared:.5f}")
     return model.eval()
 
 

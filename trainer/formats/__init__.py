@@ -1,1 +1,1 @@
-"""File formats that several folders read or write: HTML pages, headers of safetensors files, pictures with settings."""
+"""What several folders read, write or show: HTML pages, charts, bars, safetensors headers, settings in pictures."""

@@ -52,6 +52,11 @@ figcaption { font-size: 11.5px; line-height: 1.35; margin-top: 5px; }
 .pass::before { content: "\\2713\\a0"; color: var(--green); font-weight: 700; }
 .fail::before { content: "\\2717\\a0"; color: var(--red); font-weight: 700; }
 .why { color: var(--red); display: block; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(330px, 100%), 1fr)); gap: 18px 28px; }
+.plots figcaption { font-size: 13.5px; font-weight: 600; margin: 0 0 2px; }
+.plots figcaption span { color: var(--muted); font-weight: 400; }
+.plots svg { display: block; width: 100%; height: auto; }
+.plots text { font: 12px system-ui, "Liberation Sans", Arial, sans-serif; fill: #687083; }
 .chart, .wide { width: 100%; display: block; margin: 10px 0; }
 .strip figure { display: grid; grid-template-columns: 90px 1fr; align-items: center; margin: 6px 0; }
 .strip img { width: 100%; display: block; border-radius: 3px; image-rendering: pixelated; }
@@ -105,7 +110,7 @@ def image(uri: str, alt: str, css: str = "chart") -> str:
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], last_is_total: bool = False) -> str:
     """A table of ready HTML cells."""
     lines = [list(row) for row in rows]
-    head = "".join(f"<th>{cell}</th>" for cell in header)
+    head = "".join(cell if cell.startswith("<th") else f"<th>{cell}</th>" for cell in header)
     body = []
     for i, row in enumerate(lines):
         css = ' class="total"' if last_is_total and i == len(lines) - 1 else ""

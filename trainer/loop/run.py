@@ -18,11 +18,13 @@ from trainer.distributed import World, barrier, check_devices, from_main, init_d
 from trainer.engine.determinism import make_deterministic
 from trainer.errors import writing
 from trainer.files import write_json
+from trainer.formats.progress_bar import BesideBars
 from trainer.loop.loop import Trainer
 from trainer.loop.run_lock import RunLock
 from trainer.loop.signals import StopSignal
 from trainer.loop.start_checks import CheckedRun, check_start, rounded_capacities
 from trainer.loop.switches import check_not_stopped
+from trainer.telemetry.run_history import LOG, WARNING_MARK
 
 logger = logging.getLogger("ec_dit")
 
@@ -86,9 +88,16 @@ def setup_logging(path: Path) -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.handlers.clear()
-    for handler in (logging.FileHandler(path), logging.StreamHandler(sys.stdout)):
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    for handler in (logging.FileHandler(path), BesideBars(sys.stdout)):
+        handler.addFilter(_mark)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(mark)s%(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
+
+
+def _mark(record: logging.LogRecord) -> bool:
+    """Mark what a person should look at, for the run's page too."""
+    record.mark = WARNING_MARK if record.levelno >= logging.WARNING else ""
+    return True
 
 
 def prepare_run_folder(checked: CheckedRun, notes: Sequence[str] = ()) -> None:
@@ -97,7 +106,7 @@ def prepare_run_folder(checked: CheckedRun, notes: Sequence[str] = ()) -> None:
     with writing(f"run_dir={run_dir}"):
         save_config(config, run_dir / "config.yaml")
         write_json(run_dir / "ds_config.json", checked.deepspeed_config)
-        setup_logging(run_dir / "train.log")
+        setup_logging(run_dir / LOG)
     logger.info(
         "run %s: %d processes, ep_size %d, ZeRO stage %d, %s",
         config.run_dir, topology.world_size, topology.ep_size, topology.zero_stage, config.train.precision,

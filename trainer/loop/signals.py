@@ -4,7 +4,8 @@
 |-------------------|-----------------------------------------------------------------------------------|
 | SIGTERM, SIGUSR1  | remembered; all ranks save at the next step boundary and leave with exit code 0   |
 | SIGHUP            | the same when a terminal closes; stays ignored in a process started with `nohup`  |
-| SIGINT            | the same the first time; the second time the process dies of it at once, unsaved  |
+| SIGINT            | the same the first time, with exit code 130; the second time the process dies of  |
+|                   | it at once, unsaved                                                               |
 | launcher's death  | the same: torchrun passes SIGTERM, SIGINT and SIGHUP on, but SIGUSR1 kills it;    |
 |                   | of `deepspeed` either of its two processes, the outer of which passes on less     |
 
@@ -20,6 +21,10 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+_STOPPING = (
+    b"\nstopping: the run is saved after this step, and the same command goes on from there; Ctrl-C again ends it at "
+    b"once, unsaved\n"
+)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 # Set by torchrun and by `deepspeed`, whose workers must not outlive them; a shell may end before what it started.
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
@@ -39,6 +44,11 @@ class StopSignal:
 
         self._launcher = os.getppid() if any(name in os.environ for name in LAUNCHERS) else 0
         self._runner = _runner_of(self._launcher)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether it was Ctrl-C."""
+        return self._interrupted
 
     @property
     def received(self) -> bool:
@@ -62,7 +72,10 @@ class StopSignal:
         if number == signal.SIGINT and self._interrupted:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
-        self._interrupted = self._interrupted or number == signal.SIGINT
+        if number == signal.SIGINT and not self._interrupted:
+            self._interrupted = True
+            if os.environ.get("RANK", "0") == "0":
+                os.write(2, _STOPPING)  # print is not for handlers, which may interrupt it
         self._signalled = True
 
 

@@ -19,6 +19,7 @@ from trainer.loop.run_lock import LOCK_NAME
 from trainer.loop.sample_grid import GridSampler
 from trainer.loop.switches import SAVE_NAME, STOP_NAME
 from trainer.settings.tokens import token_counts
+from trainer.telemetry.trackers import check_trackers
 
 # Put there by batch scripts and users, or (the first) by a start of an older version that was killed.
 _LEFTOVERS = ("config.yaml.tmp", "logs", "failures.json", "bad_nodes", STOP_NAME, SAVE_NAME)
@@ -79,6 +80,7 @@ def check_start(config: TrainConfig, world: World) -> CheckedRun:
     check_latent_size(config, dataset.info.height, dataset.info.width)
     _check_batch(config, dataset, world)
     GridSampler.check(config)
+    check_trackers(config.train.wandb, config.train.mlflow)
     # Last the run folder: a checkpoint is compared with the topology and the data that were found above.
     topology = Topology(world_size=world.size, ep_size=ep_size, zero_stage=zero_stage(deepspeed_config))
     checkpoint = find_resume(config, topology, dataset.info)

@@ -39,6 +39,10 @@ class TrainLoopConfig:
     """Steps between two picture grids of `sample.prompts`, also drawn after the last; 0 or more, 0 is off."""
     profile_every: int = field(default=0, metadata=at_least(0))
     """Steps between two that are timed section by section for the metrics, and slower for it; 0 or more, 0 is off."""
+    wandb: str = ""
+    """Project on Weights & Biases, or ENTITY/PROJECT, to log to as well; empty is none. Needs the package wandb."""
+    mlflow: str = ""
+    """MLflow's tracking server (URI) or a folder, to log to as well; empty is none. Needs the package mlflow-skinny."""
     max_bad_steps: int = field(default=3, metadata=at_least(1))
     """Steps in a row skipped because loss or gradient norm is not finite, at which the run goes back to its newest
     checkpoint, and on with the samples after the bad ones; 1 or more."""

@@ -1,1 +1,1 @@
-"""What a run says of itself: metrics, router statistics, times, FLOPs."""
+"""What a run says of itself: metrics, router statistics, times, FLOPs, its page."""

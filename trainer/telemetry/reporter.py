@@ -1,6 +1,6 @@
 """What a run reports while it trains: loss, speed, utilisation and router statistics, every `train.log_every` steps.
 
-To `metrics.jsonl`, TensorBoard, the log and a progress bar.
+To `metrics.jsonl`, TensorBoard and other trackers, the log, a progress bar; at sample grids and at the end to a page.
 """
 
 import json
@@ -14,18 +14,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from moe.routing import RoutingStats
-from trainer.config import TrainConfig
+from trainer.config import TrainConfig, config_to_dict
 from trainer.data.latents.samples import LatentInfo
 from trainer.diffusion.model import ModelShape
 from trainer.distributed import World
 from trainer.errors import require
 from trainer.files import keep_records
+from trainer.formats.progress_bar import ProgressBar
 from trainer.settings.tokens import num_image_tokens, num_kept_tokens
 from trainer.telemetry.flops import peak_tflops, training_flops
+from trainer.telemetry.page import NAME as PAGE
+from trainer.telemetry.page import PageWriter
 from trainer.telemetry.routing_metrics import router_histograms, router_metrics, vector_size
+from trainer.telemetry.trackers import Trackers
 
 logger = logging.getLogger("ec_dit")
 
@@ -43,6 +46,7 @@ class Reporter:
     | `loss`               | mean over the steps since the last report and over all samples                |
     | `grad_norm`          | global norm before clipping, of the last step                                 |
     | `images_per_second`  | over all processes; sample grids and checkpoints are not part of the time     |
+    | `seconds_per_step`   | from the same time                                                            |
     | `tflops_per_second`  | model TFLOP/s per device (telemetry/flops.py), from the same time             |
     | `mfu`                | its share of the device's dense bf16 peak; only in bf16 on a device we know   |
     | `bad_steps`          | steps skipped since the run's start                                           |
@@ -58,8 +62,10 @@ class Reporter:
         self.start, self.step = time.perf_counter(), step
         self.is_main, self.run_dir = world.is_main, Path(config.run_dir)
         if self.is_main:
-            total, hidden = config.train.max_steps, not sys.stderr.isatty()
-            self.bar = tqdm(total=total, initial=step, disable=hidden, unit="step")
+            self.page, self.trackers = PageWriter(self.run_dir), Trackers(self.run_dir, config_to_dict(config))
+            # In a log the lines of `_write` say the same.
+            total, shown = config.train.max_steps, sys.stderr.isatty()
+            self.bar = ProgressBar(desc="train", total=total, initial=step, unit="step", shown=shown)
             self._open(step)
 
     def _open(self, step: int) -> None:
@@ -78,7 +84,8 @@ class Reporter:
         """
         # The interval ends here on every rank, also where nothing is written: a roll-back or a pause moves its begin.
         now = time.perf_counter()
-        speed = (step - self.step) * self.config.global_batch_size(self.world_size) / (now - self.start)
+        seconds = (now - self.start) / (step - self.step)
+        speed = self.config.global_batch_size(self.world_size) / seconds
         self.start, self.step = now, step
         if not self.is_main:
             return
@@ -89,6 +96,7 @@ class Reporter:
             "grad_norm": float(norm if norm is not None else math.nan),
             "learning_rate": rate,
             "images_per_second": speed,
+            "seconds_per_step": seconds,
             "tflops_per_second": tflops,
             "epoch": float(epoch),
             "bad_steps": float(bad_steps),
@@ -109,10 +117,12 @@ class Reporter:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self.tensorboard.add_scalar(name, value, step)
+        self.trackers.log(step, values)
+        total = self.config.train.max_steps
         logger.info(
-            "step %d/%d  loss %.6f  grad_norm %.4f  lr %.2e  %.1f images/s",
-            step, self.config.train.max_steps, values["loss"], values["grad_norm"], values["learning_rate"],
-            values["images_per_second"],
+            "step %d/%d  loss %.6f  grad_norm %.4f  lr %.2e  %.1f images/s  %s to go",
+            step, total, values["loss"], values["grad_norm"], values["learning_rate"], values["images_per_second"],
+            ProgressBar.format_interval((total - step) * values["seconds_per_step"]),
         )  # fmt: skip
 
     def _flops_per_image(self, step: int) -> int:
@@ -152,14 +162,19 @@ class Reporter:
             self.bar.refresh()
 
     def add_image(self, step: int, picture_HWC: Tensor) -> None:
-        """Show a sample grid in TensorBoard; main process only."""
+        """Show a sample grid, whose file is written, in TensorBoard and on the page; main process only."""
         self.tensorboard.add_image("samples", picture_HWC, step, dataformats="HWC")
+        self.trackers.picture(step, self.run_dir / "samples" / f"step_{step:08d}.png")
+        self.page.refresh()
 
     def close(self) -> None:
-        """Flush and close all files."""
+        """Flush and close all files, and write the page."""
         if self.is_main:
             self.bar.close()
             self._close_files()
+            self.page.refresh()
+            self.trackers.attach(self.run_dir / PAGE)
+            self.trackers.close()
 
     def _close_files(self) -> None:
         self.tensorboard.close()

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from moe.routing import RoutingStats
+from trainer.telemetry.metrics_file import NUM_BINS
 
 MAX_COVERAGE = 4
-NUM_BINS = 4
 LAYER_KINDS = [f"coverage_{k}" for k in range(MAX_COVERAGE + 1)] + [
     "gate_entropy", "affinity_kept", "dropped", "dead_experts", "max_load", "overlap", "similarity",
 ]  # fmt: skip

@@ -14,12 +14,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from tqdm import tqdm
 
-from trainer.config import command, command_parser, require
+from trainer.config import command_parser, interruptible, require
 from trainer.data.demo.emoji import ATTRIBUTION
 from trainer.data.demo.scenes import Scene, render, training_scene
 from trainer.files import replacing, write_text
+from trainer.formats.progress_bar import ProgressBar
 
 FORMAT_VERSION = 1
 
@@ -28,7 +28,7 @@ def write_shards(folder: Path, num_images: int, image_size: int, seed: int, shar
     """Write training scenes 0 to num_images of `seed` into `folder`, `shard_size` pictures per tar."""
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, num_images, shard_size)
-    for shard, start in enumerate(tqdm(starts, desc="scenes", unit="shard", disable=None)):
+    for shard, start in enumerate(ProgressBar(starts, "scenes", unit="shard")):
         indices = range(start, min(start + shard_size, num_images))
         _write_shard(folder, shard, [training_scene(seed, i) for i in indices], image_size)
     print(f"wrote {num_images} pictures in {len(starts)} shards to {folder}")
@@ -81,7 +81,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-@command
+@interruptible("shards that were written are kept, but the same command draws all of them again")
 def main(argv: list[str] | None = None) -> None:
     """Command line: draw training scenes and write them as image shards."""
     parser = command_parser("trainer.data.demo.scene_shards", __doc__)

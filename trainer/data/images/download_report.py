@@ -12,13 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from trainer.data.images.tar_scan import damage_of, stats_path
 from trainer.files import replacing
+from trainer.formats.progress_bar import ProgressBar
 
 _MAX_REASONS = 20
-_SAY_EVERY = 60  # seconds, where there is no terminal for a bar
 _GRACE = 600  # seconds beyond --tar-seconds in which pictures that have come are still resized and written
 _NO_HTTP = "not an http or https URL"
 # Asking again would give the same answer.
@@ -100,8 +99,8 @@ class DownloadProgress:
     def __init__(self, folder: Path, num_tars: int, tar_seconds: int) -> None:
         self.folder, self.tar_seconds = folder, tar_seconds
         done = len(finished_tars(folder))
-        self.bar = tqdm(total=num_tars, initial=done, desc=folder.name, unit="tar", disable=None)
-        self.num_done, self.last_tar, self.last_said = done, time.monotonic(), time.monotonic()
+        self.bar = ProgressBar(desc=folder.name, total=num_tars, initial=done, unit="tar")
+        self.num_done, self.last_tar = done, time.monotonic()
 
     def __enter__(self) -> "DownloadProgress":
         return self
@@ -113,13 +112,11 @@ class DownloadProgress:
 
     def __call__(self) -> bool:
         now, done = time.monotonic(), len(finished_tars(self.folder))
+        size = sum(path.stat().st_size for path in self.folder.glob("*.tar"))
+        self.bar.set_postfix_str(f"{size / 1e6:.0f} MB", refresh=False)
+        self.bar.update(done - self.num_done)
         if done != self.num_done:
-            self.bar.update(done - self.num_done)
             self.num_done, self.last_tar = done, now
-        if self.bar.disable and now - self.last_said >= _SAY_EVERY:
-            size = sum(path.stat().st_size for path in self.folder.glob("*.tar"))
-            print(f"{self.folder.name}: {done} of {self.bar.total} tars finished, {size / 1e6:.0f} MB", flush=True)
-            self.last_said = now
         if now - self.last_tar <= self.tar_seconds + _GRACE:
             return True
         print(f"{self.folder.name}: no tar was finished in {now - self.last_tar:.0f} s: img2dataset is ended")

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from trainer.data.images.contact_sheet import Figure
 from trainer.data.latents.dataset_file import LatentFolder
@@ -18,6 +17,7 @@ from trainer.data.latents.enlargement import too_small
 from trainer.data.latents.shard_file import DamagedShardError
 from trainer.encoders.protocols import ImageCodec
 from trainer.errors import ConfigError
+from trainer.formats.progress_bar import ProgressBar
 
 _MAX_READ = 64  # shards whose captions are counted
 _DECODE_BATCH = 16
@@ -99,7 +99,7 @@ def describe(folder: LatentFolder, factor: int, block: int) -> str:
 def verify(folder: LatentFolder) -> list[str]:
     """Read every shard whole; the files that are not what their hash says."""
     damaged = []
-    for number, entry in enumerate(tqdm(folder.shards, desc="verify", unit="shard", disable=None)):
+    for number, entry in enumerate(ProgressBar(folder.shards, "verify", unit="shard")):
         try:
             folder.open(number).close()
             with (folder.path / entry.file).open("rb") as file:

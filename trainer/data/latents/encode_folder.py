@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
-from tqdm import tqdm
 
 from trainer.config import DataConfig, require
 from trainer.data.images.decode import nearest_bucket
@@ -28,6 +27,7 @@ from trainer.data.latents.shard_writer import Encoder, write_shard
 from trainer.encoders.build import build_codec, build_text_encoder
 from trainer.encoders.protocols import TextEncoder
 from trainer.files import check_writable, git_commit, replacing, write_json
+from trainer.formats.progress_bar import ProgressBar
 
 _EMPTY_NAME = "empty.safetensors"
 _MAX_LOOKED_AT = 16  # tars whose sizes of pictures are looked at before anything is encoded
@@ -206,17 +206,19 @@ def write_dataset(encoder: Encoder, sidecars: list[Sidecar]) -> None:
         temporary.write_bytes(signed_json(content))
 
 
-def _encode_share(encoder: Encoder, index: Index, tars: dict[str, TarEntry], todo: list[str]) -> None:
-    """Encode some of the tars, a line for each."""
+def _encode_share(encoder: Encoder, index: Index, tars: dict[str, TarEntry], todo: list[str], shown: bool) -> None:
+    """Encode some of the tars, a line for each; `shown`: with a bar."""
     encoder.latents.mkdir(parents=True, exist_ok=True)
-    for name in tqdm(todo, desc="encode", unit="tar", disable=None):
+    for name in ProgressBar(todo, "encode", unit="tar", shown=shown):
         start = time.perf_counter()
         sidecar = encode_tar(encoder, index, name, tars[name])
         keys = ("num_samples", "num_enlarged", "num_captions")
         pictures, enlarged, captions = (sum(shard[key] for shard in sidecar["shards"]) for key in keys)
         small = f", {sidecar['num_too_small']} left out as too small" if sidecar["num_too_small"] else ""
         seconds = time.perf_counter() - start
-        tqdm.write(f"{name}: {pictures} pictures ({enlarged} enlarged){small}, {captions} captions, {seconds:.1f} s")
+        ProgressBar.write(
+            f"{name}: {pictures} pictures ({enlarged} enlarged){small}, {captions} captions, {seconds:.1f} s"
+        )
 
 
 def encode(encoder: Encoder, *, rank: int = 0, world_size: int = 1) -> bool:
@@ -229,7 +231,7 @@ def encode(encoder: Encoder, *, rank: int = 0, world_size: int = 1) -> bool:
     finished = {name: read_sidecar(encoder, name, entry) is not None for name, entry in tars.items()}
     todo = [name for name in list(tars)[rank::world_size] if not finished[name]]
     print(f"{len(tars)} tars, {sum(finished.values())} finished, {len(todo)} to encode")
-    _encode_share(encoder, index, tars, todo)
+    _encode_share(encoder, index, tars, todo, shown=rank == 0)
     # Other processes may have ended meanwhile: whoever finds every sidecar writes the list. Several may, and write the
     # same bytes, so they need not talk to each other.
     sidecars = [read_sidecar(encoder, name, entry) for name, entry in tars.items()]
