@@ -44,6 +44,7 @@ from trainer.distributed import World, barrier
 from trainer.engine.deepspeed_config import load_deepspeed_config
 from trainer.engine.ema import Ema
 from trainer.engine.engine import build_engine, build_model
+from trainer.engine.optim import set_learning_rate
 
 START = TrainState(step=0, data=DataState(seed=0, epoch=0, consumed=0, samples_seen=0))
 
@@ -151,6 +152,30 @@ def compiled_blocks_learn_what_plain_ones_do(world: World) -> None:
         for name, value in weights[0].items():
             torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-6, msg=f"{name} {recompute}")
     assert not found["graph_break"] and found["stats"]["unique_graphs"] == 4, "two kinds, recomputed or not"
+
+
+def routers_move_by_their_share_of_the_rate(world: World) -> None:
+    """A group of their own in all stages: gradient descent moves them by that share, and all else as without it."""
+    for stage in (1, 3):
+        moved = []
+        for ratio in (1.0, 0.25):
+            config = parity_config("sgd", 2, world.size)
+            optim = replace(config.optim, router_lr_ratio=ratio)
+            config = replace(config, optim=optim, train=replace(config.train, gradient_accumulation_steps=1))
+            engine: Any = engine_of(config, stage, world)
+            before = gather_master(engine)
+            engine.backward(engine(*inputs(4))[0].square().mean())
+            set_learning_rate(engine.optimizer, 0.1)
+            engine.step()
+            after = gather_master(engine)
+            moved.append({name: after[name] - before[name] for name in before})
+            engine.destroy()
+        for name, whole in moved[0].items():
+            share = 0.25 if name.endswith("router.weight") else 1.0
+            torch.testing.assert_close(
+                moved[1][name], share * whole, rtol=1e-5, atol=1e-7, msg=f"{name}, stage {stage}"
+            )
+        assert any(name.endswith("router.weight") and change.abs().max() > 0 for name, change in moved[0].items())
 
 
 def bf16_gradients_are_summed_in_fp32(world: World) -> None:

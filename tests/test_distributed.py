@@ -46,6 +46,7 @@ CHECKS = (
     "chunks_change_rounding_only",
     "exchange_benchmark_measures_what_it_says",
     "routers_sample_alike_with_and_without_expert_parallelism",
+    "routers_move_by_their_share_of_the_rate",
     "bf16_gradients_are_summed_in_fp32",
     "compiled_blocks_learn_what_plain_ones_do",
     "ema_is_the_average_of_the_weights",

@@ -1,5 +1,7 @@
 """Which parameters decay, and steps of the optimizers by hand. The learning rate's schedule is in test_diffusion.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 from moe.config import MoeConfig
 from trainer.config import ModelConfig, OptimConfig
 from trainer.diffusion.model import EcDit, ModelShape
-from trainer.engine.optim import build_optimizer, decays
+from trainer.engine.optim import build_optimizer, decays, set_learning_rate
 
 SHAPE = ModelShape(channels=3, height=8, width=8, text_dim=32)
 MODEL = ModelConfig(dim=16, num_layers=2, num_heads=2, num_kv_heads=1, pooled_text=True)
@@ -50,6 +52,18 @@ def test_only_matrices_decay(moe: MoeConfig, matrices: set[str], vectors: set[st
     found = {role: {name_of[id(parameter)] for parameter in group["params"]} for role, group in groups.items()}
     assert found == {"decay": matrices, "no_decay": vectors}
     assert groups["decay"]["weight_decay"] == DECAY and groups["no_decay"]["weight_decay"] == 0
+
+
+def test_routers_are_a_group_where_their_rate_is_their_own() -> None:
+    moe = MoeConfig(num_experts=2, router_input="unmodulated")
+    model = EcDit(MODEL, moe, SHAPE)
+    optimizer = build_optimizer(model.named_parameters(), replace(ADAMW, router_lr_ratio=0.1))
+    groups = {g["role"]: g for g in optimizer.param_groups}
+    assert set(groups) == {"no_decay", "decay", "router"} and groups["router"]["weight_decay"] == DECAY
+    (router,) = groups["router"]["params"]
+    assert router is dict(model.named_parameters())["blocks.1.mlp.router.weight"]
+    set_learning_rate(optimizer, 0.5)
+    assert {role: group["lr"] for role, group in groups.items()} == {"no_decay": 0.5, "decay": 0.5, "router": 0.05}
 
 
 def test_experts_of_several_processes_are_groups_of_their_own() -> None:

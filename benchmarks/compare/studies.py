@@ -28,7 +28,7 @@ class Size:
 
 # Small: 1.9M activated parameters, minutes a run on a CPU core. Large: 87M, for a GPU.
 SIZES = {
-    "small": Size(dim=128, num_layers=6, batch_size=32, learning_rate=2e-3, steps=4000),
+    "small": Size(dim=128, num_layers=6, batch_size=32, learning_rate=8e-3, steps=4000),
     "large": Size(dim=576, num_layers=16, batch_size=256, learning_rate=5e-4, steps=4000),
 }
 
@@ -41,6 +41,7 @@ class Variant:
     moe: dict[str, Any]
     mlp_ratio: int = 4
     rate: float = 1.0
+    router_rate: float = 0.1
     extra: str = ""
 
 
@@ -71,6 +72,7 @@ VARIANTS = {
     "expert_choice_twice_rate": replace(mixture("the same, twice the learning rate"), rate=2.0),
     "raw_gates": mixture("the same, gates as they are (paper)", gate_scale=1.0),
     "unmodulated": mixture("the same, router reads token and time apart", router_input="unmodulated"),
+    "fast_router": replace(mixture("the same, routers learn as fast as the rest"), router_rate=1.0),
     "sigmoid": mixture("the same, sigmoid gates x 2", gate="sigmoid", gate_scale=2.0),
     "no_shared": replace(
         mixture("16 half-size experts at capacity factor 2", num_shared_experts=0, capacity_factor=2.0)
@@ -114,7 +116,7 @@ STUDIES = {
     ),
     "setup": Study(
         question="What of the set-up does it take?",
-        variants=("dense", "expert_choice", "raw_gates", "no_shared", "full_size", "full_size_raw",
+        variants=("dense", "expert_choice", "raw_gates", "fast_router", "no_shared", "full_size", "full_size_raw",
                   "full_size_normalized", "sigmoid", "unmodulated", "paper"),
     ),
     "rate": Study(
@@ -158,7 +160,8 @@ def run_config(variant: str, size: Size, *, steps: int, seed: int, num_kinds: in
             patch_size=2, mlp_ratio=chosen.mlp_ratio, pooled_text=True,
         ),
         moe=MoeConfig(**chosen.moe),
-        optim=OptimConfig(name="adamw", learning_rate=size.learning_rate * chosen.rate, beta2=0.95, schedule="cosine",
+        optim=OptimConfig(name="adamw", learning_rate=size.learning_rate * chosen.rate,
+                          router_lr_ratio=chosen.router_rate, beta2=0.95, schedule="cosine",
                           warmup_steps=max(1, min(100, steps // 10)), weight_decay=0.01, max_grad_norm=1.0),
         seed=seed, steps=steps, batch_size=size.batch_size, num_kinds=num_kinds,
     )  # fmt: skip

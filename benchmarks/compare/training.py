@@ -25,7 +25,7 @@ from moe.routing import Routed
 from trainer.config import ModelConfig, OptimConfig
 from trainer.diffusion.compiled import CompiledBlocks
 from trainer.diffusion.model import EcDit, init_weights
-from trainer.engine.optim import build_optimizer, learning_rate
+from trainer.engine.optim import build_optimizer, learning_rate, set_learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +86,7 @@ class Run:
     def train_step(self, noised: Noised) -> Tensor:
         """One optimizer step; the loss, a tensor, so that a GPU need not be waited for."""
         optim, record = self.config.optim, self.record
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(record.step, optim, self.config.steps) * group.get("rate", 1.0)
+        set_learning_rate(self.optimizer, learning_rate(record.step, optim, self.config.steps))
         velocity, routed = self.predict(noised)
         loss = (velocity - noised.target_BCHW).square().mean()
         own = auxiliary_loss(routed)

@@ -116,6 +116,7 @@ def restore_counters(engine: Any, saved: SavedState) -> None:
         setattr(engine, field.name, getattr(saved.engine, field.name))
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     rates = {group.role: group.lr for group in saved.optimizer.groups}
+    rates.setdefault("router", rates.get("decay", 0.0))  # a group of their own only by `optim.router_lr_ratio`
     for group in engine.optimizer.param_groups:
         require(group["role"] in rates, f"{STATE} is damaged: it has no parameter group {group['role']}")
         group["lr"] = rates[group["role"]]

@@ -31,6 +31,7 @@ from trainer.data.loader import load_batches
 from trainer.data.position import DataState
 from trainer.diffusion.flow import NoisedBatch, draw_noise, mask_at, training_loss
 from trainer.distributed import all_reduce_mean, gather
+from trainer.engine.optim import set_learning_rate
 from trainer.telemetry.routing_metrics import router_vector
 from trainer.telemetry.step_timer import StepTimer
 
@@ -81,8 +82,7 @@ def train_step(
 
     Routers may add a loss of their own; the losses that are reported are without it, so that routers compare.
     """
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+    set_learning_rate(engine.optimizer, rate)
     losses, router, stats = [], [], []
     for batch in micro_batches:
         with timer.section("data"):

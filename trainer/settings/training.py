@@ -120,6 +120,9 @@ class OptimConfig:
     """After the warm-up: keep the rate, or let it fall by half a cosine until `train.max_steps`."""
     min_lr_ratio: float = field(default=0.0, metadata=between(0, 1))
     """Share of `learning_rate` that a cosine ends at; 0 to 1."""
+    router_lr_ratio: float = field(default=1.0, metadata=more_than(0, 1000))
+    """Learning rate of the routers' matrices as a share of what all others have at that step; more than 0. Below 1, an
+    expert gets tokens of the same kind for longer (docs/expert-choice.md)."""
     max_grad_norm: float = field(default=1.0, metadata=more_than(0))
     """Gradients are scaled down to this global L2 norm where theirs is larger; more than 0."""
 
