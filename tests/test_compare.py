@@ -3,7 +3,7 @@
 import json
 import math
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from benchmarks.compare.training import Record, Run, train
 from benchmarks.compare.validation import PLACES, places
 from trainer.config import ConfigError
 from trainer.encoders.dct import DctCodec
+from trainer.engine.optim import build_optimizer
 
 TINY = Size(dim=32, num_layers=2, batch_size=4, learning_rate=2e-3, steps=6)
 CPU = torch.device("cpu")
@@ -140,7 +141,7 @@ def test_a_step_is_that_of_a_plain_loop() -> None:
         each.model.float()
         each.weights = dict(each.model.named_parameters())
         each.publish(each.masters)
-    run.optimizer = torch.optim.SGD(run.masters.values())
+    run.optimizer = build_optimizer(run.masters.items(), replace(config.optim, name="sgd"))
     noised = training_batch(0, 0, 4, 2.0, NUM_KINDS)
     run.train_step(noised)
     velocity, _ = plain.predict(noised)
@@ -149,9 +150,10 @@ def test_a_step_is_that_of_a_plain_loop() -> None:
     rate = config.optim.learning_rate / config.optim.warmup_steps
     for name, weight in plain.weights.items():
         gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        expected = weight.detach() - rate * gradient * min(1, config.optim.max_grad_norm / norm)
-        torch.testing.assert_close(run.masters[name].detach(), expected, rtol=1e-5, atol=1e-8)
-        torch.testing.assert_close(run.weights[name].detach(), expected, rtol=1e-5, atol=1e-8)
+        share = 0.1 if name.endswith("router.weight") else 1
+        expected = weight.detach() - share * rate * gradient * min(1, config.optim.max_grad_norm / norm)
+        torch.testing.assert_close(run.masters[name].detach(), expected, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(run.weights[name].detach(), expected, rtol=1e-4, atol=1e-7)
 
 
 def test_statistics_are_those_of_the_textbook() -> None:

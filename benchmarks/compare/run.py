@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.compare.compute import where_it_computes
 from benchmarks.compare.data import training_batches
 from benchmarks.compare.report import write_report
 from benchmarks.compare.studies import SIZES, STUDIES, Job, Size, jobs_of, run_config
 from benchmarks.compare.training import Run, RunConfig, train
+from benchmarks.interleaved import write_json
 from trainer.config import require
 
 TRIED_STEPS = 20
@@ -120,6 +122,16 @@ def results(todo: list[Job], asked: Comparison) -> Iterator[tuple[Job, bool]]:
             raise
 
 
+def measure_where(asked: Comparison) -> None:
+    """OUT/where.json: where the experts of the pair's first whole run compute, measured once."""
+    path = asked.out / "where.json"
+    for job in asked.jobs(["pair"]):
+        if job.variant == "expert_choice" and is_done(job, asked.out) and not path.is_file():
+            run = Run(job.config, torch.device(asked.device), compiled=False)
+            run.load(asked.out / "runs" / f"{job.name}.pt")
+            write_json(path, where_it_computes(run))
+
+
 def compare(asked: Comparison) -> None:
     """All runs that are not yet done, and the page after each."""
     (asked.out / "runs").mkdir(parents=True, exist_ok=True)
@@ -131,5 +143,6 @@ def compare(asked: Comparison) -> None:
             print(f"stopped at {job.name}: the same command goes on from here", flush=True)
             continue
         write_report(asked.out, {name: asked.jobs([name]) for name in STUDIES})
+    measure_where(asked)
     write_report(asked.out, {name: asked.jobs([name]) for name in STUDIES})
     print(f"report: {asked.out / 'compare.html'}", flush=True)

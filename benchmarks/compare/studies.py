@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.compare.kinds import NUM_KINDS
 from benchmarks.compare.training import RunConfig
 from moe.config import MoeConfig
+from moe.routers.registry import ROUTERS, build_router, router_class
 from trainer.config import ModelConfig, OptimConfig
 
 
@@ -59,6 +60,16 @@ def full_size(words: str, **changes: Any) -> Variant:
     return Variant(words=words, moe={**moe, **changes})
 
 
+def routed_by(router: str) -> Variant:
+    """The same experts, chosen by another router of the registry with its example's settings."""
+    changes = {"router": router, "top_k": 1, **router_class(router).traits.example}
+    if changes.get("gate") == "identity":  # no share of a whole that shrinks with the number of experts
+        changes["gate_scale"] = 1.0
+    variant = mixture(f"router {router}", **changes)
+    learns = build_router(MoeConfig(**variant.moe)).multiply_adds(64, 128) > 0
+    return replace(variant, extra="and its predictor" if learns else "")
+
+
 DENSE = Variant(words="dense", moe={"every": 0})
 VARIANTS = {
     "dense": DENSE,
@@ -84,7 +95,7 @@ VARIANTS = {
         words="as the paper: every second block, full-size, capacity factor 2, gates as they are",
         moe={"num_experts": 16, "capacity_factor": 2.0, "every": 2}, extra="1.25 x the FLOPs",
     ),
-    "token_choice": mixture("token choice, 16 experts and a shared one", router="token_choice", top_k=1),
+    **{f"router_{name}": routed_by(name) for name in ROUTERS if name != "expert_choice"},
     **{f"experts_{e}": mixture(f"{e} experts", num_experts=e) for e in (4, 8, 32)},
     **{
         f"factor_{f:g}": replace(
@@ -119,14 +130,6 @@ STUDIES = {
         variants=("dense", "expert_choice", "raw_gates", "fast_router", "no_shared", "full_size", "full_size_raw",
                   "full_size_normalized", "sigmoid", "unmodulated", "paper"),
     ),
-    "rate": Study(
-        question="Is it the learning rate?",
-        variants=("dense", "expert_choice", "dense_half_rate", "dense_twice_rate", "expert_choice_half_rate",
-                  "expert_choice_twice_rate"),
-    ),
-    "routers": Study(
-        question="Who should choose?", variants=("dense", "expert_choice", "token_choice", "dense_wide"),
-    ),
     "experts": Study(
         question="How does the loss fall with the number of experts?",
         variants=("dense", "experts_4", "experts_8", "expert_choice", "experts_32"),
@@ -138,6 +141,15 @@ STUDIES = {
     "few_kinds": Study(
         question="And where there is little to remember (16 kinds of objects)?",
         variants=("dense", "expert_choice"), num_kinds=16,
+    ),
+    "rate": Study(
+        question="Is it the learning rate?",
+        variants=("dense", "expert_choice", "dense_half_rate", "dense_twice_rate", "expert_choice_half_rate",
+                  "expert_choice_twice_rate"),
+    ),
+    "routers": Study(
+        question="Who should choose?",
+        variants=("dense", "expert_choice", *(n for n in VARIANTS if n.startswith("router_")), "dense_wide"),
     ),
 }  # fmt: skip
 
