@@ -17,7 +17,7 @@ from benchmarks.compare.kinds import BINS, NUM_KINDS, OFFSET, kinds
 from benchmarks.compare.records import parameters_of, training_flops_of
 from benchmarks.compare.report import write_report
 from benchmarks.compare.run import Comparison
-from benchmarks.compare.scenes import GRID, SIZE, Placed, Scene, render, scene
+from benchmarks.compare.scenes import GRID, OBJECTS_PER_SCENE, SIZE, Placed, Scene, render, scene
 from benchmarks.compare.statistics import estimate, fit_line, reduction, speedup, steps_to
 from benchmarks.compare.studies import SIZES, STUDIES, VARIANTS, Job, Size, jobs_of, run_config
 from benchmarks.compare.training import Record, Run, train
@@ -46,6 +46,13 @@ def test_variants_cost_what_they_say(name: str) -> None:
         assert ratio == pytest.approx(1, abs=0.03), "equal but for the router"
 
 
+@pytest.mark.parametrize("name", ["expert_choice", "no_shared", "experts_32", "factor_4", "router_token_choice"])
+def test_gates_begin_at_one_in_all(name: str) -> None:
+    """Softmax affinities are 1 / E at first, of which a token keeps as many as experts take it."""
+    moe = run_config(name, SIZES["small"], steps=10, seed=0).moe
+    assert moe.gate == "softmax" and moe.gate_scale * moe.capacity_factor / moe.num_experts == 1
+
+
 def test_sizes_are_those_that_the_words_say() -> None:
     for size, low, high in (("small", 1.5, 2.5), ("large", 60, 100)):
         for variant in ("dense", "expert_choice"):
@@ -59,6 +66,7 @@ def test_a_third_of_all_objects_falls_into_each_bin() -> None:
     found = [kinds()[item.rank].bin for i in range(3000) for item in scene(0, i).objects[:1]]
     for name in BINS:
         assert found.count(name) / 3000 == pytest.approx(1 / 3, abs=0.05)
+    assert np.mean([len(scene(0, i).objects) for i in range(3000)]) == pytest.approx(OBJECTS_PER_SCENE, rel=0.03)
     shares = [found.count(name) / 3000 for name in BINS]
     weights = [1 / (rank + OFFSET) for rank in range(NUM_KINDS)]
     expected = [sum(weights[r] for r in ranks) / sum(weights) for ranks in BINS.values()]

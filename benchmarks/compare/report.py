@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare import figures
+from benchmarks.compare.kinds import BINS, OFFSET
 from benchmarks.compare.records import Runs, finished, parameters_of, training_flops_of
-from benchmarks.compare.statistics import Estimate, estimate, final_loss, fit_line, reduction, speedup
+from benchmarks.compare.scenes import OBJECTS_PER_SCENE
+from benchmarks.compare.statistics import Estimate, estimate, fit_line, loss_of, reduction, speedup, validation_curve
 from benchmarks.compare.studies import STUDIES, VARIANTS, Job
-from benchmarks.compare.training import RunConfig
+from benchmarks.compare.training import Record, RunConfig
 from benchmarks.compare.validation import PLACES, TIMES
 from benchmarks.interleaved import write_json
 from trainer.files import write_text
@@ -94,18 +96,36 @@ def _pair_section(pair: Runs, config_of: Mapping[str, RunConfig]) -> list[str]:
     shown = {VARIANTS[name].words: list(records.values()) for name, records in pair.items()}
     parts = ["<h2>Dense and expert choice</h2>", image(figures.curves(shown, axes), "validation loss"),
              _table(pair, config_of)]  # fmt: skip
-    if all(pair.get(name) for name in PAIR):
-        base, other = (pair[name] for name in PAIR)
-        rows = [
-            [
-                f"t = {time}" if time != "mean" else "mean",
-                *(str(reduction(base, other, time, place)) for place in (*PLACES, "all")),
-            ]
-            for time in (*map(str, TIMES), "mean")
-        ]
-        note = "Lower by, in %; by time (1 is noise) and by what a token shows, which is background or an object."
-        parts += ["<h3>Where it is lower</h3>", f"<p>{note}</p>", table(["", *PLACES, "all"], rows)]
-    return parts
+    return parts + (_where_lower(pair) if all(pair.get(name) for name in PAIR) else [])
+
+
+def _where_lower(pair: Runs) -> list[str]:
+    """Tables of the difference: by time and place at the end, and by place in the course of training."""
+    base, other = (pair[name] for name in PAIR)
+    places = (*PLACES, "all")
+    by_time = [
+        [f"t = {time}" if time != "mean" else time, *(str(reduction(base, other, time, p)) for p in places)]
+        for time in (*map(str, TIMES), "mean")
+    ]
+    steps = validation_curve(next(iter(base.values())))[0]
+    by_step = [[str(step), *(str(reduction(base, other, "mean", p, step)) for p in places)] for step in steps]
+    note = (
+        "Lower by, in %; by time (1 is noise) and by what a token shows: background, or an object of a kind that is met"
+    )
+    return [
+        "<h3>Where it is lower</h3>", f"<p>{note} more or less often.</p>",
+        f'<div class="scroll">{table(["", *places], by_time)}</div>',
+        "<h3>When it comes to be lower</h3>", f"<p>The same over training; {_views(next(iter(base.values())))}.</p>",
+        f'<div class="scroll">{table(["step", *places], by_step)}</div>',
+    ]  # fmt: skip
+
+
+def _views(record: Record) -> str:
+    """How often a kind of each bin is drawn in 1,000 steps."""
+    weights = [1 / (rank + OFFSET) for rank in range(record.of["num_kinds"])]
+    objects = 1000 * record.of["batch_size"] * OBJECTS_PER_SCENE
+    shown = {name: objects * sum(weights[r] for r in ranks) / sum(weights) / len(ranks) for name, ranks in BINS.items()}
+    return "in 1,000 steps a kind is drawn " + ", ".join(f"{n:.0f} times ({name})" for name, n in shown.items())
 
 
 def _config(of: Mapping[str, Any], config_of: Mapping[str, RunConfig]) -> RunConfig:
@@ -123,7 +143,7 @@ def _table(runs: Runs, config_of: Mapping[str, RunConfig]) -> str:
     rows = []
     for name, records in runs.items():
         total, active = parameters_of(config_of[name])
-        losses = estimate([final_loss(record) for record in records.values()])
+        losses = estimate([loss_of(record) for record in records.values()])
         lower = "" if name == base else str(reduction(runs[base], records))
         speed = max(r.step * r.of["batch_size"] / r.seconds for r in records.values())
         extra = f' <span class="range">{escape(VARIANTS[name].extra)}</span>' if VARIANTS[name].extra else ""
@@ -147,7 +167,7 @@ def _study_section(name: str, runs: Runs, config_of: Mapping[str, RunConfig]) ->
     for axis, label in ((EXPERTS, "experts"), (FACTORS, "capacity factor")):
         if name == {"experts": "experts", "capacity factor": "capacity"}[label] and len(runs) > 2:
             parts += _line_parts(
-                {axis[variant]: final_loss(next(iter(records.values()))) for variant, records in runs.items()}, label
+                {axis[variant]: loss_of(next(iter(records.values()))) for variant, records in runs.items()}, label
             )
     return parts
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import torch
@@ -118,7 +118,9 @@ def results(todo: list[Job], asked: Comparison) -> Iterator[tuple[Job, bool]]:
         try:
             yield from ((futures[future], future.result()) for future in as_completed(futures))
         except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)  # those at work got the signal, too, and save
+            for child in active_children():
+                child.terminate()  # from a terminal they got the signal themselves; they save, and end
+            pool.shutdown(cancel_futures=True)
             raise
 
 

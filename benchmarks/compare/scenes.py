@@ -26,6 +26,7 @@ PATTERNS = ("plain", "striped", "dotted", "checked", "fading")
 NUMBERS = ("one", "two", "three", "four", "five", "six")
 RELATIONS = ("left of", "right of", "above", "below")
 CATEGORIES = {"single": 0.3, "pair": 0.2, "relation": 0.25, "counting": 0.25}
+OBJECTS_PER_SCENE = 0.3 + 2 * 0.2 + 2 * 0.25 + 4 * 0.25  # in the mean
 # All places are multiples of GRID, a token's side: what is to be learned is how each kind looks, not how to shift it.
 GRID = 8
 _SINGLE_SIDE, _PAIR_SIDE, _COUNT_SIDE = 48, 24, 16

@@ -40,17 +40,18 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(value=mean, margin=spread * float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)))
 
 
-def final_loss(record: Record, time: str = "mean", place: str = "all") -> float:
-    """Validation loss at the end."""
-    return record.measured[str(record.step)][time][place]
+def loss_of(record: Record, time: str = "mean", place: str = "all", step: int | None = None) -> float:
+    """Validation loss at a measured step, by default the last."""
+    return record.measured[str(step or record.step)][time][place]
 
 
 def reduction(
-    base: Mapping[int, Record], other: Mapping[int, Record], time: str = "mean", place: str = "all"
-) -> Estimate:
+    base: Mapping[int, Record], other: Mapping[int, Record], time: str = "mean", place: str = "all",
+    step: int | None = None,
+) -> Estimate:  # fmt: skip
     """By how many percent the other's loss is lower, over the seeds that both have."""
     seeds = sorted(set(base) & set(other))
-    pairs = [(final_loss(base[s], time, place), final_loss(other[s], time, place)) for s in seeds]
+    pairs = [(loss_of(base[s], time, place, step), loss_of(other[s], time, place, step)) for s in seeds]
     return estimate([100 * (1 - theirs / ours) for ours, theirs in pairs])
 
 
@@ -75,7 +76,7 @@ def steps_to(record: Record, loss: float) -> float:
 def speedup(base: Mapping[int, Record], other: Mapping[int, Record]) -> Estimate:
     """How many times fewer steps the other takes to the base's final loss."""
     seeds = sorted(set(base) & set(other))
-    return estimate([base[s].step / steps_to(other[s], final_loss(base[s])) for s in seeds])
+    return estimate([base[s].step / steps_to(other[s], loss_of(base[s])) for s in seeds])
 
 
 @dataclass(frozen=True, kw_only=True)
