@@ -3,6 +3,7 @@
 import json
 import math
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.compare import data, validation
 from benchmarks.compare.__main__ import command_line
 from benchmarks.compare.compute import correlation, detail
 from benchmarks.compare.data import MAX_TOKENS, encoder, training_batch
@@ -28,6 +30,16 @@ from trainer.engine.optim import build_optimizer
 
 TINY = Size(dim=32, num_layers=2, batch_size=4, learning_rate=2e-3, steps=6)
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def few_scenes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fewer scenes of fewer kinds to be drawn for statistics and validation."""
+    for module, name, value in ((data, "STATISTICS", 16), (data, "NUM_KINDS", 8), (validation, "HELD_OUT", 8)):
+        monkeypatch.setattr(module, name, value)
+    data.statistics.cache_clear()
+    yield
+    data.statistics.cache_clear()
 
 
 def made_up(losses: dict[int, float], rare: float = 2.0) -> Record:
@@ -93,7 +105,7 @@ def test_scenes_are_what_their_captions_say() -> None:
 
 
 def test_pictures_show_their_objects_and_captions_fit() -> None:
-    scenes = [scene(1, i) for i in range(64)]
+    scenes = [scene(1, i, 8) for i in range(64)]
     for drawn in scenes:
         picture, empty = render(drawn), render(Scene("", "", (), drawn.color, drawn.pattern))
         assert picture.shape == (3, SIZE, SIZE) and np.abs(picture).max() <= 1.0001
@@ -118,15 +130,16 @@ def test_tokens_are_told_apart_by_what_they_show() -> None:
     np.testing.assert_array_equal(places([drawn])[0].reshape(8, 8), expected)
 
 
-def test_batches_are_functions_of_seed_and_step() -> None:
-    first, again = (training_batch(1, 5, 3, 2.0, NUM_KINDS) for _ in range(2))
+def test_batches_are_functions_of_seed_and_step(few_scenes: None) -> None:
+    first, again = (training_batch(1, 5, 3, 2.0, 8) for _ in range(2))
     assert torch.equal(first.x_BCHW, again.x_BCHW) and torch.equal(first.text_BLD, again.text_BLD)
-    assert not torch.equal(first.t_B, training_batch(1, 6, 3, 2.0, NUM_KINDS).t_B)
-    assert not torch.equal(first.t_B, training_batch(2, 5, 3, 2.0, NUM_KINDS).t_B)
+    other, seed = training_batch(1, 6, 3, 2.0, 8), training_batch(2, 5, 3, 2.0, 8)
+    assert not torch.equal(first.t_B, other.t_B) and not torch.equal(first.t_B, seed.t_B)
+    assert not torch.equal(first.text_BLD, other.text_BLD) and not torch.equal(first.text_BLD, seed.text_BLD)
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
-    config = run_config("expert_choice", TINY, steps=6, seed=0)
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(few_scenes: None, tmp_path: Path) -> None:
+    config = run_config("expert_choice", TINY, steps=6, seed=0, num_kinds=8)
     whole, part = (Run(config, CPU, compiled=False) for _ in range(2))
     assert train(whole, tmp_path / "whole.pt", log_every=2)
     assert not train(part, tmp_path / "part.pt", log_every=2, stop=lambda: part.record.step >= 3)
@@ -138,10 +151,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     for key in ("measured", "curve", "step"):
         assert records[0][key] == records[1][key], key
     with pytest.raises(ValueError, match="run of other settings"):
-        train(Run(run_config("dense", TINY, steps=6, seed=0), CPU, compiled=False), tmp_path / "part.pt")
+        train(Run(run_config("dense", TINY, steps=6, seed=0, num_kinds=8), CPU, compiled=False), tmp_path / "part.pt")
 
 
-def test_a_step_is_that_of_a_plain_loop() -> None:
+def test_a_step_is_that_of_a_plain_loop(few_scenes: None) -> None:
     """fp32 throughout, SGD by hand: the masters move by the rate times the clipped mean gradient."""
     config = run_config("expert_choice", TINY, steps=6, seed=0)
     run, plain = (Run(config, CPU, compiled=False) for _ in range(2))
@@ -150,7 +163,7 @@ def test_a_step_is_that_of_a_plain_loop() -> None:
         each.weights = dict(each.model.named_parameters())
         each.publish(each.masters)
     run.optimizer = build_optimizer(run.masters.items(), replace(config.optim, name="sgd"))
-    noised = training_batch(0, 0, 4, 2.0, NUM_KINDS)
+    noised = training_batch(0, 0, 4, 2.0, 8)
     run.train_step(noised)
     velocity, _ = plain.predict(noised)
     ((velocity - noised.target_BCHW) ** 2).mean().backward()

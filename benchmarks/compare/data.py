@@ -25,6 +25,7 @@ from trainer.encoders.dct import DctCodec
 from trainer.encoders.minilm import MiniLm
 from trainer.randomness import keyed_generator
 
+STATISTICS = 2048  # scenes that mean and deviation are of
 MAX_TOKENS = 20  # all captions are padded to this length: one shape, one compilation
 SIDE = SIZE // DctCodec.factor
 SHAPE = ModelShape(channels=DctCodec.channels, height=SIDE, width=SIDE, text_dim=MiniLm.dim)
@@ -54,7 +55,7 @@ def encoder() -> MiniLm:
 @lru_cache(maxsize=1)
 def statistics() -> tuple[Tensor, Tensor]:
     """Mean and deviation of each channel over scenes of their own, [1, 16, 1, 1]."""
-    latent = _encode([scene(0, i, NUM_KINDS) for i in range(2048)])
+    latent = _encode([scene(0, i, NUM_KINDS) for i in range(STATISTICS)])
     return latent.mean((0, 2, 3), keepdim=True), latent.std((0, 2, 3), keepdim=True)
 
 

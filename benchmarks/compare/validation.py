@@ -19,7 +19,7 @@ from trainer.randomness import keyed_generator
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 TOKEN = 8  # pixels of a token's side
-HELD_OUT_SEED = 10**9
+HELD_OUT, HELD_OUT_SEED = 512, 10**9  # scenes, and their seed
 BACKGROUND = "background"
 PLACES = (*BINS, BACKGROUND)
 Loss = dict[str, dict[str, float]]  # by time or "mean", by place or "all"
@@ -48,9 +48,10 @@ def places(scenes: list[Scene]) -> NDArray[np.int64]:
 
 @torch.no_grad()
 def validation_loss(
-    predict: Callable[[Noised], Tensor], device: torch.device, num_kinds: int, count: int = 512, batch_size: int = 64
+    predict: Callable[[Noised], Tensor], device: torch.device, num_kinds: int, batch_size: int = 64
 ) -> Loss:
     """Mean squared error of the velocity: {"0.1": {"common": ..., "all": ...}, ..., "mean": ...}."""
+    count = HELD_OUT
     scenes, x0, x1, text, mask = held_out(count, num_kinds)
     place_BS = torch.from_numpy(places(scenes))
     found: Loss = {}
