@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.compare import data, validation
+from benchmarks.compare import compute, data, training, validation
 from benchmarks.compare.__main__ import command_line
 from benchmarks.compare.compute import correlation, detail
 from benchmarks.compare.data import MAX_TOKENS, encoder, training_batch
 from benchmarks.compare.kinds import BINS, NUM_KINDS, OFFSET, kinds
 from benchmarks.compare.records import parameters_of, training_flops_of
 from benchmarks.compare.report import write_report
-from benchmarks.compare.run import Comparison
+from benchmarks.compare.run import Comparison, compare
 from benchmarks.compare.scenes import GRID, OBJECTS_PER_SCENE, SIZE, Placed, Scene, render, scene
 from benchmarks.compare.statistics import estimate, fit_line, reduction, speedup, steps_to
 from benchmarks.compare.studies import SIZES, STUDIES, VARIANTS, Job, Size, jobs_of, run_config
@@ -152,6 +152,25 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(few_scenes: None, tmp_pa
         assert records[0][key] == records[1][key], key
     with pytest.raises(ValueError, match="run of other settings"):
         train(Run(run_config("dense", TINY, steps=6, seed=0, num_kinds=8), CPU, compiled=False), tmp_path / "part.pt")
+
+
+def test_all_runs_are_made_once_and_shown(
+    few_scenes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training, "CompiledBlocks", lambda model: None)
+    monkeypatch.setattr(compute, "SCENES", 8)
+    given = command_line().parse_args(["--out", str(tmp_path), "--studies", "pair", "--seeds", "0", "--steps", "3"])
+    asked = replace(Comparison.of(given), size=TINY, side_by_side=1)
+    compare(replace(asked, until=0))
+    assert not list((tmp_path / "runs").iterdir()), "no time, no run"
+    compare(asked)
+    compare(asked)
+    said = capsys.readouterr().out
+    assert said.count("step 3 of 3") == 2 and "2 runs, 2 of them done" in said
+    where = json.loads((tmp_path / "where.json").read_text())
+    for found in where.values():
+        assert -1 <= found["correlation"] <= 1 and 0 <= found["untaken_on_background"] <= 1
+    assert "Where do the experts compute?" in (tmp_path / "compare.html").read_text()
 
 
 def test_a_step_is_that_of_a_plain_loop(few_scenes: None) -> None:

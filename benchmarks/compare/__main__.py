@@ -37,10 +37,10 @@ if __name__ == "__main__":
     command_line().parse_known_args()  # --help and mistakes are answered before torch is imported
 
 from benchmarks.compare.run import Comparison, compare
-from trainer.config import command
+from trainer.config import interruptible
 
 
-@command
+@interruptible("each run is kept up to its last step, and the same command goes on")
 def main(argv: list[str] | None = None) -> None:
     """Compare; exit code 2 and one sentence on a wrong option, 130 when stopped."""
     compare(Comparison.of(command_line().parse_args(argv)))

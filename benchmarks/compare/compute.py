@@ -19,7 +19,7 @@ from benchmarks.compare.training import Run
 from benchmarks.compare.validation import BACKGROUND, PLACES, TIMES, TOKEN, held_out, places
 from trainer.diffusion.flow import interpolate
 
-SHUFFLES = 200
+SCENES, SHUFFLES = 256, 200
 
 
 def detail(pixels_B3HW: Tensor) -> Tensor:
@@ -35,10 +35,11 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
-def where_it_computes(run: Run, count: int = 256) -> dict[str, Any]:
+def where_it_computes(run: Run) -> dict[str, Any]:
     """By time: the correlation, the highest of the shuffled ones, experts per token on objects and background, and the
     share of tokens on objects that no expert takes, mean over the layers. Sets the model to its averaged weights.
     """
+    count = SCENES
     scenes, x0, x1, text, mask = held_out(count, run.config.num_kinds)
     pixels = torch.from_numpy(np.stack([render(s) for s in scenes]))
     assert pixels.shape[-1] == SIZE

@@ -101,6 +101,8 @@ def do(config: RunConfig, path: Path, device: str, until: float, threads: int | 
     stopped: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda got, _: stopped.append(got))
+    if time.time() > until:
+        return False
     if threads:
         torch.set_num_threads(threads)
     return train(Run(config, torch.device(device)), path, stop=lambda: bool(stopped) or time.time() > until)
@@ -113,6 +115,7 @@ def results(todo: list[Job], asked: Comparison) -> Iterator[tuple[Job, bool]]:
         yield from ((job, do(*task, None)) for job, task in tasks.items())
         return
     threads = max(1, (os.cpu_count() or 1) // asked.side_by_side)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ProcessPoolExecutor(asked.side_by_side, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         futures = {pool.submit(do, *task, threads): job for job, task in tasks.items()}
         try:
