@@ -22,7 +22,13 @@ SETTINGS = (
 )  # fmt: skip
 # Far above what a step or a start takes here, since other work may share the cores.
 PATIENCE = {"TRAIN_SILENCE_SECONDS": "20", "DEEPSPEED_TIMEOUT": "2", "STOP_SECONDS": "60", "DOCTOR": "no"}
-MEASURED = ("images_per_second", "tflops_per_second", "memory_gb", "save_seconds")  # which no two runs have alike
+MEASURED = (
+    "images_per_second",
+    "seconds_per_step",
+    "tflops_per_second",
+    "memory_gb",
+    "save_seconds",
+)  # which no two runs have alike
 TOLERANCE = 2e-7
 # On the path of all processes: two signals by which a rank hangs in its main thread, between two bytecodes. The first
 # lets other threads run, the second does not.
