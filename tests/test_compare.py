@@ -188,6 +188,9 @@ def test_a_step_is_that_of_a_plain_loop(few_scenes: None) -> None:
     ((velocity - noised.target_BCHW) ** 2).mean().backward()
     norm = math.sqrt(sum(float((p.grad**2).sum()) for p in plain.weights.values() if p.grad is not None))
     rate = config.optim.learning_rate / config.optim.warmup_steps
+    for name, start in plain.masters.items():
+        average = 2 / 11 * start + 9 / 11 * run.masters[name]  # a young average forgets faster
+        torch.testing.assert_close(run.average[name], average.detach(), rtol=1e-6, atol=1e-7)
     for name, weight in plain.weights.items():
         gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
         share = 0.1 if name.endswith("router.weight") else 1
