@@ -209,6 +209,7 @@ def test_statistics_are_those_of_the_textbook() -> None:
     assert steps_to(other[0], 1.0) == pytest.approx(18) and math.isinf(steps_to(other[0], 0.5))
     assert steps_to(other[0], 1.5) == 10
     assert speedup(base, other).value == pytest.approx((20 / 18 + 20 / 18) / 2)
+    assert str(estimate([9.0, 11.0, 10.0])) == "10.0 +- 2.5"
     assert math.isnan(estimate([3.0]).margin) and str(estimate([3.0])) == "3" and not estimate([3.0]).is_clear
     line = fit_line([1, 2, 4, 8], [4, 3.5, 3, 2.5])
     assert line.slope.value == pytest.approx(-0.5) and line.at(16) == pytest.approx(2)

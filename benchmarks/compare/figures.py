@@ -3,7 +3,6 @@
 import io
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.compare.statistics import Line, validation_curve
@@ -20,22 +19,21 @@ def _uri(figure: Figure) -> str:
     return file_uri(buffer.getvalue(), "image/svg+xml")
 
 
-def curves(runs: Mapping[str, Sequence[Record]], axes: Mapping[str, Axis]) -> str:
-    """Validation loss of each variant (all its seeds) against each axis, from where the curves lie near each other."""
-    figure = Figure(figsize=(4.4 * len(axes), 3.4), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, len(axes), sharey=True))
-    finals = [validation_curve(record)[1][-1] for records in runs.values() for record in records]
-    for panel, (title, axis) in zip(panels, axes.items(), strict=True):
-        for color, (name, records) in zip(COLORS * 3, runs.items(), strict=False):
-            for number, record in enumerate(records):
-                steps, losses = validation_curve(record)
-                panel.plot(axis(record, steps), losses, ".-", color=color, lw=1.3, label=name if number == 0 else None)
-        panel.set_xlabel(title)
-        panel.set_ylim(0.97 * min(finals), min(1.6 * min(finals), 1.05 * max(2 * min(finals), max(finals))))
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("validation loss")
-    panels[0].legend(frameon=False, fontsize=8)
+def curves(runs: Mapping[str, Sequence[Record]], title: str, axis: Axis) -> str:
+    """Validation loss of each variant (all its seeds) against an axis, from where the curves lie near each other."""
+    figure = Figure(figsize=(4.4, 3.4), layout="constrained")
+    panel = figure.subplots()
+    lowest = min(validation_curve(record)[1][-1] for records in runs.values() for record in records)
+    for color, (name, records) in zip(COLORS * 3, runs.items(), strict=False):
+        for number, record in enumerate(records):
+            steps, losses = validation_curve(record)
+            panel.plot(axis(record, steps), losses, ".-", color=color, lw=1.3, label=name if number == 0 else None)
+    panel.set_xlabel(title)
+    panel.set_ylabel("validation loss")
+    panel.set_ylim(0.97 * lowest, 1.6 * lowest)
+    panel.grid(alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False, fontsize=8)
     return _uri(figure)
 
 

@@ -94,9 +94,15 @@ def _pair_section(pair: Runs, config_of: Mapping[str, RunConfig]) -> list[str]:
         "minutes in training steps": lambda record, steps: [s / record.step * record.seconds / 60 for s in steps],
     }
     shown = {VARIANTS[name].words: list(records.values()) for name, records in pair.items()}
-    parts = ["<h2>Dense and expert choice</h2>", image(figures.curves(shown, axes), "validation loss"),
+    parts = ["<h2>Dense and expert choice</h2>", _charts(shown, axes),
              _table(pair, config_of)]  # fmt: skip
     return parts + (_where_lower(pair) if all(pair.get(name) for name in PAIR) else [])
+
+
+def _charts(shown: Mapping[str, list[Record]], axes: Mapping[str, figures.Axis]) -> str:
+    """One chart an axis, beside each other where there is room."""
+    images = "".join(image(figures.curves(shown, title, axis), "validation loss") for title, axis in axes.items())
+    return f'<div style="display:grid;grid-template-columns:repeat(auto-fit,minmax(290px,1fr))">{images}</div>'
 
 
 def _where_lower(pair: Runs) -> list[str]:
@@ -156,12 +162,13 @@ def _table(runs: Runs, config_of: Mapping[str, RunConfig]) -> str:
 
 def _study_section(name: str, runs: Runs, config_of: Mapping[str, RunConfig]) -> list[str]:
     """Question, table, curves, and a fitted line where the study has an axis."""
-    if len(runs) < 2:
+    others = set(STUDIES[name].variants) - set(PAIR)
+    if len(runs) < 2 or (others and not others & set(runs)):  # the pair alone answers another question
         return []
     shown = {VARIANTS[variant].words: list(records.values()) for variant, records in runs.items()}
     steps = next(iter(next(iter(runs.values())).values())).step
     axes: dict[str, figures.Axis] = {"steps": lambda record, steps: [float(s) for s in steps]}
-    chart = image(figures.curves(shown, axes), "validation loss")
+    chart = _charts(shown, axes)
     parts = [f"<h2>{escape(STUDIES[name].question)}</h2>", f'<p class="muted">{steps} steps, one seed.</p>',
              _table(runs, config_of), f'<div class="narrow">{chart}</div>']  # fmt: skip
     for axis, label in ((EXPERTS, "experts"), (FACTORS, "capacity factor")):

@@ -23,7 +23,10 @@ class Estimate:
     margin: float
 
     def __str__(self) -> str:
-        return f"{self.value:.4g}" if math.isnan(self.margin) else f"{self.value:.4g} +- {self.margin:.2g}"
+        if math.isnan(self.margin) or self.margin == 0:
+            return f"{self.value:.4g}"
+        digits = max(0, 1 - math.floor(math.log10(self.margin)))  # two of the margin
+        return f"{self.value:.{digits}f} +- {self.margin:.{digits}f}"
 
     @property
     def is_clear(self) -> bool:
