@@ -47,11 +47,12 @@ def _environment(slurm: Path, **variables: str) -> dict[str, str]:
 
 
 def _script(slurm: Path, text: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run commands after slurm/lib.sh."""
+    """Run commands after slurm/lib.sh, under no signal that these tests were told to ignore (as by nohup)."""
     code = f"root={ROOT}\n. {ROOT}/slurm/lib.sh\n{text}"
     return subprocess.run(
-        ["bash", "-c", code], env=_environment(slurm, **variables), capture_output=True, text=True, check=False
-    )
+        ["env", "--default-signal", "bash", "-c", code], env=_environment(slurm, **variables),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
