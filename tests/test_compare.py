@@ -4,7 +4,7 @@ import json
 import math
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from benchmarks.compare.kinds import BINS, NUM_KINDS, OFFSET, kinds
 from benchmarks.compare.records import parameters_of, training_flops_of
 from benchmarks.compare.report import write_report
 from benchmarks.compare.run import Comparison, compare
-from benchmarks.compare.scenes import GRID, OBJECTS_PER_SCENE, SIZE, Placed, Scene, render, scene
+from benchmarks.compare.scenes import GRID, OBJECTS_PER_SCENE, RELATIONS, SIZE, Placed, Scene, render, scene
 from benchmarks.compare.statistics import estimate, fit_line, reduction, speedup, steps_to
 from benchmarks.compare.studies import SIZES, STUDIES, VARIANTS, Job, Size, jobs_of, run_config
 from benchmarks.compare.training import Record, Run, train
@@ -65,6 +65,14 @@ def test_gates_begin_at_one_in_all(name: str) -> None:
     assert moe.gate == "softmax" and moe.gate_scale * moe.capacity_factor / moe.num_experts == 1
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_takes_a_step(few_scenes: None, name: str) -> None:
+    run = Run(run_config(name, TINY, steps=6, seed=0, num_kinds=8), CPU, compiled=False)
+    loss = run.train_step(training_batch(0, 0, 4, 2.0, 8))
+    assert loss.isfinite() and run.record.step == 1
+    assert any(not torch.equal(value, run.average[key]) for key, value in run.masters.items())
+
+
 def test_sizes_are_those_that_the_words_say() -> None:
     for size, low, high in (("small", 1.5, 2.5), ("large", 60, 100)):
         for variant in ("dense", "expert_choice"):
@@ -98,9 +106,12 @@ def test_scenes_are_what_their_captions_say() -> None:
         assert len(set(boxes)) == len(boxes), "no object hides another"
         if drawn.category == "relation":
             (a, b), words = drawn.objects, drawn.caption
-            assert (" left of " in words) == (a.left + a.side <= b.left and "left of" in words)
-            assert (" above " in words) == (a.top + a.side <= b.top and "above" in words)
-            assert (" below " in words) == (b.top + b.side <= a.top and "below" in words)
+            holds = {
+                "left of": a.left + a.side <= b.left, "right of": b.left + b.side <= a.left,
+                "above": a.top + a.side <= b.top, "below": b.top + b.side <= a.top,
+            }  # fmt: skip
+            (said,) = (relation for relation in RELATIONS if f" {relation} " in words)
+            assert holds[said]
     assert scene(3, 0) != scene(4, 0)
 
 
@@ -241,7 +252,7 @@ def test_every_study_has_a_row_of_each_variant(tmp_path: Path) -> None:
 
 
 def write_made_up(out: Path, job: Job, loss: float) -> None:
-    of = json.loads(json.dumps(asdict(job.config)))
+    of = job.config.as_json()
     loss += 0.001 * job.config.seed
     step = job.config.steps
     by_place = dict.fromkeys((*PLACES, "all"), loss)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from trainer.data.demo.emoji import draw_character
+from trainer.data.demo.emoji import draw_character, emoji_package
 
 NUM_KINDS = 256
 # Frequency of the kind of rank r (from 0) is proportional to 1 / (r + OFFSET), as things in captions are: the first is
@@ -42,8 +42,7 @@ class Kind:
 @lru_cache(maxsize=1)
 def kinds() -> tuple[Kind, ...]:
     """All kinds, the most common first; the order is drawn once and for all."""
-    import emoji
-
+    emoji = emoji_package()
     names = {}
     for character, data in emoji.EMOJI_DATA.items():
         plain = character.replace("\ufe0f", "")

@@ -1,6 +1,5 @@
 """Finished runs as read from OUT/runs, and what one of them costs."""
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from functools import lru_cache
@@ -23,7 +22,13 @@ def read_record(job: Job, out: Path) -> Record | None:
     if not path.is_file():
         return None
     record = Record(**json.loads(path.read_text()))
-    return record if record.of == json.loads(json.dumps(dataclasses.asdict(job.config))) else None
+    return record if record.of == job.config.as_json() else None
+
+
+def is_done(job: Job, out: Path) -> bool:
+    """Whether the run has come to its end."""
+    record = read_record(job, out)
+    return record is not None and record.step == job.config.steps
 
 
 def finished(jobs: Sequence[Job], out: Path) -> Runs:

@@ -20,6 +20,7 @@ from benchmarks.compare.training import Record, RunConfig
 from benchmarks.compare.validation import PLACES, TIMES
 from benchmarks.interleaved import write_json
 from trainer.files import write_text
+from trainer.formats.chart import plots
 from trainer.formats.page import card, escape, image, page, stat, table
 
 PAIR = ("dense", "expert_choice")
@@ -101,8 +102,7 @@ def _pair_section(pair: Runs, config_of: Mapping[str, RunConfig]) -> list[str]:
 
 def _charts(shown: Mapping[str, list[Record]], axes: Mapping[str, figures.Axis]) -> str:
     """One chart an axis, beside each other where there is room."""
-    images = "".join(image(figures.curves(shown, title, axis), "validation loss") for title, axis in axes.items())
-    return f'<div style="display:grid;grid-template-columns:repeat(auto-fit,minmax(290px,1fr))">{images}</div>'
+    return plots([image(figures.curves(shown, title, axis), "validation loss") for title, axis in axes.items()])
 
 
 def _where_lower(pair: Runs) -> list[str]:

@@ -1,13 +1,12 @@
 """The runs of the studies, one after another or several side by side, within the time that is given."""
 
 import argparse
-import json
 import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import active_children, get_context
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 
 from benchmarks.compare.compute import where_it_computes
 from benchmarks.compare.data import training_batches
+from benchmarks.compare.records import is_done
 from benchmarks.compare.report import write_report
 from benchmarks.compare.studies import SIZES, STUDIES, Job, Size, jobs_of, run_config
 from benchmarks.compare.training import Run, RunConfig, train
@@ -85,15 +85,6 @@ def steps_within(seconds: float, size: Size, device: torch.device) -> int:
         losses[-1].item()
         each += (time.perf_counter() - start) / (TRIED_STEPS - 1 - TRIED_STEPS // 4)
     return max(1, int(RESERVE * seconds / each))
-
-
-def is_done(job: Job, out: Path) -> bool:
-    """Whether a run with these settings has been finished."""
-    path = out / "runs" / f"{job.name}.json"
-    if not path.is_file():
-        return False
-    known = json.loads(path.read_text())
-    return bool(known["step"] == job.config.steps and known["of"] == json.loads(json.dumps(asdict(job.config))))
 
 
 def do(config: RunConfig, path: Path, device: str, until: float, threads: int | None) -> bool:

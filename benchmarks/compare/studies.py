@@ -85,9 +85,7 @@ VARIANTS = {
     "unmodulated": mixture("the same, router reads token and time apart", router_input="unmodulated"),
     "fast_router": replace(mixture("the same, routers learn as fast as the rest"), router_rate=1.0),
     "sigmoid": mixture("the same, sigmoid gates x 2", gate="sigmoid", gate_scale=2.0),
-    "no_shared": replace(
-        mixture("16 half-size experts at capacity factor 2", num_shared_experts=0, capacity_factor=2.0)
-    ),
+    "no_shared": mixture("16 half-size experts at capacity factor 2", num_shared_experts=0, capacity_factor=2.0),
     "full_size": full_size("16 full-size experts, gates x 16", gate_scale=16.0),
     "full_size_raw": full_size("16 full-size experts, gates as they are"),
     "full_size_normalized": full_size("16 full-size experts, gates of a token sum to 1", normalize_gates=True),

@@ -43,6 +43,11 @@ class RunConfig:
     time_shift: float = 2.0
     ema: float = 0.998
 
+    def as_json(self) -> dict[str, Any]:
+        """The settings as a record holds them."""
+        content: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return content
+
     @property
     def measured_every(self) -> int:
         """Steps between two measures."""
@@ -74,7 +79,7 @@ class Run:
         self.average = {name: value.detach().clone() for name, value in self.masters.items()}
         self.optimizer = build_optimizer(self.masters.items(), config.optim)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        self.record = Record(of=json.loads(json.dumps(dataclasses.asdict(config))), device=name)
+        self.record = Record(of=config.as_json(), device=name)
         if compiled:
             CompiledBlocks(self.model)
 

