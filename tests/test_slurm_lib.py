@@ -133,8 +133,9 @@ def test_what_a_user_cancels_stays_cancelled(jobs: Jobs) -> None:
         jobs.until_said("start of", job, rank=1)
     jobs.cluster.call("scancel", quick, hung)
     assert jobs.cluster.wait(quick, hung, seconds=60) == ["CANCELLED"] * 2
-    jobs.until_logged("ended by Slurm, which decides", quick, 10)
     time.sleep(6)  # a requeued job would be held for 5 s
+    # Where the machine is slow, KILL may come before the script has said why it does nothing.
+    assert not any("back in the queue" in jobs.log(job) for job in (quick, hung))
     for job in (quick, hung):
         assert jobs.cluster.job(job)["JobState"] == "CANCELLED" and jobs.cluster.job(job)["Restarts"] == "0"
         assert not jobs.said(job, restart=1)
