@@ -4,11 +4,13 @@ import argparse
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing import active_children, get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -87,35 +89,49 @@ def steps_within(seconds: float, size: Size, device: torch.device) -> int:
     return max(1, int(RESERVE * seconds / each))
 
 
-def do(config: RunConfig, path: Path, device: str, until: float, threads: int | None) -> bool:
+def do(config: RunConfig, path: Path, device: str, until: float, threads: int | None) -> None:
     """Train one run or what is left of it; SIGINT and SIGTERM make it save and stop."""
     stopped: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda got, _: stopped.append(got))
     if time.time() > until:
-        return False
+        return
     if threads:
         torch.set_num_threads(threads)
-    return train(Run(config, torch.device(device)), path, stop=lambda: bool(stopped) or time.time() > until)
+    train(Run(config, torch.device(device)), path, stop=lambda: bool(stopped) or time.time() > until)
 
 
-def results(todo: list[Job], asked: Comparison) -> Iterator[tuple[Job, bool]]:
-    """Do the runs; each that ended, and whether it is whole."""
+def do_elsewhere(name: str, *task: Any) -> None:
+    """`do` in a process of its own."""
+    process = get_context("spawn").Process(target=do, args=task)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{name} ended with exit code {process.exitcode}: see above")
+
+
+def each(todo: list[Job], asked: Comparison) -> Generator[Job]:
+    """Do the runs; each that ended, whole or not. Where this is closed before, those under way save and stop."""
     tasks = {job: (job.config, asked.out / "runs" / f"{job.name}.pt", asked.device, asked.until) for job in todo}
     if asked.side_by_side == 1:
-        yield from ((job, do(*task, None)) for job, task in tasks.items())
+        for job, task in tasks.items():
+            do(*task, None)
+            yield job
         return
     threads = max(1, (os.cpu_count() or 1) // asked.side_by_side)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with ProcessPoolExecutor(asked.side_by_side, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        futures = {pool.submit(do, *task, threads): job for job, task in tasks.items()}
+    with ThreadPoolExecutor(asked.side_by_side) as pool:
+        futures = {pool.submit(do_elsewhere, job.name, *task, threads): job for job, task in tasks.items()}
         try:
-            yield from ((futures[future], future.result()) for future in as_completed(futures))
-        except KeyboardInterrupt:
-            for child in active_children():
-                child.terminate()  # from a terminal they got the signal themselves; they save, and end
-            pool.shutdown(cancel_futures=True)
-            raise
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            while active := [future for future in futures if future.running()]:
+                for child in active_children():
+                    child.terminate()  # from a terminal they got the signal themselves
+                wait(active, timeout=1)
 
 
 def measure_where(asked: Comparison) -> None:
@@ -134,11 +150,12 @@ def compare(asked: Comparison) -> None:
     jobs = asked.jobs(asked.studies)
     todo = [job for job in jobs if not is_done(job, asked.out)]
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them done", flush=True)
-    for job, is_whole in results(todo, asked):
-        if not is_whole:
-            print(f"stopped at {job.name}: the same command goes on from here", flush=True)
-            continue
-        write_report(asked.out, {name: asked.jobs([name]) for name in STUDIES})
+    with closing(each(todo, asked)) as ended:
+        for job in ended:
+            if is_done(job, asked.out):
+                write_report(asked.out, {name: asked.jobs([name]) for name in STUDIES})
+            else:
+                print(f"stopped at {job.name}: the same command goes on from here", flush=True)
     measure_where(asked)
     write_report(asked.out, {name: asked.jobs([name]) for name in STUDIES})
     print(f"report: {asked.out / 'compare.html'}", flush=True)

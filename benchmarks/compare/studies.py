@@ -29,7 +29,7 @@ class Size:
 
 # Small: 1.9M activated parameters, minutes a run on a CPU core. Large: 87M, for a GPU.
 SIZES = {
-    "small": Size(dim=128, num_layers=6, batch_size=32, learning_rate=8e-3, steps=4000),
+    "small": Size(dim=128, num_layers=6, batch_size=32, learning_rate=4e-3, steps=4000),
     "large": Size(dim=576, num_layers=16, batch_size=256, learning_rate=5e-4, steps=4000),
 }
 
