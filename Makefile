@@ -67,9 +67,9 @@ demo: $(STAMP)
 	python -m trainer.data.demo.scene_shards --out data/demo/images --num-images 16000
 	python -m trainer.data.index data/demo/images
 	torchrun --standalone --nproc-per-node 2 -m trainer.data.encode $(DEMO)
-	torchrun --standalone --nproc-per-node 2 -m trainer.train $(DEMO) train.stop_at_step=300
+	torchrun --standalone --nproc-per-node 2 -m trainer.train $(DEMO) train.stop_at_step=250
 	torchrun --standalone --nproc-per-node 2 -m trainer.train $(DEMO)
-	OMP_NUM_THREADS=$$(env -u OMP_NUM_THREADS nproc) python -m eval.run runs/demo  # one process: all cores
+	OMP_NUM_THREADS=$$(env -u OMP_NUM_THREADS nproc) python -m eval.run runs/demo --per-category 32  # one process: all cores
 
 compare: $(STAMP)
 	python -m benchmarks.compare --out runs/compare

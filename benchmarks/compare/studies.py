@@ -144,6 +144,7 @@ STUDIES = {
         question="Is it the learning rate?",
         variants=("dense", "expert_choice", "dense_half_rate", "dense_twice_rate", "expert_choice_half_rate",
                   "expert_choice_twice_rate"),
+        share=1.0,  # the best rate falls with the length of a run
     ),
     "routers": Study(
         question="Who should choose?",
