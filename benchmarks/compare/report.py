@@ -214,6 +214,7 @@ def _protocol(config: RunConfig, runs: Mapping[str, Runs]) -> dict[str, Any]:
         "loss": f"velocity, mean of t = {', '.join(map(str, TIMES))}; 512 held-out scenes, fixed noise; weights "
         f"averaged over steps ({config.ema})",
         "pairs": "runs of one seed see the same scenes, noise and times; 95 % intervals of paired differences",
+        "time": "what the clock showed during training steps, with all that ran beside them, pauses included",
         "devices": ", ".join(sorted(devices)),
     }
 
