@@ -48,7 +48,7 @@ SIZES = [
     "data.image_size=32", "data.text_encoder=open_clip:models/clip", "data.num_workers=0", "model.dim=32",
     "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=2", "train.micro_batch_size=4", "train.max_steps=2",
     "train.log_every=1", "train.keep_every=0", "train.precision=fp32", "optim.warmup_steps=1",
-    "diffusion.sampling_steps=2", "train.compile=false",
+    "diffusion.sampling_steps=2", "train.compile=false", "moe.num_experts=4",
 ]  # fmt: skip
 NOT_RUN = ("hf download", "hf auth", "make .venv", "export", "source", "python -m eval.weights fetch")
 TINY_CLIP = {

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -81,8 +82,10 @@ class Jobs:
 
 
 @pytest.fixture
-def jobs(cluster: Cluster, tmp_path: Path) -> Jobs:
-    return Jobs(cluster, tmp_path)
+def jobs(cluster: Cluster, tmp_path: Path) -> Iterator[Jobs]:
+    """What a failed test leaves running would hold the nodes of the next."""
+    yield Jobs(cluster, tmp_path)
+    cluster.call("scancel", "--user=root")
 
 
 def test_an_arrays_last_task_is_warned_and_requeued_alone(jobs: Jobs) -> None:
@@ -115,7 +118,7 @@ def test_hung_processes_show_their_stacks_and_the_job_comes_back(jobs: Jobs) -> 
 
 
 def test_hung_processes_are_ended_within_the_grace_of_a_preemption(jobs: Jobs) -> None:
-    """20 s in the test cluster; Slurm moves the job's end when it preempts."""
+    """40 s in the test cluster, of which half are waited; Slurm moves the job's end when it preempts."""
     job = jobs.submit("deaf", options=(*PAIR, "--signal=B:USR1@60"))
     jobs.until_said("start of", job, rank=1)
     urgent = jobs.cluster.call(
