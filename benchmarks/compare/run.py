@@ -110,7 +110,7 @@ def do_elsewhere(name: str, *task: Any) -> None:
         raise RuntimeError(f"{name} ended with exit code {process.exitcode}: see above")
 
 
-def each(todo: list[Job], asked: Comparison) -> Generator[Job]:
+def run_all(todo: list[Job], asked: Comparison) -> Generator[Job]:
     """Do the runs; each that ended, whole or not. Where this is closed before, those under way save and stop."""
     tasks = {job: (job.config, asked.out / "runs" / f"{job.name}.pt", asked.device, asked.until) for job in todo}
     if asked.side_by_side == 1:
@@ -150,7 +150,7 @@ def compare(asked: Comparison) -> None:
     jobs = asked.jobs(asked.studies)
     todo = [job for job in jobs if not is_done(job, asked.out)]
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them done", flush=True)
-    with closing(each(todo, asked)) as ended:
+    with closing(run_all(todo, asked)) as ended:
         for job in ended:
             if is_done(job, asked.out):
                 write_report(asked.out, {name: asked.jobs([name]) for name in STUDIES})
