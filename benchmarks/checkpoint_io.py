@@ -56,7 +56,7 @@ from trainer.data.loader import build_loader
 from trainer.data.position import DataState
 from trainer.diffusion.flow import noise_batch, training_loss
 from trainer.diffusion.model import ModelShape
-from trainer.distributed import World, barrier, detect_world, init_distributed
+from trainer.distributed import World, barrier, detect_world, process_group
 from trainer.engine.deepspeed_config import load_deepspeed_config
 from trainer.engine.ema import Ema
 from trainer.engine.engine import build_engine
@@ -197,7 +197,11 @@ def compare(dim: int, rounds: int, parent: str | None) -> None:
     import deepspeed.utils
 
     deepspeed.utils.logger.setLevel("ERROR")
-    init_distributed(world)
+    with process_group(world):
+        _compare(dim, rounds, parent, world)
+
+
+def _compare(dim: int, rounds: int, parent: str | None, world: World) -> None:
     box = [tempfile.mkdtemp(dir=parent) if world.is_main else ""]
     torch.distributed.broadcast_object_list(box)
     folder = Path(box[0])

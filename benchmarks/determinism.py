@@ -44,7 +44,7 @@ from benchmarks.interleaved import markdown_table, ratio, time_interleaved
 from benchmarks.step import Bench
 from moe.dispatch import combine, dispatch, expert_rows
 from trainer.config import require, run_cli
-from trainer.distributed import detect_world, init_distributed
+from trainer.distributed import detect_world, process_group
 from trainer.engine.determinism import make_deterministic
 from trainer.loop.step import next_step
 from trainer.plan.__main__ import parse as parse_plan
@@ -111,9 +111,9 @@ def other_parts(job: Job, device: torch.device, dtype: torch.dtype) -> Iterator[
     yield "a product", forward_backward(functional.linear, x_BSD, weight)
 
 
-def whole_step(job: Job) -> Iterator[tuple[str, Work]]:
+def whole_step(job: Job, device: torch.device) -> Iterator[tuple[str, Work]]:
     """Steps one after another, whichever way each is computed; the engine is built when asked for."""
-    bench, number = Bench(job, detect_world()), 0
+    bench, number = Bench(job, detect_world(), device), 0
     upcoming = next_step(bench.batches, bench.config, 0)
 
     def run() -> None:
@@ -154,13 +154,18 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
         job.config.moe.every > 0, "moe.every=0 is a dense model, but dispatch is measured, too: choose another recipe"
     )
     make_deterministic()  # before the first product
-    device = init_distributed(world)
+    with process_group(world) as device:
+        _measure(options, job, device)
+
+
+def _measure(options: argparse.Namespace, job: Job, device: torch.device) -> None:
     dtype = torch.bfloat16 if job.config.train.precision == "bf16" else torch.float32
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, where all is deterministic"
     print(f"{where}, torch {torch.__version__}, {dtype}, {job.config.train.micro_batch_size} images\n")
     print(markdown_table(HEADER, []), flush=True)
     faulthandler.dump_traceback_later(options.timeout, exit=True)
-    for name, work in chain(attention_parts(job, device, dtype), other_parts(job, device, dtype), whole_step(job)):
+    parts = attention_parts(job, device, dtype), other_parts(job, device, dtype), whole_step(job, device)
+    for name, work in chain(*parts):
         print(markdown_table(line(name, work, options), []).splitlines()[0], flush=True)
         faulthandler.dump_traceback_later(options.timeout, exit=True)  # the next one's time
     faulthandler.cancel_dump_traceback_later()

@@ -48,7 +48,7 @@ from moe.all_to_all import COMPILER_OPTIONS, ExpertGroup, send_rows, through_exp
 from moe.deepspeed_expert import build_expert_group
 from moe.experts import Experts
 from trainer.config import require, run_cli
-from trainer.distributed import all_reduce_mean, barrier, detect_world, init_distributed
+from trainer.distributed import World, all_reduce_mean, barrier, detect_world, process_group
 
 EXPERTS, EXCHANGE = "experts alone", "exchange alone"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -144,7 +144,11 @@ def run(options: argparse.Namespace) -> None:
         options.experts % world.size == 0,
         f"--experts {options.experts} cannot lie on {world.size} processes: use a multiple of that",
     )
-    device = init_distributed(world)
+    with process_group(world) as device:
+        _measure(options, world, device)
+
+
+def _measure(options: argparse.Namespace, world: World, device: torch.device) -> None:
     group = build_expert_group(world.size)
     assert group is not None
     keep_freed_memory()
@@ -159,7 +163,6 @@ def run(options: argparse.Namespace) -> None:
         if options.json:
             content = {name: asdict(row) for name, row in rows.items()}
             write_json(options.json, {"processes": world.size, "device": where, **settings, "rows": content})
-    torch.distributed.destroy_process_group()
 
 
 def main(argv: list[str] | None = None) -> None:

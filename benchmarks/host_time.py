@@ -62,7 +62,7 @@ from trainer.data.position import DataState
 from trainer.diffusion.compiled import CompiledBlocks, is_wanted
 from trainer.diffusion.flow import NoisedBatch, training_loss
 from trainer.diffusion.model import ModelShape
-from trainer.distributed import World, detect_world, init_distributed
+from trainer.distributed import World, detect_world, process_group
 from trainer.engine.deepspeed_config import load_deepspeed_config
 from trainer.engine.ema import Ema
 from trainer.engine.engine import build_engine, build_model
@@ -121,13 +121,12 @@ def plain_step(config: TrainConfig, shape: ModelShape, world: World, device: tor
     return step
 
 
-def build_steps(options: argparse.Namespace) -> dict[tuple[str, int], Callable[[], None]]:
+def build_steps(options: argparse.Namespace, device: torch.device) -> dict[tuple[str, int], Callable[[], None]]:
     """For each side and number of blocks a function that takes one step; on one batch that never changes."""
     named = bool(options.words) and "=" not in options.words[0]
     name = options.words[0] if named else "debug"
     given = options.words[1:] if named else [*TINY, *options.words]
     world = detect_world()
-    device = init_distributed(world)
     steps: dict[tuple[str, int], Callable[[], None]] = {}
     for layers in options.layers:
         overrides = [*given, f"model.num_layers={layers}"]
@@ -148,7 +147,13 @@ def run(options: argparse.Namespace) -> None:
     """Measure and print on the main process, write the JSON."""
     small, large = options.layers
     require(0 < small < large, f"--layers {small} {large}: give two numbers of blocks, the smaller one first")
-    steps = build_steps(options)
+    with process_group(detect_world()) as device:
+        _measure(options, device)
+
+
+def _measure(options: argparse.Namespace, device: torch.device) -> None:
+    small, large = options.layers
+    steps = build_steps(options, device)
     names = {f"{side} {layers}": step for (side, layers), step in steps.items()}
     times = time_interleaved(names, rounds=options.rounds, repeats=options.repeats, warmups=4)
     if not detect_world().is_main:

@@ -46,7 +46,7 @@ from trainer.data.dataset import open_dataset
 from trainer.data.position import DataState
 from trainer.diffusion.flow import NoisedBatch, training_loss
 from trainer.diffusion.model import EcDit, ModelShape, init_weights
-from trainer.distributed import World, all_reduce_mean, detect_world, gather, init_distributed
+from trainer.distributed import World, all_reduce_mean, detect_world, gather, process_group
 from trainer.engine.deepspeed_config import load_deepspeed_config
 from trainer.engine.engine import build_engine
 from trainer.engine.optim import build_optimizer, learning_rate
@@ -217,16 +217,16 @@ def main(argv: list[str] | None = None) -> None:
     import deepspeed.utils
 
     deepspeed.utils.logger.setLevel("ERROR")
-    init_distributed(world)
-    shape = ModelShape.of(open_dataset(config).info)
-    plain = plain_training(config, shape, arguments.steps)
-    content = load_deepspeed_config(split, world.size)
-    replayed = plain if arguments.replay else None
-    other = parallel_training(split, content, shape, arguments.steps, world, replayed)
-    if world.is_main:
-        print_table(plain, other, arguments.window)
-    if arguments.replay and max(loss_differences(plain, other)) > LOSS_BOUND:
-        sys.exit(1)
+    with process_group(world):
+        shape = ModelShape.of(open_dataset(config).info)
+        plain = plain_training(config, shape, arguments.steps)
+        content = load_deepspeed_config(split, world.size)
+        replayed = plain if arguments.replay else None
+        other = parallel_training(split, content, shape, arguments.steps, world, replayed)
+        if world.is_main:
+            print_table(plain, other, arguments.window)
+        if arguments.replay and max(loss_differences(plain, other)) > LOSS_BOUND:
+            sys.exit(1)
 
 
 if __name__ == "__main__":

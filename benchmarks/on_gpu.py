@@ -50,6 +50,8 @@ from importlib import import_module
 
 import torch
 
+from trainer.distributed import detect_world, process_group
+
 PLANNED = ("step", "determinism")  # those that ask the planner, too
 SILENCE = 180.0  # seconds after which all threads say where they are
 
@@ -76,12 +78,13 @@ def main(argv: list[str] | None = None) -> None:
     """Run all; exit code 1 if one failed."""
     options = command_line().parse_args(argv)
     failed = []
-    for name, line in RUNS:
-        if options.only and name not in options.only:
-            continue
-        words = [*line.split(), *(["--device", options.device] if name in PLANNED else [])]
-        if not run(name, words):
-            failed.append(name)
+    with process_group(detect_world()):  # one for all
+        for name, line in RUNS:
+            if options.only and name not in options.only:
+                continue
+            words = [*line.split(), *(["--device", options.device] if name in PLANNED else [])]
+            if not run(name, words):
+                failed.append(name)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -56,7 +56,7 @@ from trainer.data.loader import build_loader
 from trainer.data.position import DataState
 from trainer.diffusion.flow import noise_batch, training_loss
 from trainer.diffusion.model import ModelShape
-from trainer.distributed import World, all_reduce_mean, detect_world, from_main, init_distributed
+from trainer.distributed import World, all_reduce_mean, detect_world, from_main, process_group
 from trainer.engine.deepspeed_config import load_deepspeed_config
 from trainer.engine.engine import build_engine
 from trainer.randomness import keyed_generator
@@ -214,34 +214,34 @@ def main(argv: list[str] | None = None) -> None:
     import deepspeed.utils
 
     deepspeed.utils.logger.setLevel("ERROR")
-    init_distributed(world)
-    failed = False
-    if world.is_main:
-        print("| optimizer | router | processes | ep_size | ZeRO | loss | grad norm | update |")
-        print("|---|---|---|---|---|---|---|---|")
-    for optimizer, router in itertools.product(arguments.optimizers, arguments.routers):
-        competing = router != "expert_choice"
-        accumulation = ACCUMULATION * (world.size if competing else 1)
-        plain = parity_config(optimizer, 1, 1, router, accumulation=accumulation)
-        reference = from_main(world, partial(reference_trace, plain, arguments.steps))
-        assert min(reference.norms) > 0.1, "clipping must be active"
-        for ep_size, stage in itertools.product(arguments.ep_sizes, arguments.stages):
-            if world.size % ep_size:
-                continue
-            config = parity_config(optimizer, ep_size, world.size, router)
-            how = replace(config.train, compile=arguments.compile, activation_checkpointing=arguments.recompute)
-            config = replace(config, train=how)
-            loss, norm, update = differences(
-                reference, engine_trace(config, stage, world, reference.start, arguments.steps)
-            )
-            good = loss <= LOSS_BOUND and norm <= NORM_BOUND and update <= UPDATE_BOUND
-            failed |= not good
-            if world.is_main:
-                row = f"| {optimizer} | {router} | {world.size} | {ep_size} | {stage} |"
-                row += f" {loss:.1e} | {norm:.1e} | {update:.1e} |"
-                print(row + ("" if good else " outside the bounds"), flush=True)
-    if failed:
-        sys.exit(1)
+    with process_group(world):
+        failed = False
+        if world.is_main:
+            print("| optimizer | router | processes | ep_size | ZeRO | loss | grad norm | update |")
+            print("|---|---|---|---|---|---|---|---|")
+        for optimizer, router in itertools.product(arguments.optimizers, arguments.routers):
+            competing = router != "expert_choice"
+            accumulation = ACCUMULATION * (world.size if competing else 1)
+            plain = parity_config(optimizer, 1, 1, router, accumulation=accumulation)
+            reference = from_main(world, partial(reference_trace, plain, arguments.steps))
+            assert min(reference.norms) > 0.1, "clipping must be active"
+            for ep_size, stage in itertools.product(arguments.ep_sizes, arguments.stages):
+                if world.size % ep_size:
+                    continue
+                config = parity_config(optimizer, ep_size, world.size, router)
+                how = replace(config.train, compile=arguments.compile, activation_checkpointing=arguments.recompute)
+                config = replace(config, train=how)
+                loss, norm, update = differences(
+                    reference, engine_trace(config, stage, world, reference.start, arguments.steps)
+                )
+                good = loss <= LOSS_BOUND and norm <= NORM_BOUND and update <= UPDATE_BOUND
+                failed |= not good
+                if world.is_main:
+                    row = f"| {optimizer} | {router} | {world.size} | {ep_size} | {stage} |"
+                    row += f" {loss:.1e} | {norm:.1e} | {update:.1e} |"
+                    print(row + ("" if good else " outside the bounds"), flush=True)
+        if failed:
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ from trainer.data.latents.samples import LatentInfo, Sample
 from trainer.data.order import SampleLayout
 from trainer.data.position import DataState
 from trainer.diffusion.flow import NoisedBatch
-from trainer.distributed import World, all_reduce_mean, detect_world, init_distributed
+from trainer.distributed import World, all_reduce_mean, detect_world, process_group
 from trainer.encoders.protocols import TextEncoder
 from trainer.engine.deepspeed_config import load_deepspeed_config
 from trainer.engine.determinism import make_deterministic
@@ -76,9 +76,8 @@ class Measured:
 class Bench:
     """An engine with random data of the recipe's shapes."""
 
-    def __init__(self, job: Job, world: World) -> None:
-        self.config = job.config
-        self.device = init_distributed(world)
+    def __init__(self, job: Job, world: World, device: torch.device) -> None:
+        self.config, self.device = job.config, device
         content = load_deepspeed_config(self.config, world.size)
         self.engine = build_engine(self.config, content, job.shape, self.device)
         self.ema = Ema(self.engine, self.config.ema)
@@ -209,15 +208,23 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     each = [plan(parse_plan([*arguments, f"train.micro_batch_size={size}"]))[0] for size in sizes]
     if job.config.train.deterministic:
         make_deterministic()
-    bench = Bench(job, world)
-    if sizes:
-        return sweep(options, [planned["configured"]["step_seconds"] for planned in each], sizes, bench)
+    with process_group(world) as device:
+        bench = Bench(job, world, device)
+        if sizes:
+            sweep(options, [planned["configured"]["step_seconds"] for planned in each], sizes, bench)
+        else:
+            compare_with_plan(options, report, bench)
+
+
+def compare_with_plan(options: argparse.Namespace, report: dict[str, Any], bench: Bench) -> None:
+    """The configured micro-batch: a table of what was planned and what was measured."""
     found = bench.measure(options.steps, options.warmups)
     kinds = bench.kernels(options.warmups + options.steps + 1) if options.profile else {}
     bench.engine.destroy()  # another benchmark of this process may need its memory
+    world = bench.world
     if not world.is_main:
         return
-    lines = compare(report["configured"], found, job.config, world.size)
+    lines = compare(report["configured"], found, bench.config, world.size)
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     layout = report["configured"]["layout"]
     print(f"\n{world.size} x {name}, {report['parameters']['total'] / 1e9:.3f}B parameters, {layout}")

@@ -7,9 +7,14 @@ What imports torch is imported within the functions, so that --help of eval.watc
 """
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainer.config import ConfigError, config_from_dict
+
+if TYPE_CHECKING:
+    from trainer.distributed import World
 
 
 def newest(run: Path) -> Path | None:
@@ -55,14 +60,20 @@ def score_newest(run: Path, options: list[str], *, seconds: float, once: bool) -
     it, because the others are waiting for that one: the job has to start them again.
     """
     from eval.run import parse
-    from eval.scoring.draw_and_score import draw_and_score
-    from trainer.checkpoint.folder import step_of
-    from trainer.distributed import detect_world, from_main, init_distributed
+    from trainer.distributed import detect_world, process_group
 
     parse([str(run), *options])  # a wrong option ends it now, not at the first checkpoint
     world = detect_world()
-    if world.size > 1:
-        init_distributed(world)
+    with process_group(world) if world.size > 1 else nullcontext():
+        _score_newest(run, options, world, seconds, once)
+
+
+def _score_newest(run: Path, options: list[str], world: "World", seconds: float, once: bool) -> None:
+    from eval.run import parse
+    from eval.scoring.draw_and_score import draw_and_score
+    from trainer.checkpoint.folder import step_of
+    from trainer.distributed import from_main
+
     while True:
         # The first process looks for all: on a shared disk others may see a new file later.
         found = from_main(world, lambda: _look(run, once)) if world.size > 1 else _look(run, once)

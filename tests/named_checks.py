@@ -9,17 +9,16 @@ from collections.abc import Callable, Iterable
 import deepspeed
 import torch
 
-from trainer.distributed import World, detect_world, init_distributed
+from trainer.distributed import World, detect_world, process_group
 
 
 def run_named(names: Iterable[str], check: Callable[[World, str], None]) -> None:
     """Join the process group, then run the checks in turn on all ranks; the first error ends the program."""
     world = detect_world()
     deepspeed.utils.logger.setLevel("ERROR")
-    init_distributed(world)
-    for name in names:
-        check(world, name)
-        sys.stdout.write(f"rank {world.rank}: {name} holds\n")  # in one piece: lines of two ranks must not mix
-        sys.stdout.flush()
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    with process_group(world):
+        for name in names:
+            check(world, name)
+            sys.stdout.write(f"rank {world.rank}: {name} holds\n")  # in one piece: lines of two ranks must not mix
+            sys.stdout.flush()
+        torch.distributed.barrier()

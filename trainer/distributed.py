@@ -19,7 +19,8 @@ A rank that leaves collective work alone lets the others wait for ever. So what 
 import os
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -103,6 +104,29 @@ def init_distributed(world: World) -> torch.device:
     # Where it discovers the processes through MPI it would take a port of its own, the same for all jobs of a node.
     deepspeed.init_distributed(verbose=False, distributed_port=int(os.environ.get("MASTER_PORT", "29500")))
     return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextmanager
+def process_group(world: World) -> Iterator[torch.device]:
+    """Within the block this process, whose device it gives, is joined to the others by `init_distributed`.
+
+    A process that exits with its group alive aborts now and then, by gloo's threads, though all its work is done. So
+    the group ends with the outermost block. After an error it stays, because to end it is to wait for its calls, and so
+    for ranks that may be gone; but for errors that all ranks raise together, a ConfigError and `sys.exit`.
+    """
+    joined_before = torch.distributed.is_initialized()
+    device = init_distributed(world)
+    try:
+        yield device
+    except (ConfigError, SystemExit):
+        _leave_group(joined_before)
+        raise
+    _leave_group(joined_before)
+
+
+def _leave_group(joined_before: bool) -> None:
+    if not joined_before:
+        torch.distributed.destroy_process_group()
 
 
 def _free_port() -> str:

@@ -5,6 +5,7 @@ embedded.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from eval.scoring.options import EMBEDDED
 from eval.scoring.score_and_report import ScoredSubject, score_and_report
 from trainer.config import require
 from trainer.data.demo.emoji import ATTRIBUTION
-from trainer.distributed import World, barrier, detect_world, init_distributed
+from trainer.distributed import World, barrier, detect_world, process_group
 from trainer.pipeline import Pipeline
 
 TRACED, TRACED_PER_TAG = 4, 4  # prompts whose routing is drawn, and of a closed set those of each tag
@@ -58,13 +59,16 @@ def check_checkpoint(path: Path) -> None:
 
 def draw_and_score(config: EvalConfig) -> None:
     """Everything: checks, pictures, features and detections, report. Collective; each part continues after a kill."""
-    score, prompts = config.score, config.prompts
-    check_all(score, prompts)
+    check_all(config.score, config.prompts)
     check_checkpoint(config.checkpoint)
     training_records(config.run_dir)  # refuses a damaged file now, not after the pictures
     world = detect_world()
-    if world.size > 1:
-        init_distributed(world)
+    with process_group(world) if world.size > 1 else nullcontext():
+        _draw_and_score(config, world)
+
+
+def _draw_and_score(config: EvalConfig, world: World) -> None:
+    score, prompts = config.score, config.prompts
     untrained_files: list[Path] = []
     if score.true_pictures is not None:
         untrained = Pipeline.load(config.checkpoint, weights="untrained", encoders=config.encoders).compile()

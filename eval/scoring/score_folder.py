@@ -5,6 +5,7 @@ results = score_folder("pictures", suite="fid", reference="real", out="scores")
 results["fid"]["fid"]
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from eval.scoring.job import ScoreConfig, ScoringJob, check_all
 from eval.scoring.options import split_names
 from eval.scoring.score_and_report import ScoredSubject, score_and_report
 from trainer.config import require
-from trainer.distributed import detect_world, init_distributed
+from trainer.distributed import detect_world, process_group
 
 
 def score_folder(
@@ -47,10 +48,10 @@ def score_pictures(pictures: Path, config: ScoreConfig, prompt_set: str) -> dict
     else:
         files, unused = folder_files(pictures), left_out(pictures)
     world = detect_world()
-    if world.size > 1:
-        init_distributed(world)
     job = ScoringJob(config=config, prompts=prompts, files=files, world=world)
     summary = f"{len(files)} pictures of {prompt_set or 'no prompts'}"
-    report = score_and_report(job, ScoredSubject(name=pictures.resolve().name, summary=summary, unused=unused))
+    subject = ScoredSubject(name=pictures.resolve().name, summary=summary, unused=unused)
+    with process_group(world) if world.size > 1 else nullcontext():
+        report = score_and_report(job, subject)
     found: dict[str, Any] = report.get("results", {})
     return found

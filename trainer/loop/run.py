@@ -13,8 +13,8 @@ from trainer.checkpoint.resume import choose_checkpoint
 from trainer.cluster.heartbeat import watch_peers
 from trainer.cluster.outcome import Kind, Outcome
 from trainer.cluster.progress import Progress
-from trainer.config import ConfigError, TrainConfig, save_config
-from trainer.distributed import World, barrier, check_devices, from_main, init_distributed
+from trainer.config import TrainConfig, save_config
+from trainer.distributed import World, barrier, check_devices, from_main, process_group
 from trainer.engine.determinism import make_deterministic
 from trainer.errors import writing
 from trainer.files import write_json
@@ -38,16 +38,10 @@ def train(config: TrainConfig, world: World, stop: StopSignal) -> Outcome:
     checked = check_start(config, world)
     if config.train.deterministic:
         make_deterministic()
-    device, progress = init_distributed(world), Progress(config.train.hang_seconds)
-    try:
+    with process_group(world) as device:
+        progress = Progress(config.train.hang_seconds)
         with watch_peers(world, progress, Path(config.run_dir)):
-            outcome = _train_locked(checked, device, stop, progress)
-    except ConfigError:
-        # All ranks raise it together. A process that exits with its group alive may abort instead (gloo's threads).
-        torch.distributed.destroy_process_group()
-        raise
-    torch.distributed.destroy_process_group()
-    return outcome
+            return _train_locked(checked, device, stop, progress)
 
 
 def _train_locked(checked: CheckedRun, device: torch.device, stop: StopSignal, progress: Progress) -> Outcome:
