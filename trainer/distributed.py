@@ -111,20 +111,17 @@ def process_group(world: World) -> Iterator[torch.device]:
     """Within the block this process, whose device it gives, is joined to the others by `init_distributed`.
 
     A process that exits with its group alive aborts now and then, by gloo's threads, though all its work is done. So
-    the group ends with the outermost block. After an error it stays, because to end it is to wait for its calls, and so
-    for ranks that may be gone; but for errors that all ranks raise together, a ConfigError and `sys.exit`.
+    the group ends with the outermost block. After an error it stays, because to end it may be to wait for ranks that
+    are gone; but with gloo not after a ConfigError or `sys.exit`, whose exit code must arrive.
     """
     joined_before = torch.distributed.is_initialized()
     device = init_distributed(world)
     try:
         yield device
     except (ConfigError, SystemExit):
-        _leave_group(joined_before)
+        if not joined_before and torch.distributed.get_backend() == "gloo":
+            torch.distributed.destroy_process_group()
         raise
-    _leave_group(joined_before)
-
-
-def _leave_group(joined_before: bool) -> None:
     if not joined_before:
         torch.distributed.destroy_process_group()
 
