@@ -1,4 +1,4 @@
-"""Trajectories that go on over a checkpoint; `tests/test_checkpoint_topology.py` starts them with torchrun.
+"""Trajectories that go on over a checkpoint; `tests/test_checkpoint_topology.py` starts them.
 
 torchrun --nproc-per-node 4 tests/checkpoint_checks.py FOLDER "save NAME EP STAGE [key=value ...]"
                                                        "load ORIGIN EP STAGE [key=value ...]" ...

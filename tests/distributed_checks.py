@@ -1,4 +1,4 @@
-"""Checks that need several real processes; `tests/test_distributed.py` starts them with torchrun.
+"""Checks that need several real processes; `tests/test_distributed.py` starts them.
 
 torchrun --nproc-per-node 2 tests/distributed_checks.py all_to_all_count
 """

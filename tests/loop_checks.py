@@ -1,4 +1,4 @@
-"""Checks of the training loop that need several real processes; `tests/test_loop.py` starts them with torchrun.
+"""Checks of the training loop that need several real processes; `tests/test_loop.py` starts them.
 
 torchrun --nproc-per-node 2 tests/loop_checks.py FOLDER skipped_steps_leave_no_trace ...
 

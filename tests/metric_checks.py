@@ -1,4 +1,4 @@
-"""Run by torchrun: metrics over odd, uneven shares of features, against the same on one process."""
+"""Metrics over odd, uneven shares of features, against the same on one process."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Bytes that a real engine holds against the planner's; `tests/test_plan.py` starts this with torchrun.
+"""Bytes that a real engine holds against the planner's; `tests/test_plan.py` starts this.
 
 torchrun --nproc-per-node 2 tests/plan_checks.py "ep_size 2 ZeRO 3 bf16" ...
 """

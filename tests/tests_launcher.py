@@ -32,16 +32,8 @@ class Launcher:
         return keep | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
     def command(self, *arguments: str, processes: int = 1) -> list[str]:
-        if processes == 1:
-            return [sys.executable, *arguments]
-        return [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={processes}",
-            *arguments,
-        ]
+        ranks = [str(ROOT / "tests" / "start_ranks.py"), str(processes)] if processes > 1 else []
+        return [sys.executable, *ranks, *arguments]
 
     def run(self, *arguments: str, processes: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -50,8 +42,10 @@ class Launcher:
         )  # fmt: skip
 
     def start(self, *arguments: str, processes: int = 1) -> "subprocess.Popen[bytes]":
+        """In the background, several processes by torchrun."""
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         return subprocess.Popen(
-            self.command(*arguments, processes=processes), cwd=ROOT, env=self.environment(),
+            [sys.executable, *(torchrun if processes > 1 else []), *arguments], cwd=ROOT, env=self.environment(),
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
 

@@ -6,6 +6,8 @@ that a command's --help need not wait for torch.
 
 from typing import TYPE_CHECKING, Any
 
+import moe  # noqa: F401  before anything imports DeepSpeed
+
 if TYPE_CHECKING:
     from trainer.pipeline import Pipeline
     from trainer.telemetry.metrics_file import read_metrics
