@@ -63,13 +63,14 @@ mutate: $(STAMP)
 	python -m tests.mutation.run --workers $(shell nproc)
 
 DEMO := trainer/configs/demo.yaml
+CORES := $(shell env -u OMP_NUM_THREADS nproc)
 demo: $(STAMP)
-	python -m trainer.data.demo.scene_shards --out data/demo/images --num-images 16000
-	python -m trainer.data.index data/demo/images
+	python -m trainer.data.demo.scene_shards --out data/demo/images --num-images 16000 --num-workers $(CORES)
+	python -m trainer.data.index data/demo/images --num-workers $(CORES)
 	torchrun --standalone --nproc-per-node 2 -m trainer.data.encode $(DEMO)
 	torchrun --standalone --nproc-per-node 2 -m trainer.train $(DEMO) train.stop_at_step=250
 	torchrun --standalone --nproc-per-node 2 -m trainer.train $(DEMO)
-	OMP_NUM_THREADS=$$(env -u OMP_NUM_THREADS nproc) python -m eval.run runs/demo --per-category 32  # one process: all cores
+	OMP_NUM_THREADS=$$((($(CORES) + 1) / 2)) torchrun --standalone --nproc-per-node 2 -m eval.run runs/demo --per-category 32
 
 compare: $(STAMP)
 	python -m benchmarks.compare --out runs/compare

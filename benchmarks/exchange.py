@@ -43,12 +43,13 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from benchmarks.interleaved import Ratio, Times, keep_freed_memory, markdown_table, ratio, time_interleaved, write_json
+from benchmarks.interleaved import Ratio, Times, markdown_table, ratio, time_interleaved, write_json
 from moe.all_to_all import COMPILER_OPTIONS, ExpertGroup, send_rows, through_experts
 from moe.deepspeed_expert import build_expert_group
 from moe.experts import Experts
 from trainer.config import require, run_cli
 from trainer.distributed import World, all_reduce_mean, barrier, detect_world, process_group
+from trainer.host_memory import keep_freed_memory
 
 EXPERTS, EXCHANGE = "experts alone", "exchange alone"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -6,7 +6,6 @@ clocks: CPU seconds of the process over all its threads (steady on a shared mach
 sleep: OMP_WAIT_POLICY=PASSIVE) and wall seconds. Work on a GPU is waited for before each look at a clock.
 """
 
-import ctypes
 import gc
 import json
 import os
@@ -65,19 +64,6 @@ def time_interleaved(
     finally:
         gc.enable()
     return times
-
-
-def keep_freed_memory() -> None:
-    """Have this process keep what it frees, where the C library can (glibc).
-
-    A large tensor would be new memory each time, its page faults charged to whoever allocates: up to half of the time
-    of a layer with 64 experts, and by luck, as smaller ones move the border between kept and returned memory.
-    """
-    change = getattr(ctypes.CDLL(None), "mallopt", None)
-    if change is not None:
-        mmap_max, trim_threshold = -4, -1  # names of malloc.h
-        change(mmap_max, 0)
-        change(trim_threshold, -1)
 
 
 def wait_for_gpu() -> None:

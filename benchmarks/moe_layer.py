@@ -57,13 +57,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.interleaved import Times, keep_freed_memory, markdown_table, ratio, time_interleaved, write_json
+from benchmarks.interleaved import Times, markdown_table, ratio, time_interleaved, write_json
 from moe.config import MoeConfig
 from moe.experts import Mlp
 from moe.layer import MoeLayer
 from moe.routers.expert_choice import choose_tokens
 from moe.routing import gated
 from trainer.config import require, run_cli
+from trainer.host_memory import keep_freed_memory
 
 CAPACITY_FACTOR = 2  # token choice top-2 does the same number of rows
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -1,7 +1,7 @@
-"""Starts a command once per rank, as `torchrun --standalone` does, but without the seconds in which that imports torch.
+"""Starts a command once per rank, as torchrun does, but without the seconds in which that imports torch.
 
-`python tests/start_ranks.py N [-m MODULE | FILE] ARGUMENTS`: when one rank fails the others are ended, and its exit code
-is this one's, unlike torchrun's, whose is always 1. Signals to end go to all ranks.
+`python tests/start_ranks.py N [-m MODULE | FILE] ARGUMENTS`: when one rank fails the others are ended, and its
+exit code is this one's, unlike torchrun's, whose is always 1. Signals to end go to all ranks.
 """
 
 import os

@@ -161,3 +161,14 @@ def test_two_objects_stand_in_reading_order() -> None:
         if scene.category == "two_object":
             first, second = scene.objects
             assert first.x < second.x - 0.3 or first.y < second.y - 0.3
+
+
+def test_shards_are_the_same_whoever_draws_them(tmp_path: Path) -> None:
+    for workers in ("0", "2"):
+        given = ["--num-images", "7", "--shard-size", "3", "--image-size", "8", "--num-workers", workers]
+        scene_shards.main(["--out", str(tmp_path / workers), *given])
+    alone, together = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("0", "2"))
+    assert len(alone) == 3 * 3 and together == alone
+    with pytest.raises(SystemExit) as refused:
+        scene_shards.main(["--out", str(tmp_path / "none"), "--num-workers", "-1"])
+    assert refused.value.code == 2 and not (tmp_path / "none").exists()

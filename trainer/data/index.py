@@ -8,9 +8,6 @@ With RANK and WORLD_SIZE set the tars are dealt out to the ranks. `python -m tra
 
 import json
 import os
-import signal
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import groupby
@@ -34,6 +31,7 @@ from trainer.data.images.index_file import (
 from trainer.data.images.tar_scan import REPEATED, IndexRow, scan_tar, tar_digest, tar_stamp
 from trainer.files import check_writable
 from trainer.formats.progress_bar import ProgressBar
+from trainer.formats.worker_processes import check_num_workers, map_by
 
 _MAX_EXAMPLES = 3
 
@@ -141,9 +139,8 @@ def build_index(
     finished = partial(_finished_entry, folder, needs_stats)
     todo = [tar for tar in tars[rank::world_size] if finished(tar) is None]
     scan = partial(index_tar, folder, needs_stats)
-    with ProcessPoolExecutor(num_workers, initializer=_end_quietly) if num_workers else nullcontext() as pool:
-        scanned = pool.map(scan, todo) if pool else map(scan, todo)
-        for _ in ProgressBar(scanned, "index", len(todo), unit="tar", shown=rank == 0):
+    with map_by(num_workers) as by_workers:
+        for _ in ProgressBar(by_workers(scan, todo), "index", len(todo), unit="tar", shown=rank == 0):
             pass
     entries = [entry for entry in map(finished, tars) if entry is not None]
     if len(entries) < len(tars):
@@ -153,11 +150,6 @@ def build_index(
     schema = pa.schema([("tar", pa.string()), ("size", pa.int64()), ("entry", pa.string())])
     write_table(folder / INDEX_NAME, rows, schema, {"num_kept": sum(entry.num_kept for entry in entries)})
     return Index(folder=folder, tars=entries)
-
-
-def _end_quietly() -> None:
-    """Ctrl-C reaches a worker, too, which has nothing to say of it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def index_or_open(folder: Path) -> Index:
@@ -180,8 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         "--without-stats", action="store_true", help="accept tars that have no _stats.json: not img2dataset's"
     )
     args = parser.parse_args(argv)
-    limit = os.cpu_count() or 1
-    require(0 <= args.num_workers <= limit, f"--num-workers is {args.num_workers}: use 0 to {limit}")
+    check_num_workers(args.num_workers)
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     index = build_index(
         args.images, args.num_workers, needs_stats=not args.without_stats, rank=rank, world_size=world_size

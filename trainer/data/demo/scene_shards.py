@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import tarfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,28 @@ from trainer.data.demo.emoji import ATTRIBUTION
 from trainer.data.demo.scenes import Scene, render, training_scene
 from trainer.files import replacing, write_text
 from trainer.formats.progress_bar import ProgressBar
+from trainer.formats.worker_processes import check_num_workers, map_by
 
 FORMAT_VERSION = 1
 
 
-def write_shards(folder: Path, num_images: int, image_size: int, seed: int, shard_size: int) -> None:
+def write_shards(
+    folder: Path, num_images: int, image_size: int, seed: int, shard_size: int, num_workers: int = 0
+) -> None:
     """Write training scenes 0 to num_images of `seed` into `folder`, `shard_size` pictures per tar."""
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, num_images, shard_size)
-    for shard, start in enumerate(ProgressBar(starts, "scenes", unit="shard")):
-        indices = range(start, min(start + shard_size, num_images))
-        _write_shard(folder, shard, [training_scene(seed, i) for i in indices], image_size)
+    parts = [range(start, min(start + shard_size, num_images)) for start in starts]
+    write = partial(_write_shard, folder, seed, image_size)
+    with map_by(num_workers) as by_workers:
+        for _ in ProgressBar(by_workers(write, range(len(parts)), parts), "scenes", len(parts), unit="shard"):
+            pass
     print(f"wrote {num_images} pictures in {len(starts)} shards to {folder}")
     print(ATTRIBUTION)
 
 
-def _write_shard(folder: Path, shard: int, scenes: list[Scene], image_size: int) -> None:
-    stem = f"{shard:05d}"
+def _write_shard(folder: Path, seed: int, image_size: int, shard: int, indices: range) -> None:
+    stem, scenes = f"{shard:05d}", [training_scene(seed, i) for i in indices]
     rows = []
     with replacing(folder / f"{stem}.tar") as temporary, tarfile.open(temporary, "w") as tar:
         for position, scene in enumerate(scenes):
@@ -90,11 +96,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-size", type=int, default=1000)
+    parser.add_argument("--num-workers", type=int, default=0, help="processes to draw shards with (0: this one)")
     args = parser.parse_args(argv)
     for name in ("num_images", "image_size", "shard_size"):
         flag = f"--{name.replace('_', '-')}"
         require(getattr(args, name) >= 1, f"{flag} is {getattr(args, name)}: use 1 or more")
-    write_shards(args.out, args.num_images, args.image_size, args.seed, args.shard_size)
+    check_num_workers(args.num_workers)
+    write_shards(args.out, args.num_images, args.image_size, args.seed, args.shard_size, args.num_workers)
 
 
 if __name__ == "__main__":
