@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import determinism, exchange, gather, kernel_shares, on_gpu, sampling
+from benchmarks import determinism, exchange, gather, kernel_shares, moe_layer, on_gpu, sampling, step
 from benchmarks.interleaved import Times, markdown_table, ratio, time_interleaved
 from benchmarks.moe_layer import Case, one_hot_forward, table
 from moe.config import MoeConfig
@@ -48,10 +48,10 @@ def test_both_gathers_give_the_same_and_are_timed() -> None:
     assert set(times) == set(gather.SIDES) and all(len(of) == 2 and min(of) > 0 for of in times.values())
 
 
-def test_unfair_shapes_are_refused() -> None:
-    done = run_benchmark("--experts", "5")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: --experts 5 does not divide")
+def test_unfair_shapes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        moe_layer.main([*SMALL, "--experts", "5"])
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --experts 5 does not divide")
 
 
 def test_one_hot_path_computes_the_same_layer() -> None:
@@ -189,5 +189,9 @@ def test_step_benchmark_prints_measured_beside_planned(launcher: Any, tmp_path: 
     assert content["sizes"] == [1, 2] and min(*content["planned"], *content["measured"]) > 0
     fits = [line for line in done.stdout.splitlines() if "ms an image" in line and "host" in line]
     assert [line.split(":")[0] for line in fits] == ["planned", "measured"]
-    refused = launcher.run("-m", "benchmarks.step", "debug", "--steps", "0")
-    assert (refused.returncode, refused.stderr.splitlines()[-1]) == (2, "error: --steps is 0: use 1 or more")
+
+
+def test_a_step_benchmark_without_steps_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        step.main(["debug", "--steps", "0"])
+    assert capsys.readouterr().err.splitlines()[-1] == "error: --steps is 0: use 1 or more"

@@ -10,6 +10,7 @@ import pytest
 from trainer.cluster.facts import Facts, check_disk
 from trainer.cluster.health import judge_network, judge_nodes, table
 from trainer.cluster.network import MAX_ROUNDS, Network, rounds
+from trainer.doctor import main
 from trainer.plan.memory import MemoryNeed
 
 
@@ -103,19 +104,21 @@ def test_command_line(launcher: Any, tmp_path: Path) -> None:
     assert done.returncode == 1 and "fix: a process needs" in done.stdout, done.stdout
 
 
-def test_only_the_configuration_is_checked(launcher: Any, tmp_path: Path) -> None:
+def test_only_the_configuration_is_checked(launcher: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """As the batch scripts ask before a start: nothing is written, mistakes are one sentence."""
     run = f"run_dir={tmp_path / 'run'}"
     done = launcher.run("-m", "trainer.doctor", "--only-config", "debug", run, "data.images=pictures")
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'run'}\npictures\n"), done.stderr[-2000:]
-    command = ("-m", "trainer.doctor", "--only-config", "--world-size", "2", "--local-size", "1", "debug", run)
-    done = launcher.run(*command)
-    assert (done.returncode, done.stdout.splitlines()[0]) == (0, str(tmp_path / "run")), done.stderr[-2000:]
-    done = launcher.run(*command, "parallel.ep_size=4")
-    assert done.returncode == 2 and "error: parallel.ep_size=4 does not divide the number of processes" in done.stderr
+    command = ["--only-config", "--world-size", "2", "--local-size", "1", "debug", run]
+    main(command)
+    assert capfd.readouterr().out.splitlines()[0] == str(tmp_path / "run")
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "parallel.ep_size=4"])
+    assert "error: parallel.ep_size=4 does not divide the number of processes" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "stop").touch()
-    done = launcher.run(*command)
-    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path}/run/stop asks this run to stop: remove the file, "
-                                                 "then start it again\n")  # fmt: skip
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    said = f"error: {tmp_path}/run/stop asks this run to stop: remove the file, then start it again\n"
+    assert capfd.readouterr().err == said
