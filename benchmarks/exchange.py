@@ -49,7 +49,7 @@ from moe.deepspeed_expert import build_expert_group
 from moe.experts import Experts
 from trainer.config import require, run_cli
 from trainer.distributed import World, all_reduce_mean, barrier, detect_world, process_group
-from trainer.host_memory import keep_freed_memory
+from trainer.engine.host_memory import keep_freed_memory
 
 EXPERTS, EXCHANGE = "experts alone", "exchange alone"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -64,7 +64,7 @@ from moe.layer import MoeLayer
 from moe.routers.expert_choice import choose_tokens
 from moe.routing import gated
 from trainer.config import require, run_cli
-from trainer.host_memory import keep_freed_memory
+from trainer.engine.host_memory import keep_freed_memory
 
 CAPACITY_FACTOR = 2  # token choice top-2 does the same number of rows
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

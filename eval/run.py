@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line of the evaluation."""
     config = parse(argv)
     from eval.scoring.draw_and_score import draw_and_score
-    from trainer.host_memory import keep_freed_memory
+    from trainer.engine.host_memory import keep_freed_memory
 
     keep_freed_memory()
     draw_and_score(config)

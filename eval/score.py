@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     given = build_parser().parse_args(argv)
     from eval.scoring.job import score_config
     from eval.scoring.score_folder import score_pictures
-    from trainer.host_memory import keep_freed_memory
+    from trainer.engine.host_memory import keep_freed_memory
 
     keep_freed_memory()
     score_pictures(

@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else argv
     at = given.index("--") if "--" in given else len(given)
     config = parse(given[:at])
-    from trainer.host_memory import keep_freed_memory
+    from trainer.engine.host_memory import keep_freed_memory
 
     keep_freed_memory()
     if at == len(given):

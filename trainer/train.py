@@ -75,7 +75,7 @@ def start(recipe: str, overrides: list[str], stop: StopSignal) -> None:
             config = load_config(recipe, overrides)
             import deepspeed.utils
 
-            from trainer.host_memory import keep_freed_memory
+            from trainer.engine.host_memory import keep_freed_memory
             from trainer.loop.run import train
 
             keep_freed_memory()
