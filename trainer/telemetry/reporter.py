@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from moe.routing import RoutingStats
 from trainer.config import TrainConfig, config_to_dict
@@ -24,6 +23,7 @@ from trainer.errors import require
 from trainer.files import keep_records
 from trainer.formats.progress_bar import ProgressBar
 from trainer.settings.tokens import num_image_tokens, num_kept_tokens
+from trainer.telemetry.event_file import close_events, open_events
 from trainer.telemetry.flops import peak_tflops, training_flops
 from trainer.telemetry.page import NAME as PAGE
 from trainer.telemetry.page import PageWriter
@@ -72,7 +72,7 @@ class Reporter:
         """Open the files, to go on as if nothing had been written after `step`."""
         truncate_metrics(self.run_dir / "metrics.jsonl", step)
         self.file = (self.run_dir / "metrics.jsonl").open("a", buffering=1)
-        self.tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
+        self.tensorboard = open_events(self.run_dir / "tensorboard", step)
 
     def report(
         self, step: int, *, loss: float, norm: float | Tensor | None, rate: float, epoch: int, bad_steps: int,
@@ -177,5 +177,5 @@ class Reporter:
             self.trackers.close()
 
     def _close_files(self) -> None:
-        self.tensorboard.close()
+        close_events(self.tensorboard)
         self.file.close()
