@@ -68,6 +68,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         name: {"router": name, "auxiliary_weight": 0.1, **router_class(name).traits.example} for name in ROUTERS
     },
     "group": {"pool": "group(2)", "gate": "sigmoid"},
+    "identity": {"gate": "identity", "num_shared_experts": 1},
     "nucleus": {
         "gate": "sigmoid", "router_input": "unmodulated", "normalize_gates": True, "gate_scale": 2.5,
         "num_shared_experts": 1,

@@ -19,7 +19,7 @@ def test_parity_with_one_plain_process(launcher: Any) -> None:
 @pytest.mark.slow
 def test_routers_are_the_same_with_and_without_expert_parallelism(launcher: Any) -> None:
     """Each against its plain loops; Expert Race's unequal shares and the router that reads the timestep included."""
-    routers = ["group", "token_choice", "diffmoe", "expert_race", "nucleus"]
+    routers = ["group", "identity", "token_choice", "diffmoe", "expert_race", "nucleus"]
     done = launcher.run(
         "-m", "benchmarks.parity", "--optimizers", "sgd", "--stages", "3", "--ep-sizes", "1", "2", "--steps", "2",
         "--routers", *routers, processes=2, timeout=500,

@@ -86,6 +86,7 @@ VARIANTS = {
     "unmodulated": mixture("the same, router reads token and time apart", router_input="unmodulated"),
     "fast_router": replace(mixture("the same, routers learn as fast as the rest"), router_rate=1.0),
     "sigmoid": mixture("the same, sigmoid gates x 2", gate="sigmoid", gate_scale=2.0),
+    "identity": mixture("the same, gates are the logits (as Expert Race)", gate="identity", gate_scale=1.0),
     "no_shared": mixture("16 half-size experts at capacity factor 2", num_shared_experts=0, capacity_factor=2.0),
     "full_size": full_size("16 full-size experts, gates x 16", gate_scale=16.0),
     "full_size_raw": full_size("16 full-size experts, gates as they are"),
@@ -127,7 +128,11 @@ STUDIES = {
     "setup": Study(
         question="What of the set-up does it take?",
         variants=("dense", "expert_choice", "raw_gates", "fast_router", "paper", "no_shared", "full_size",
-                  "full_size_raw", "full_size_normalized", "sigmoid", "unmodulated"),
+                  "full_size_raw", "full_size_normalized", "sigmoid", "identity", "unmodulated"),
+    ),
+    "gates": Study(
+        question="What if gates are the logits themselves?",
+        variants=("dense", "expert_choice", "identity"), share=1.0, seeds=True,
     ),
     "experts": Study(
         question="How does the loss fall with the number of experts?",
