@@ -166,10 +166,11 @@ def _study_section(name: str, runs: Runs, config_of: Mapping[str, RunConfig]) ->
     if len(runs) < 2 or (others and not others & set(runs)):  # the pair alone answers another question
         return []
     shown = {VARIANTS[variant].words: list(records.values()) for variant, records in runs.items()}
-    steps = next(iter(next(iter(runs.values())).values())).step
+    records = next(iter(runs.values()))
+    steps, seeds = next(iter(records.values())).step, "one seed" if len(records) == 1 else f"{len(records)} seeds"
     axes: dict[str, figures.Axis] = {"steps": lambda record, steps: [float(s) for s in steps]}
     chart = _charts(shown, axes)
-    parts = [f"<h2>{escape(STUDIES[name].question)}</h2>", f'<p class="muted">{steps} steps, one seed.</p>',
+    parts = [f"<h2>{escape(STUDIES[name].question)}</h2>", f'<p class="muted">{steps} steps, {seeds}.</p>',
              _table(runs, config_of), f'<div class="narrow">{chart}</div>']  # fmt: skip
     for axis, label in ((EXPERTS, "experts"), (FACTORS, "capacity factor")):
         if name == {"experts": "experts", "capacity factor": "capacity"}[label] and len(runs) > 2:
@@ -205,11 +206,12 @@ def _where_section(where: Mapping[str, Any]) -> list[str]:
 def _protocol(config: RunConfig, runs: Mapping[str, Runs]) -> dict[str, Any]:
     devices = {r.device for group in runs.values() for records in group.values() for r in records.values()}
     optim, model = config.optim, config.model
+    shorter = ", ".join(name.replace("_", " ") for name, study in STUDIES.items() if study.share < 1)
     return {
         "data": f"scenes of 64 x 64 pixels, {config.num_kinds} kinds of objects, drawn on the fly: none met twice",
         "latents": "4 x 4 cosine transform, 16 channels, patch 2: 64 tokens; captions by MiniLM's first layer",
         "model": f"width {model.dim}, {model.num_layers} blocks; dense: MLP ratio {model.mlp_ratio}",
-        "training": f"{config.steps} steps of {config.batch_size} scenes (other studies: half), AdamW, learning "
+        "training": f"{config.steps} steps of {config.batch_size} scenes ({shorter}: half), AdamW, learning "
         f"rate {optim.learning_rate:g}, {optim.warmup_steps} steps of warm-up, cosine to 0, bf16 with fp32 masters",
         "loss": f"velocity, mean of t = {', '.join(map(str, TIMES))}; 512 held-out scenes, fixed noise; weights "
         f"averaged over steps ({config.ema})",
