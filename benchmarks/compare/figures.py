@@ -1,7 +1,9 @@
 """Curves of a comparison as SVG in data URIs: no script, no outside file."""
 
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -21,19 +23,23 @@ def _uri(figure: Figure) -> str:
 
 def curves(runs: Mapping[str, Sequence[Record]], title: str, axis: Axis) -> str:
     """Validation loss of each variant (all its seeds) against an axis, from where the curves lie near each other."""
-    figure = Figure(figsize=(4.4, 3.4), layout="constrained")
+    names = [textwrap.fill(name, 60) for name in runs]
+    lines = sum(name.count("\n") + 1 for name in names)
+    figure = Figure(figsize=(4.4, 3.1 + 0.17 * lines), layout="constrained")
     panel = figure.subplots()
     lowest = min(validation_curve(record)[1][-1] for records in runs.values() for record in records)
-    for color, (name, records) in zip(COLORS * 3, runs.items(), strict=False):
+    for curve, (name, records) in enumerate(zip(names, runs.values(), strict=True)):
+        round_, color = divmod(curve, len(COLORS))
+        look: dict[str, Any] = {"color": COLORS[color], "linestyle": ("-", "--")[round_ % 2], "marker": ".", "lw": 1.3}
         for number, record in enumerate(records):
             steps, losses = validation_curve(record)
-            panel.plot(axis(record, steps), losses, ".-", color=color, lw=1.3, label=name if number == 0 else None)
+            panel.plot(axis(record, steps), losses, **look, label=name if number == 0 else None)
     panel.set_xlabel(title)
     panel.set_ylabel("validation loss")
     panel.set_ylim(0.97 * lowest, 1.6 * lowest)
     panel.grid(alpha=0.3)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower left", frameon=False, fontsize=8)
     return _uri(figure)
 
 
