@@ -7,7 +7,6 @@ What imports torch is imported within the functions, so that --help of eval.watc
 """
 
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,11 +59,11 @@ def score_newest(run: Path, options: list[str], *, seconds: float, once: bool) -
     it, because the others are waiting for that one: the job has to start them again.
     """
     from eval.run import parse
-    from trainer.distributed import detect_world, process_group
+    from trainer.distributed import detect_world, group_of_several
 
     parse([str(run), *options])  # a wrong option ends it now, not at the first checkpoint
     world = detect_world()
-    with process_group(world) if world.size > 1 else nullcontext():
+    with group_of_several(world):
         _score_newest(run, options, world, seconds, once)
 
 

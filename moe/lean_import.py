@@ -1,7 +1,7 @@
-"""Makes `import deepspeed` shorter by the seconds in which its autotuner would import MLflow.
+"""Makes `import deepspeed` shorter by the time in which its autotuner would import MLflow.
 
-`import deepspeed` imports the autotuner, which nothing here uses, and that imports MLflow where it is installed: as
-long again as DeepSpeed and PyTorch together, in every process, and on a shared disk much longer. It does without.
+`import deepspeed` imports the autotuner, which nothing here uses, and that imports MLflow where it is installed: a third
+of the CPU seconds of `python -c "import trainer.loop.run"` (4.3, and 2.9 without), in every process. It does without.
 """
 
 import sys
@@ -26,5 +26,4 @@ class _NoTracker(MetaPathFinder):
 
 def install() -> None:
     """Refuse it from now on."""
-    if not any(isinstance(finder, _NoTracker) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _NoTracker())
+    sys.meta_path.insert(0, _NoTracker())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import trainer.distributed
-from trainer.distributed import World, process_group
+from trainer.distributed import World, group_of_several, process_group
 from trainer.errors import ConfigError
 
 ALONE = World(rank=0, local_rank=0, size=1)
@@ -35,6 +35,11 @@ def test_it_ends_with_the_outermost_block() -> None:
             pass
         assert torch.distributed.is_initialized()
     assert not torch.distributed.is_initialized()
+
+
+def test_one_process_alone_joins_none() -> None:
+    with group_of_several(ALONE):
+        assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize(

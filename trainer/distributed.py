@@ -20,7 +20,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -124,6 +124,11 @@ def process_group(world: World) -> Iterator[torch.device]:
         raise
     if not joined_before:
         torch.distributed.destroy_process_group()
+
+
+def group_of_several(world: World) -> AbstractContextManager[object]:
+    """`process_group` where there are several processes; one alone needs none, and does not wait for DeepSpeed."""
+    return process_group(world) if world.size > 1 else nullcontext()
 
 
 def _free_port() -> str:

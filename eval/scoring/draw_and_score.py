@@ -5,7 +5,6 @@ embedded.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from eval.scoring.options import EMBEDDED
 from eval.scoring.score_and_report import ScoredSubject, score_and_report
 from trainer.config import require
 from trainer.data.demo.emoji import ATTRIBUTION
-from trainer.distributed import World, barrier, detect_world, process_group
+from trainer.distributed import World, barrier, detect_world, group_of_several
 from trainer.pipeline import Pipeline
 
 TRACED, TRACED_PER_TAG = 4, 4  # prompts whose routing is drawn, and of a closed set those of each tag
@@ -63,7 +62,7 @@ def draw_and_score(config: EvalConfig) -> None:
     check_checkpoint(config.checkpoint)
     training_records(config.run_dir)  # refuses a damaged file now, not after the pictures
     world = detect_world()
-    with process_group(world) if world.size > 1 else nullcontext():
+    with group_of_several(world):
         _draw_and_score(config, world)
 
 

@@ -5,7 +5,6 @@ results = score_folder("pictures", suite="fid", reference="real", out="scores")
 results["fid"]["fid"]
 """
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from eval.scoring.job import ScoreConfig, ScoringJob, check_all
 from eval.scoring.options import split_names
 from eval.scoring.score_and_report import ScoredSubject, score_and_report
 from trainer.config import require
-from trainer.distributed import detect_world, process_group
+from trainer.distributed import detect_world, group_of_several
 
 
 def score_folder(
@@ -51,7 +50,7 @@ def score_pictures(pictures: Path, config: ScoreConfig, prompt_set: str) -> dict
     job = ScoringJob(config=config, prompts=prompts, files=files, world=world)
     summary = f"{len(files)} pictures of {prompt_set or 'no prompts'}"
     subject = ScoredSubject(name=pictures.resolve().name, summary=summary, unused=unused)
-    with process_group(world) if world.size > 1 else nullcontext():
+    with group_of_several(world):
         report = score_and_report(job, subject)
     found: dict[str, Any] = report.get("results", {})
     return found
