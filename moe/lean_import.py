@@ -1,7 +1,8 @@
 """Makes `import deepspeed` shorter by the time in which its autotuner would import MLflow.
 
-`import deepspeed` imports the autotuner, which nothing here uses, and that imports MLflow where it is installed: a third
-of the CPU seconds of `python -c "import trainer.loop.run"` (4.3, and 2.9 without), in every process. It does without.
+`import deepspeed` imports the autotuner, which nothing here uses, and that imports MLflow where it is installed: a
+third of the CPU seconds of `python -c "import trainer.loop.run"` (4.3, and 2.9 without), in every process. It does
+without.
 """
 
 import sys
