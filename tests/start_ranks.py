@@ -5,20 +5,28 @@ exit code is this one's, unlike torchrun's, whose is always 1. Signals to end go
 """
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from types import FrameType
+
+
+def _free_port() -> int:
+    """One that nobody gets meanwhile who asks for any: it lies below those, and the ranks need it only in seconds."""
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port := random.randrange(28000, 32000)))
+            return port
 
 
 def main() -> int:
     """Start, watch, end."""
     size, command = int(sys.argv[1]), [sys.executable, *sys.argv[2:]]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(_free_port())
     shared = os.environ | {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [
