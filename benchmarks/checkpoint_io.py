@@ -11,6 +11,7 @@ plain seconds / seconds: 1 is the speed of the disk.
 
 import argparse
 
+from trainer.cluster.leave import run_and_leave
 from trainer.config import command_parser
 
 
@@ -254,4 +255,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

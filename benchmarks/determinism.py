@@ -14,6 +14,7 @@ it, unless the environment says another. What that costs, the milliseconds of tw
 
 import argparse
 
+from trainer.cluster.leave import run_and_leave
 from trainer.config import command_parser
 
 
@@ -179,4 +180,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

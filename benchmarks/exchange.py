@@ -15,6 +15,7 @@ to hide: its copies take the cores from the products.
 import argparse
 from pathlib import Path
 
+from trainer.cluster.leave import run_and_leave
 from trainer.config import command_parser
 
 
@@ -173,4 +174,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

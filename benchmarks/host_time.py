@@ -17,6 +17,7 @@ costs beside blocks is not in it. Half of the blocks are MoE blocks where the re
 import argparse
 from pathlib import Path
 
+from trainer.cluster.leave import run_and_leave
 from trainer.config import command_parser
 
 SIDES = ("plain", "zero1", "zero3", "zero3 stock")
@@ -198,4 +199,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -15,6 +15,7 @@ the window), and the largest gap of affinities over which such a choice went the
 
 import argparse
 
+from trainer.cluster.leave import run_and_leave
 from trainer.config import command, command_parser, require
 
 
@@ -230,4 +231,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

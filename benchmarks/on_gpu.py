@@ -9,6 +9,7 @@ twice. A benchmark that fails is named at the end, after the others: exit code 1
 
 import argparse
 
+from trainer.cluster.leave import run_and_leave
 from trainer.config import command_parser
 
 LARGE = "train.activation_checkpointing=false parallel.ep_size=1 data.num_workers=2"
@@ -90,4 +91,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -16,6 +16,7 @@ Exits 1 if a row is outside the bounds.
 
 import argparse
 
+from trainer.cluster.leave import run_and_leave
 from trainer.config import command_parser
 
 
@@ -246,4 +247,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -45,6 +45,7 @@ from torch import Tensor
 from benchmarks.interleaved import markdown_table, wait_for_gpu, write_json
 from benchmarks.kernel_shares import kernel_seconds, shares
 from benchmarks.step_fit import fit_steps, read_sizes
+from trainer.cluster.leave import run_and_leave
 from trainer.config import TrainConfig, require, run_cli
 from trainer.data.latents.samples import LatentInfo, Sample
 from trainer.data.order import SampleLayout
@@ -245,4 +246,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

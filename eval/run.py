@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eval.scoring.options import EMBEDDED, SUITES, add_score_options, split_names
+from trainer.cluster.leave import run_and_leave
 from trainer.config import command_parser, interruptible, require
 
 if TYPE_CHECKING:
@@ -106,4 +107,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

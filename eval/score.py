@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from eval.scoring.options import SUITES, add_score_options, split_names
+from trainer.cluster.leave import run_and_leave
 from trainer.config import command_parser, interruptible
 
 
@@ -41,4 +42,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.scoring.options import SUITES, add_score_options, split_names
+from trainer.cluster.leave import run_and_leave
 from trainer.config import ConfigError, command_parser, interruptible, require
 from trainer.files import check_writable, whole_records, write_text
 
@@ -199,4 +200,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -5,15 +5,21 @@
 
 import sys
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 import deepspeed
 import torch
 
+from trainer.cluster.leave import run_and_leave
 from trainer.distributed import World, detect_world, process_group
 
 
-def run_named(names: Iterable[str], check: Callable[[World, str], None]) -> None:
-    """Join the process group, then run the checks in turn on all ranks; the first error ends the program."""
+def run_named(names: Iterable[str], check: Callable[[World, str], None]) -> NoReturn:
+    """The whole program: join the process group, then run the checks in turn on all ranks, up to the first error."""
+    run_and_leave(lambda: _run(names, check))
+
+
+def _run(names: Iterable[str], check: Callable[[World, str], None]) -> None:
     world = detect_world()
     deepspeed.utils.logger.setLevel("ERROR")
     with process_group(world):

@@ -2,16 +2,20 @@
 
 `python tests/start_ranks.py N [-m MODULE | FILE] ARGUMENTS`: when one rank fails the others are ended, and its
 exit code is this one's, unlike torchrun's, whose is always 1. Signals to end go to all ranks.
+
+A rank that ends well must do so by `run_and_leave` of trainer/cluster/leave.py if it has joined a process group.
 """
 
 import os
 import random
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 
@@ -23,9 +27,30 @@ def _free_port() -> int:
             return port
 
 
+def run_rank(command: list[str]) -> None:
+    """In the process of a rank: `-m MODULE` or `FILE` and arguments as Python runs them, then the look at threads."""
+    is_module = command[0] == "-m"
+    sys.argv = command[1:] if is_module else command
+    sys.path[0] = os.getcwd() if is_module else str(Path(command[0]).parent.resolve())
+    try:
+        if is_module:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+    threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    if left := [name for name in threads if "gloo" in name]:
+        sys.exit(f"{left} are alive: {' '.join(command[:2])} was to end by run_and_leave")
+
+
 def main() -> int:
     """Start, watch, end."""
-    size, command = int(sys.argv[1]), [sys.executable, *sys.argv[2:]]
+    if sys.argv[1] == "--rank":
+        run_rank(sys.argv[2:])
+        return 0
+    size, command = int(sys.argv[1]), [sys.executable, __file__, "--rank", *sys.argv[2:]]
     port = str(_free_port())
     shared = os.environ | {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

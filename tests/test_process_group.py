@@ -2,30 +2,24 @@
 
 from collections.abc import Iterator
 
+import deepspeed.comm
 import pytest
 import torch
 
-import trainer.distributed
-from trainer.distributed import World, group_of_several, process_group
-from trainer.errors import ConfigError
+from trainer.distributed import World, free_port, group_of_several, process_group
 
 ALONE = World(rank=0, local_rank=0, size=1)
 
 
 @pytest.fixture(autouse=True)
-def joining(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As `init_distributed` does, but without a port or DeepSpeed."""
-
-    def join(world: World) -> torch.device:
-        if not torch.distributed.is_initialized():
-            store = torch.distributed.HashStore()
-            torch.distributed.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
-        return torch.device("cpu")
-
-    monkeypatch.setattr(trainer.distributed, "init_distributed", join)
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As a launcher starts one process."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for name, value in ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} | address).items():
+        monkeypatch.setenv(name, value)
     yield
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        deepspeed.comm.destroy_process_group()
 
 
 def test_it_ends_with_the_outermost_block() -> None:
@@ -42,11 +36,7 @@ def test_one_process_alone_joins_none() -> None:
         assert not torch.distributed.is_initialized()
 
 
-@pytest.mark.parametrize(
-    ("error", "stays"),
-    [(ConfigError("wrong"), False), (SystemExit(1), False), (RuntimeError("lost"), True), (KeyboardInterrupt(), True)],
-)
-def test_after_an_error_it_ends_if_the_exit_code_counts(error: BaseException, stays: bool) -> None:
-    with pytest.raises(type(error)), process_group(ALONE):
-        raise error
-    assert torch.distributed.is_initialized() == stays
+def test_it_stays_after_an_error_which_may_mean_that_ranks_are_gone() -> None:
+    with pytest.raises(RuntimeError), process_group(ALONE):
+        raise RuntimeError("lost")
+    assert torch.distributed.is_initialized()

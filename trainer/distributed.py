@@ -100,7 +100,7 @@ def init_distributed(world: World) -> torch.device:
     if torch.cuda.is_available():
         torch.cuda.set_device(world.local_rank)
     if "RANK" not in os.environ and world.size == 1:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
     # Where it discovers the processes through MPI it would take a port of its own, the same for all jobs of a node.
     deepspeed.init_distributed(verbose=False, distributed_port=int(os.environ.get("MASTER_PORT", "29500")))
     return torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
@@ -110,20 +110,15 @@ def init_distributed(world: World) -> torch.device:
 def process_group(world: World) -> Iterator[torch.device]:
     """Within the block this process, whose device it gives, is joined to the others by `init_distributed`.
 
-    A process that exits with its group alive aborts now and then, by gloo's threads, though all its work is done. So
-    the group ends with the outermost block. After an error it stays, because to end it may be to wait for ranks that
-    are gone; but with gloo not after a ConfigError or `sys.exit`, whose exit code must arrive.
+    The group ends with the outermost block, but not after an error, because to end it may be to wait for ranks that are
+    gone. Objects may still hold it, so programs end by `trainer.cluster.leave.run_and_leave`.
     """
     joined_before = torch.distributed.is_initialized()
-    device = init_distributed(world)
-    try:
-        yield device
-    except (ConfigError, SystemExit):
-        if not joined_before and torch.distributed.get_backend() == "gloo":
-            torch.distributed.destroy_process_group()
-        raise
+    yield init_distributed(world)
     if not joined_before:
-        torch.distributed.destroy_process_group()
+        import deepspeed.comm
+
+        deepspeed.comm.destroy_process_group()  # DeepSpeed's own references, too
 
 
 def group_of_several(world: World) -> AbstractContextManager[object]:
@@ -131,7 +126,7 @@ def group_of_several(world: World) -> AbstractContextManager[object]:
     return process_group(world) if world.size > 1 else nullcontext()
 
 
-def _free_port() -> str:
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

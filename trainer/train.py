@@ -16,6 +16,7 @@ import os
 import shutil
 from typing import Any
 
+from trainer.cluster.leave import run_and_leave
 from trainer.loop.signals import StopSignal
 
 
@@ -90,4 +91,4 @@ def start(recipe: str, overrides: list[str], stop: StopSignal) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)
