@@ -22,7 +22,8 @@ import deepspeed.comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
-from trainer.engine.zero3_blocks import add_together, simplify_hooks
+from trainer.engine import zero3_gradients
+from trainer.engine.zero3_blocks import simplify_hooks
 from trainer.engine.zero3_coordinator import keep_between_steps
 from trainer.engine.zero3_gather import gather
 
@@ -60,7 +61,7 @@ def _obstacle(engine: Any) -> str:
             return f"zero_optimization.{name} is {value}"
     if not all(parameter.requires_grad for parameter in engine.module.parameters()):
         return "some parameters are not trained"
-    return ""
+    return zero3_gradients.obstacle(optimizer)
 
 
 def lighten(engine: Any) -> None:
@@ -72,7 +73,7 @@ def lighten(engine: Any) -> None:
         return
     keep_between_steps(engine)
     simplify_hooks(engine.optimizer)
-    add_together(engine.optimizer)
+    zero3_gradients.reduce_together(engine.optimizer)
     if not engine._config.zero_config.use_all_reduce_for_fetch_params:
         for parameter in engine.module.parameters():
             parameter.all_gather_coalesced = partial(parameter.all_gather_coalesced.func, gather)
