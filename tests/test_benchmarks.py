@@ -16,6 +16,7 @@ from benchmarks.moe_layer import Case, one_hot_forward, table
 from moe.config import MoeConfig
 from moe.layer import MoeLayer
 from trainer.config import load_config
+from trainer.engine.zero3_gather import Gathering
 from trainer.plan.__main__ import parse as parse_plan
 from trainer.plan.command import plan
 
@@ -46,6 +47,22 @@ def test_both_gathers_give_the_same_and_are_timed() -> None:
     options = gather.command_line().parse_args(["--rounds", "2", "--repeats", "1", "--params", "5"])
     times = gather.measure(options, ranks=7)
     assert set(times) == set(gather.SIDES) and all(len(of) == 2 and min(of) > 0 for of in times.values())
+
+
+def test_a_rank_sends_its_part_from_its_own_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL gathers in place only from there; gloo would not mind."""
+    params, _ = gather.cut_parameters(3, 4, "cpu")
+    sent: list[tuple[int, int]] = []
+
+    def allgather(output: torch.Tensor, part: torch.Tensor, **_: object) -> None:
+        sent.append((part.storage_offset(), part.numel()))
+
+    monkeypatch.setattr("deepspeed.comm.allgather_fn", allgather)
+    for param in params:
+        param.ds_zero_partition_world_size, param.ds_zero_partition_rank, param.ds_process_group = 4, 2, None
+    num = sum(param.ds_tensor.ds_numel for param in params)
+    Gathering(params)
+    assert sent == [(2 * num, num)]
 
 
 def test_unfair_shapes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -224,31 +224,41 @@ def a_routers_loss_is_learned_and_not_reported(world: World, folder: Path) -> No
 
 
 def losses_of(engine: Any, steps: int, rank: int) -> list[float]:
-    """Loss and gradient norm of each step; in the middle a pass for evaluation, which ZeRO-3 did not expect."""
+    """Loss and gradient norm of each step; twice a pass for evaluation, which ZeRO-3 did not expect."""
     found, generator = [], torch.Generator().manual_seed(rank)
     text, mask = torch.randn(4, 4, 32, generator=generator), torch.ones(4, 4, dtype=torch.bool)
     for step in range(steps):
         x = torch.randn(4, 3, 8, 8, generator=generator)
-        for _ in range(2):
+        for micro_batch in range(2):
             loss = engine(x, torch.linspace(0.1, 0.9, 4), text, mask)[0].square().mean()
             engine.backward(loss)
             engine.step()
+            if (step, micro_batch) in ((0, 1), (steps // 2, 0)):
+                with torch.no_grad():
+                    found.append(engine(x[:2], torch.ones(2), text[:2], mask[:2])[0].sum().item())
         found += [loss.item(), float(engine.get_global_grad_norm())]
-        if step == steps // 2:
-            with torch.no_grad():
-                found.append(engine(x[:2], torch.ones(2), text[:2], mask[:2])[0].sum().item())
     return found
 
 
 def lighter_bookkeeping_changes_no_bit(world: World, _: Path) -> None:
     """Against DeepSpeed's own, with parameters cut or whole, gathered in parts or by a sum, and recomputed."""
+    cut: dict[str, Any] = {"stage3_param_persistence_threshold": 0}
+    ahead = {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 3000}
     variants: list[tuple[int, bool, dict[str, Any]]] = [
-        (20, False, {"stage3_param_persistence_threshold": 0}),
-        (6, True, {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 3000}),
-        (6, False, {"stage3_use_all_reduce_for_fetch_params": True, "reduce_bucket_size": 5000}),
+        (20, False, cut),
+        (
+            6,
+            True,
+            {
+                "stage3_param_persistence_threshold": 100,
+                "stage3_prefetch_bucket_size": 3000,
+                "stage3_max_reuse_distance": 0,
+            },
+        ),
+        (6, False, cut | {"stage3_use_all_reduce_for_fetch_params": True, "reduce_bucket_size": 5000}),
     ]
     for steps, recompute, zero in variants:
-        config = parity_config("adamw", world.size, world.size)
+        config = parity_config("adamw", 1 if world.size == 3 else world.size, world.size)
         config = replace(config, train=replace(config.train, activation_checkpointing=recompute, precision="bf16"))
         content = load_deepspeed_config(config, world.size)
         content["zero_optimization"] |= zero
@@ -257,6 +267,9 @@ def lighter_bookkeeping_changes_no_bit(world: World, _: Path) -> None:
             engine = build_engine(config, content, SHAPE, CPU, random_value, stock=stock)
             assert is_light(engine) is not stock
             found.append(losses_of(engine, steps, world.rank))
+            coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+            assert stock or (coordinator.is_recorded and any(coordinator.ahead.values()))
+            assert any(module is engine.module.blocks[0].cross_attention for module in engine.module.modules())
             engine.destroy()
         assert found[0] == found[1], [i for i, (a, b) in enumerate(zip(*found, strict=True)) if a != b][:1]
 
@@ -278,15 +291,17 @@ def bookkeeping_stays_where_something_is_in_the_way(world: World, _: Path) -> No
         zero3_host_cost.VERSION = "0.1"
         assert not is_light(build_engine(config, content, SHAPE, CPU, random_value))
         zero3_host_cost.VERSION = version
-        content["zero_optimization"]["stage3_allgather_sequential"] = True
-        assert not is_light(build_engine(config, content, SHAPE, CPU, random_value))
+        for key, value in (("stage3_allgather_sequential", True), ("reduce_scatter", False)):
+            changed = content | {"zero_optimization": content["zero_optimization"] | {key: value}}
+            assert not is_light(build_engine(config, changed, SHAPE, CPU, random_value))
     finally:
         zero3_host_cost.VERSION = version
         logger.removeHandler(keep)
-    assert len(said) == (2 if world.is_main else 0), said
+    assert len(said) == (3 if world.is_main else 0), said
     if world.is_main:
         assert said[0].endswith(f"deepspeed is {version}, and 0.1 is what was looked into")
         assert said[1].endswith("zero_optimization.allgather_sequential is True")
+        assert said[2].endswith("reduce_scatter of its optimizer is False")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def through(then: Callable[[], None], values: tuple[Any, ...]) -> tuple[Any, ...
 def simplify_hooks(optimizer: Any) -> None:
     """Replace DeepSpeed's hooks of all blocks (leaf modules) of a stage 3 optimizer."""
     offload = optimizer.parameter_offload
+    coordinator = offload.get_param_coordinator()
     its_own = {handle.id for handle in (*offload.forward_hooks, *offload.backward_hooks)}
     for block, handle in zip(optimizer.leaf_parameters, optimizer._leaf_module_hooks, strict=True):
         reduce = block._backward_hooks[handle.id]
@@ -48,24 +49,52 @@ def simplify_hooks(optimizer: Any) -> None:
         for hooks in (block._forward_pre_hooks, block._forward_hooks):
             for key in its_own & set(hooks):
                 del hooks[key]
-        _hook(block, offload, reduce)
+        _hook(block, offload, coordinator, reduce)
 
 
-def _hook(block: nn.Module, offload: Any, reduce: Callable[..., None]) -> None:
+def forget_external_parameters(engine: Any) -> None:
+    """Make the modules within blocks plain ones again, and have DeepSpeed pass them over.
+
+    It watches every access to a parameter for modules that use another's, and marks all modules at the begin and end of
+    each forward pass. Nothing uses a block's parameters but the block, and a compiled block would check in each
+    call that the watching is what it was: a third of its forward pass on the host.
+    """
+    model = engine.module
+    inside = {id(module): module for block in engine.optimizer.leaf_parameters for module in block.modules()}
+    for module in inside.values():
+        module._parameters = dict(module._parameters)
+    outside = [module for module in model.modules() if id(module) not in inside]
+
+    def without_blocks(run: Callable[..., Any]) -> Callable[..., Any]:
+        def marked(*args: Any, **options: Any) -> Any:
+            model.modules = outside.__iter__
+            try:
+                return run(*args, **options)
+            finally:
+                del model.modules
+
+        return marked
+
+    engine._forward_prologue = without_blocks(engine._forward_prologue)
+    engine._forward_epilogue = without_blocks(engine._forward_epilogue)
+
+
+def _hook(block: nn.Module, offload: Any, coordinator: Any, reduce: Callable[..., None]) -> None:
     def begin_backward() -> None:
-        offload.pre_sub_module_backward_function(block)
+        coordinator.enter(block, forward=False)
 
     def end_backward() -> None:
         reduce(block, None, None)
-        offload.post_sub_module_backward_function(block)
+        coordinator.release_sub_module(block, forward=False)
 
     def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        offload.pre_sub_module_forward_function(block)
+        parameter_offload.FWD_MODULE_STACK.append(block)
+        coordinator.enter(block, forward=True)
         return through(end_backward, inputs)
 
     def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         parameter_offload.FWD_MODULE_STACK.pop()
-        offload.post_sub_module_forward_function(block)
+        coordinator.release_sub_module(block, forward=True)
         if isinstance(output, tuple):
             return through(begin_backward, output)
         return through(begin_backward, (output,))[0]

@@ -1,12 +1,14 @@
 """Fetches and releases parameters of ZeRO-3 as DeepSpeed 0.19.8 does, from lists that are made once.
 
-As soon as DeepSpeed knows in which order modules are run, nothing about a module changes between steps: neither its
-parameters nor their ids. Until then, and in a pass out of that order, its own code runs.
+As soon as DeepSpeed knows in which order modules are run, nothing about a step changes any more: neither the parameters
+of a module, nor what is gathered ahead of it. So one more pass is left to DeepSpeed's own code and recorded, and those
+after it do the same without its queue. A pass out of that order, or until then, is run by its own code.
 
 The host may be two fetches ahead of the GPU, so that what is gathered ahead stays bounded. DeepSpeed says the same, but
 counts one for each parameter of a fetch, and a block has fifteen: so its host waited until each gather had ended.
 """
 
+from collections import deque
 from functools import partial
 from typing import Any
 
@@ -38,10 +40,40 @@ class _PartitionedParameterCoordinator(PartitionedParameterCoordinator):  # type
         self.everything: list[Any] = list(model.parameters())
         self.kept: dict[int, tuple[int, list[Any]]] = {}
         self.empty: dict[Any, Tensor] = {}
+        self.ahead: dict[int, list[Any]] = {}  # what each place of the order gathers ahead, as recorded
+        self.is_recorded = self.is_recording = False
+        self.is_fresh = False  # whether nothing is gathered, but for what always is
+        self.gathering: list[Any] = []  # during a recorded fetch: what it gathers
+        self.on_the_way: deque[tuple[Any, list[Any]]] = deque()  # exchanges begun from the lists, in their order
 
     def _clear_trace_structures(self) -> None:
         super()._clear_trace_structures()
         self.kept.clear()
+        self.ahead.clear()
+        self.is_recorded = self.is_recording = False
+
+    def _clean_inflight_param_registry(self) -> None:
+        super()._clean_inflight_param_registry()
+        while self.on_the_way:
+            exchange, params = self.on_the_way.popleft()
+            exchange.wait()
+            for param in params:
+                self._free(param)
+
+    def reset_step(self) -> None:
+        """Begin a pass through the order. The first is kept that began with nothing gathered and went to its end."""
+        if self.is_recording and self.__step_id == len(self.__submodule_order):
+            self.is_recorded = True
+        super().reset_step()
+        self.is_recording = self.is_complete_trace() and self.is_fresh and not self.is_recorded
+        self.is_fresh = False
+
+    def enter(self, module: Any, forward: bool) -> None:
+        """What DeepSpeed's hooks do before either pass of a module."""
+        self.trace_prologue(module)
+        if self.is_record_trace():
+            self.record_module(module)
+        self.fetch_sub_module(module, forward=forward)
 
     def _parameters(self, module: Any) -> list[Any]:
         """What is fetched for a module, by their ids; `ds_external_parameters` may still grow."""
@@ -51,71 +83,57 @@ class _PartitionedParameterCoordinator(PartitionedParameterCoordinator):  # type
             self.kept[module.ds_id] = len(module._external_params), found
         return found
 
-    def _fetch_sub_module_impl(self, current_submodule: Any, forward: bool, is_leaf: bool) -> None:
+    def __all_gather_params(self, params: Any, forward: bool) -> None:
+        self.gathering += params
+        super().__all_gather_params(params, forward)
+
+    @torch.no_grad()
+    def fetch_sub_module(self, current_submodule: Any, forward: bool) -> None:
         """Gather what the module needs and is not on its way, wait for it, begin to gather what comes next."""
-        if not self.is_complete_trace():
-            super()._fetch_sub_module_impl(current_submodule, forward, is_leaf)
+        params, step = self._parameters(current_submodule), self.__step_id
+        if not self.is_recorded:
+            self.gathering.clear()
+            super().fetch_sub_module(current_submodule, forward)
+            if self.is_recording:
+                ahead = set(self.gathering) - set(params)
+                self.ahead[step] = sorted(ahead, key=lambda param: param.ds_id)
             return
-        params = self._parameters(current_submodule)
-        missing = [param for param in params if param.ds_status is ZeroParamStatus.NOT_AVAILABLE]
-        if missing:
-            self.__all_gather_params(missing, forward)
+        if not forward:
+            self.__active_backward_submodules[current_submodule.ds_id] = current_submodule
+        self._begin(params)
         self._wait_for(params, current_submodule.ds_id)
-        self._leave_queue(params)
-        self._prefetch(forward)
+        self._begin(self.ahead[step])
         self.__step_id += 1
 
+    def _begin(self, params: list[Any]) -> None:
+        """Begin to gather those that nobody has gathered."""
+        missing = [param for param in params if param.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        if missing:
+            self.__n_available_params += sum([param.ds_numel for param in missing])
+            with get_accelerator().stream(self.__allgather_stream):
+                self.on_the_way.append((missing[0].all_gather_coalesced(missing), missing))
+
     def _wait_for(self, params: list[Any], module: int) -> None:
-        inflight, handles = self.__inflight_param_registry.data, {}
+        needed = False
         for param in params:
             param.ds_active_sub_modules.add(module)
-            if param.ds_status is ZeroParamStatus.INFLIGHT:
-                handle = inflight.pop(param)
-                handles[id(handle)] = handle
-            elif param in inflight:  # another module has waited for it
-                del inflight[param]
+            needed = needed or param.ds_status is ZeroParamStatus.INFLIGHT
         accelerator = get_accelerator()
-        if handles:
+        if needed:
             events = self.__ongoing_fetch_events
             with accelerator.stream(self.__allgather_stream):
                 while events and events[0].query():
                     events.popleft()
                 if len(events) > self.__max_ongoing_fetch_events:
                     events.popleft().synchronize()
-                for handle in handles.values():
-                    handle.wait()
+                while any(param.ds_status is ZeroParamStatus.INFLIGHT for param in params):
+                    self.on_the_way.popleft()[0].wait()
                 if not accelerator.handles_memory_backpressure():
                     event = accelerator.Event()
                     event.record()
                     events.append(event)
         if not accelerator.resolves_data_dependency():
             accelerator.current_stream().wait_stream(self.__allgather_stream)
-
-    def _leave_queue(self, params: list[Any]) -> None:
-        """Take this module's parameters off the queue of prefetches, where they are the next."""
-        recent, queue, step = self.__most_recent_step_id_param_fetched_for, self.__param_queue, self.__step_id
-        wanted = {param for param in params if recent[param] < step}
-        found: set[Any] = set()
-        while queue and len(found) < len(wanted):
-            entry = queue.popleft()
-            recent[entry.param] = entry.step_id_last_used_at
-            found.add(entry.param)
-        if found != wanted:
-            raise RuntimeError(f"tracing error at step {step}: {[p.ds_id for p in wanted]}, {[p.ds_id for p in found]}")
-
-    def _prefetch(self, forward: bool) -> None:
-        recent, queue = self.__most_recent_step_id_param_fetched_for, self.__param_queue
-        limit = min(self.__max_n_available_params - self.__n_available_params, self.__prefetch_bucket_sz)
-        num, wanted = 0, dict[int, Any]()
-        while queue and num < limit:
-            entry = queue.popleft()
-            param = entry.param
-            recent[param] = max(recent[param], entry.step_id_last_used_at)
-            if param.ds_status is ZeroParamStatus.NOT_AVAILABLE and param.ds_id not in wanted:
-                wanted[param.ds_id] = param
-                num += param.ds_numel
-        if wanted:
-            self.__all_gather_params(list(wanted.values()), forward)
 
     @torch.no_grad()
     def release_sub_module(self, submodule: Any, forward: bool = False) -> None:
@@ -146,6 +164,9 @@ class _PartitionedParameterCoordinator(PartitionedParameterCoordinator):  # type
     @torch.no_grad()
     def release_and_reset_all(self, module: Any) -> None:
         """Forget all gathered parameters, persistent ones too."""
+        self.is_fresh = True
+        while self.on_the_way:
+            self.on_the_way.popleft()[0].wait()
         inflight = self.__inflight_param_registry.data
         for param in self.everything:
             if param in inflight:

@@ -61,9 +61,8 @@ class _Gradients:
         self.optimizer = optimizer
         self.last = {params[-1].ds_id for params in optimizer.leaf_parameters.values()}
         self.waiting: list[Any] = []
-        # A parameter's place among the gradients to which the update is applied: whole, and without the last rank's padding.
+        # Where the part of a parameter's gradient is summed, by `ds_id`.
         self.places: dict[int, Tensor] = getattr(optimizer, f"{PREFIX}param_id_to_grad_partition")
-        self.owned: dict[int, Tensor] = {}
         sizes = [sum(param.partition_numel() for param in group) for group in optimizer.fp16_groups]
         self.flats = optimizer.grad_partitions_flat_buffer.split(sizes)
 
@@ -107,7 +106,7 @@ class _Gradients:
                 event.record()
 
     def _averaged(self, params: list[Any], group: Any, dtype: torch.dtype) -> list[Tensor]:
-        """This rank's part of each averaged gradient, without padding."""
+        """This rank's part of each averaged gradient, the last ranks' padded with zeros."""
         optimizer = self.optimizer
         grads = [param.grad.to(dtype) for param in params]
         W = params[0].ds_zero_partition_world_size
@@ -119,15 +118,13 @@ class _Gradients:
             part_N = joined_WN[params[0].ds_zero_partition_rank]
             deepspeed.comm.reduce_scatter_fn(part_N, joined_WN.view(-1), group=group)
             parts = list(part_N.split([column.shape[1] for column in columns]))
-            if any(grad.numel() % W for grad in grads):
-                parts = [part[: self._owned(param).numel()] for part, param in zip(parts, params, strict=True)]
         averaging = optimizer._gradient_averaging_world_size(params, W)
         if averaging != W:
             torch._foreach_mul_(parts, W / float(averaging))
         return parts
 
     def _place(self, params: list[Any], parts: list[Tensor]) -> None:
-        places = [self._owned(param) for param in params]
+        places = [self.places[param.ds_id] for param in params]
         if self.optimizer.micro_step_id == 0:
             torch._foreach_copy_(places, parts)
         else:
@@ -137,15 +134,6 @@ class _Gradients:
             if not accelerator.is_synchronized_device():
                 param.grad.record_stream(accelerator.current_stream())
             param.grad = None
-
-    def _owned(self, param: Any) -> Tensor:
-        """The parameter's place without the padding of the last ranks, which stays zero."""
-        found = self.owned.get(param.ds_id)
-        if found is None:
-            place = self.places[param.ds_id]
-            before = place.numel() * param.ds_zero_partition_rank
-            found = self.owned[param.ds_id] = place[: max(0, min(place.numel(), param.ds_numel - before))]
-        return found
 
     def norm(self, gradients: list[Tensor], params: list[Any]) -> Tensor:
         """2-norm of the gradients of a sub-group on all ranks; -1 if it is not finite, as DeepSpeed marks that."""

@@ -23,7 +23,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from trainer.engine import zero3_gradients
-from trainer.engine.zero3_blocks import simplify_hooks
+from trainer.engine.zero3_blocks import forget_external_parameters, simplify_hooks
 from trainer.engine.zero3_coordinator import keep_between_steps
 from trainer.engine.zero3_gather import gather
 
@@ -73,6 +73,7 @@ def lighten(engine: Any) -> None:
         return
     keep_between_steps(engine)
     simplify_hooks(engine.optimizer)
+    forget_external_parameters(engine)
     zero3_gradients.reduce_together(engine.optimizer)
     if not engine._config.zero_config.use_all_reduce_for_fetch_params:
         for parameter in engine.module.parameters():
