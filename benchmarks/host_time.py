@@ -49,6 +49,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -85,20 +86,33 @@ def resolved(config: TrainConfig, world: World, stage: int) -> dict[str, Any]:
     return content | {"zero_optimization": content["zero_optimization"] | {"stage": stage} | cut}
 
 
-def zero_step(config: TrainConfig, shape: ModelShape, world: World, device: torch.device, side: str) -> Step:
+def zero_step(
+    config: TrainConfig, shape: ModelShape, world: World, device: torch.device, updates: list[float], side: str
+) -> Step:
     """One call is one step of a run with an engine: update and average."""
     content = resolved(config, world, int(side[4]))
     engine = build_engine(config, content, shape, device, stock=side.endswith("stock"))
-    ema, timer, number = Ema(engine, config.ema), StepTimer(device), count(1)
+    ema, timer, number, update = Ema(engine, config.ema), StepTimer(device), count(1), engine.step
+
+    def measured() -> None:
+        begin = time.process_time()
+        update()
+        updates.append(time.process_time() - begin)
+
+    engine.step = measured
 
     def step(batches: list[NoisedBatch]) -> None:
         train_step(engine, batches, RATE, device, timer, patch_size=config.model.patch_size, statistics=False)
+        begin = time.process_time()
         ema.update(engine, next(number))
+        updates[-1] += time.process_time() - begin
 
     return step
 
 
-def plain_step(config: TrainConfig, shape: ModelShape, world: World, device: torch.device) -> Step:
+def plain_step(
+    config: TrainConfig, shape: ModelShape, world: World, device: torch.device, updates: list[float]
+) -> Step:
     """The same with torch alone: working weights as the engine has them, one fused AdamW, one average."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     model = build_model(config, resolved(config, world, 1), shape).to(device, dtype)
@@ -113,22 +127,29 @@ def plain_step(config: TrainConfig, shape: ModelShape, world: World, device: tor
             noised = batch.to(device)
             inputs = noised.x_BCHW, noised.t_B, noised.text_BLD, noised.text_mask_BL, noised.keep_BS
             training_loss(model(*inputs)[0], noised, config.model.patch_size).backward()
+        begin = time.process_time()
         torch.nn.utils.clip_grad_norm_(weights, config.optim.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_lerp_(average, [weight.float() for weight in weights], 1e-3)
+        updates.append(time.process_time() - begin)
 
     return step
 
 
-def build_steps(options: argparse.Namespace, device: torch.device) -> dict[tuple[str, int], Callable[[], None]]:
-    """For each side and number of blocks a function that takes one step; on one batch that never changes."""
+def build_steps(
+    options: argparse.Namespace, device: torch.device
+) -> tuple[dict[tuple[str, int], Callable[[], None]], dict[tuple[str, int], list[float]]]:
+    """For each side and number of blocks a function that takes one step, on one batch that never changes, and the list
+    to which it adds the seconds of its update and average.
+    """
     named = bool(options.words) and "=" not in options.words[0]
     name = options.words[0] if named else "debug"
     given = options.words[1:] if named else [*TINY, *options.words]
     world = detect_world()
     steps: dict[tuple[str, int], Callable[[], None]] = {}
+    updates: dict[tuple[str, int], list[float]] = {}
     for layers in options.layers:
         overrides = [*given, f"model.num_layers={layers}"]
         config = load_config(name, overrides)
@@ -140,8 +161,9 @@ def build_steps(options: argparse.Namespace, device: torch.device) -> dict[tuple
         batch = next_step(batches, config, 0)
         for side in options.sides:
             build = plain_step if side == "plain" else partial(zero_step, side=side)
-            steps[side, layers] = partial(build(config, shape, world, device), batch)
-    return steps
+            updates[side, layers] = []
+            steps[side, layers] = partial(build(config, shape, world, device, updates[side, layers]), batch)
+    return steps, updates
 
 
 def run(options: argparse.Namespace) -> None:
@@ -154,7 +176,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _measure(options: argparse.Namespace, device: torch.device) -> None:
     small, large = options.layers
-    steps = build_steps(options, device)
+    steps, updates = build_steps(options, device)
     names = {f"{side} {layers}": step for (side, layers), step in steps.items()}
     times = time_interleaved(names, rounds=options.rounds, repeats=options.repeats, warmups=4)
     if not detect_world().is_main:
@@ -173,19 +195,12 @@ def _measure(options: argparse.Namespace, device: torch.device) -> None:
     for side in options.sides:
         found = ratio(blocks[side], blocks[options.sides[0]])
         whole = statistics.median(milliseconds(side, large))
-        rows.append(
-            [
-                side,
-                f"{statistics.median(blocks[side]):.2f}",
-                f"{found.median:.2f} ({found.low:.2f} - {found.high:.2f})",
-                f"{whole:.1f}",
-            ]
-        )
-    first = options.sides[0]
-    print(
-        markdown_table(["", "CPU ms a block", f"ratio to {first}", f"CPU ms a step of {large} blocks"], rows),
-        flush=True,
-    )
+        few, many = (statistics.median(updates[side, layers]) for layers in options.layers)
+        update = 1000 * (many - few) / (large - small)
+        spread = f"{found.median:.2f} ({found.low:.2f} - {found.high:.2f})"
+        rows.append([side, f"{statistics.median(blocks[side]):.2f}", f"{update:.2f}", spread, f"{whole:.1f}"])
+    head = ["", "CPU ms a block", "of it update", f"ratio to {options.sides[0]}", f"CPU ms a step of {large} blocks"]
+    print(markdown_table(head, rows), flush=True)
     if options.json:
         write_json(
             options.json,

@@ -246,15 +246,7 @@ def lighter_bookkeeping_changes_no_bit(world: World, _: Path) -> None:
     ahead = {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 3000}
     variants: list[tuple[int, bool, dict[str, Any]]] = [
         (20, False, cut),
-        (
-            6,
-            True,
-            {
-                "stage3_param_persistence_threshold": 100,
-                "stage3_prefetch_bucket_size": 3000,
-                "stage3_max_reuse_distance": 0,
-            },
-        ),
+        (6, True, ahead | {"stage3_max_reuse_distance": 0}),
         (6, False, cut | {"stage3_use_all_reduce_for_fetch_params": True, "reduce_bucket_size": 5000}),
     ]
     for steps, recompute, zero in variants:

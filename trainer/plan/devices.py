@@ -35,7 +35,8 @@ class HostCost:
     compiled: float = 2.5e-3  # ZeRO 1 and 2
     compiled_stage3: float = 2.4e-3
     ends: float = 3.7e-3  # of what is outside of blocks, once per micro-batch
-    update: float = 0.8e-3  # of optimizer step and average, per block and step; the ends count as two
+    update: float = 0.8e-3  # of optimizer step and average in ZeRO 1 and 2, per block and step; the ends count as two
+    update_stage3: float = 0.4e-3
     gather: float = 0.1e-3  # bookkeeping of one gather of a block, measured, not scaled
     gather_rank: float = 0.0  # and for each rank; as DeepSpeed 0.19.8 cuts what it has gathered, 38e-6
 

@@ -12,7 +12,8 @@ from trainer.plan.traffic import exchange_terms, zero_terms
 # Bytes per parameter of a rank's share. AdamW reads weight, gradient and both moments, and writes all but the gradient.
 # Beside it DeepSpeed 0.19.8 casts gradients for the norm and reads them (10), flattens them (4), casts them again (6),
 # scales them (8) and casts the weights (6). The average reads itself and the weight, and writes itself.
-ADAMW, SGD, AROUND, AVERAGE = 28, 12, 34, 12
+ADAMW, SGD, AVERAGE = 28, 12, 12
+AROUND = {1: 34, 2: 34, 3: 22}  # by stage
 
 # What a step is the sum of, in the order of the report.
 PARTS = (
@@ -83,24 +84,31 @@ def compute_terms(job: Job, layout: Layout, device: Device, eff: Efficiency, use
 
 
 def _zero_copies(job: Job, layout: Layout, device: Device, eff: Efficiency) -> Term:
-    """DeepSpeed's copies around collectives: gradients into a bucket, side by side, divided; gathered weights."""
+    """Copies around collectives: gradients into a bucket (not in stage 3), side by side, divided; gathered weights.
+
+    Stage 3 copies nothing of what a rank shares with no other.
+    """
     p, q = held(job, layout)
-    s, reductions = job.num_bytes, 1 if layout.stage == 1 else layout.accumulation
-    gathers = 2 * layout.accumulation if layout.stage == 3 and layout.world_size > 1 else 0
-    moved, reached = s * (p * (6 * reductions + 2 * gathers) + 2 * q * reductions), device.hbm * eff.hbm
+    s, reductions, passes, gathers = job.num_bytes, 1 if layout.stage == 1 else layout.accumulation, 6, 0
+    if layout.stage == 3:
+        passes, gathers = 4, 2 * layout.accumulation
+        p = job.counts.rest * (layout.world_size > 1) + job.counts.experts / layout.ep_size * (layout.edp_size > 1)
+    moved, reached = s * (p * (passes * reductions + 2 * gathers) + 2 * q * reductions), device.hbm * eff.hbm
     return Term(
-        "ZeRO copies", moved / reached, "s", "s (p (6 reductions + 2 gathers) + 2 q reductions) / (HBM x share)",
-        f"{s} x ({p:.4g} x (6 x {reductions} + 2 x {gathers}) + 2 x {q:.4g} x {reductions}) / {reached:.4g}",
+        "ZeRO copies", moved / reached, "s",
+        "s (shared p (passes x reductions + 2 gathers) + 2 q reductions) / (HBM x share)",
+        f"{s} x ({p:.4g} x ({passes} x {reductions} + 2 x {gathers}) + 2 x {q:.4g} x {reductions}) / {reached:.4g}",
     )  # fmt: skip
 
 
 def update_terms(job: Job, layout: Layout, device: Device, eff: Efficiency) -> list[Term]:
     """The optimizer step and the average of the weights."""
     _, q = held(job, layout)
-    own, reached = ADAMW if job.config.optim.name == "adamw" else SGD, device.hbm * eff.hbm
+    own, around = ADAMW if job.config.optim.name == "adamw" else SGD, AROUND[layout.stage]
+    reached = device.hbm * eff.hbm
     return [
-        Term("update", (own + AROUND) * q / reached, "s", "(optimizer + around it) q / (HBM x share)",
-             f"({own} + {AROUND}) x {q:.4g} / {reached:.4g}"),
+        Term("update", (own + around) * q / reached, "s", "(optimizer + around it) q / (HBM x share)",
+             f"({own} + {around}) x {q:.4g} / {reached:.4g}"),
         Term("average of weights", AVERAGE * q / reached, "s", "12 q / (HBM x share)",
              f"{AVERAGE} x {q:.4g} / {reached:.4g}"),
     ]  # fmt: skip
@@ -114,9 +122,10 @@ def host_terms(job: Job, layout: Layout, eff: Efficiency) -> tuple[Term, Term]:
     gathers = 2 * N * c if is_stage3 and layout.world_size > 1 else 0
     gather = cost.gather + cost.gather_rank * layout.world_size
     seconds = cost.scale * c * (N * block + cost.ends) + gathers * gather
-    update = cost.scale * (N + 2) * cost.update
+    starting = cost.update_stage3 if is_stage3 else cost.update
+    update = cost.scale * (N + 2) * starting
     return (
         Term("host", seconds, "s", "scale c (N block + ends) + gathers (gather + world x gather of a rank)",
              f"{cost.scale} x {c} x ({N} x {block:.3g} + {cost.ends:.3g}) + {gathers} x {gather:.3g}"),
-        Term("host update", update, "s", "scale (N + 2) update", f"{cost.scale} x {N + 2} x {cost.update:.3g}"),
+        Term("host update", update, "s", "scale (N + 2) update", f"{cost.scale} x {N + 2} x {starting:.3g}"),
     )  # fmt: skip
