@@ -23,8 +23,8 @@ from trainer.config import command_parser
 SIDES = ("plain", "zero1", "zero3", "zero3 stock")
 # Widths so small that kernels take no time beside the dispatch that starts them.
 TINY = (
-    "train.micro_batch_size=2", "train.precision=bf16", "train.activation_checkpointing=false", "data.image_size=8",
-    "data.num_workers=0",
+    "model.dim=16", "model.num_heads=2", "model.num_kv_heads=1", "data.image_size=8", "data.num_workers=0",
+    "train.micro_batch_size=2", "train.precision=bf16", "train.activation_checkpointing=false",
 )  # fmt: skip
 
 

@@ -24,19 +24,18 @@ class Device:
 class HostCost:
     """Seconds in which Python starts the kernels of one block, both ways.
 
-    Measured on a CPU with tiny shapes by `benchmarks.host_time`; `scale` takes them to a machine with GPUs. It is
-    fitted to two eager steps that waited for the host: an H100's says 5.5, an H200's 4.3. Of compiled blocks it may be
-    too much: there the CPU's own work on tiny tensors is a larger part of what was measured.
+    Measured on a CPU with shapes so tiny that kernels take next to no time, by `benchmarks.host_time`; `scale` takes them
+    to a machine with GPUs. It is fitted to two eager steps that waited for the host: an H100's says 6.9, an H200's 5.4.
     """
 
-    scale: float = 4.9
-    eager: float = 3.5e-3  # ZeRO 1 and 2
-    eager_stage3: float = 3.2e-3  # with DeepSpeed's own bookkeeping 4.6e-3
-    compiled: float = 2.5e-3  # ZeRO 1 and 2
-    compiled_stage3: float = 2.4e-3
-    ends: float = 3.7e-3  # of what is outside of blocks, once per micro-batch
-    update: float = 0.8e-3  # of optimizer step and average in ZeRO 1 and 2, per block and step; the ends count as two
-    update_stage3: float = 0.4e-3
+    scale: float = 6.2
+    eager: float = 2.6e-3  # ZeRO 1 and 2
+    eager_stage3: float = 2.45e-3  # with DeepSpeed's own bookkeeping 3.7e-3
+    compiled: float = 1.4e-3  # ZeRO 1 and 2
+    compiled_stage3: float = 1.3e-3
+    ends: float = 4.5e-3  # of what is outside of blocks, once per micro-batch; with DeepSpeed's own 6.5e-3
+    update: float = 0.47e-3  # of optimizer step and average in ZeRO 1 and 2, per block and step; the ends count as two
+    update_stage3: float = 0.13e-3  # with DeepSpeed's own 0.25e-3
     gather: float = 0.1e-3  # bookkeeping of one gather of a block, measured, not scaled
     gather_rank: float = 0.0  # and for each rank; as DeepSpeed 0.19.8 cuts what it has gathered, 38e-6
 
