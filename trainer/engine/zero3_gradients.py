@@ -38,7 +38,7 @@ def obstacle(optimizer: Any) -> str:
     for name, plain in PLAIN.items():
         value = getattr(optimizer, name)
         if value != plain:
-            return f"{name} of its optimizer is {value}"
+            return f"its {name} is {value}"
     return ""
 
 
@@ -46,7 +46,7 @@ def reduce_together(optimizer: Any) -> None:
     """Replace what a stage 3 optimizer does with gradients between the backward pass and the update."""
     gradients = _Gradients(optimizer)
     for bucket in optimizer.ipg_buckets.values():
-        bucket.buffer = bucket.buffer.new_empty(0)  # gradients wait where they are
+        bucket.buffer = None  # gradients wait where they are
     optimizer.reduce_ready_partitions_and_remove_grads = gradients.add
     setattr(optimizer, f"{PREFIX}reduce_and_partition_ipg_grads", gradients.reduce)
     optimizer.get_grad_norm_direct = gradients.norm

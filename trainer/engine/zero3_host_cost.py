@@ -5,11 +5,12 @@ not print, asks for its rank, wraps each input in autograd functions, and waits 
 what starting the block's kernels costs the host (benchmarks/host_time.py). In its place
 
 - the coordinator keeps what it found (zero3_coordinator.py),
-- a block has one hook before it and one after it, and hands over its gradients together (zero3_blocks.py),
-- a gathered parameter is one copy, whatever the number of ranks (zero3_gather.py).
+- a block has one hook before it and one after it, and its modules are plain ones (zero3_blocks.py),
+- a gathered parameter is one copy, whatever the number of ranks (zero3_gather.py),
+- gradients are reduced a bucket at once, not one by one (zero3_gradients.py).
 
-DeepSpeed's own state (statuses, trace, queue of prefetches) is kept as DeepSpeed keeps it, so that all its other parts
-work on, and what it computes is the same to the bit. Where its version is another, or a setting needs what is left out
+DeepSpeed's own state (statuses, trace) is kept as DeepSpeed keeps it, so that all its other parts work on, and what it
+computes is the same to the bit. Where its version is another, or a setting needs what is left out
 here, its own bookkeeping stays.
 """
 
@@ -61,23 +62,29 @@ def _obstacle(engine: Any) -> str:
             return f"zero_optimization.{name} is {value}"
     if not all(parameter.requires_grad for parameter in engine.module.parameters()):
         return "some parameters are not trained"
-    return zero3_gradients.obstacle(optimizer)
+    return ""
 
 
 def lighten(engine: Any) -> None:
     """Replace the bookkeeping of an engine of stage 3, or say in the log why not."""
-    why = _obstacle(engine)
-    if why:
-        if deepspeed.comm.get_rank() == 0:
-            logger.info("DeepSpeed keeps its own bookkeeping of ZeRO-3, which costs the host more: %s", why)
+    if why := _obstacle(engine):
+        _say("keeps its own bookkeeping of ZeRO-3", why)
         return
     keep_between_steps(engine)
     simplify_hooks(engine.optimizer)
     forget_external_parameters(engine)
-    zero3_gradients.reduce_together(engine.optimizer)
+    if why := zero3_gradients.obstacle(engine.optimizer):
+        _say("reduces ZeRO-3's gradients by its own code", why)
+    else:
+        zero3_gradients.reduce_together(engine.optimizer)
     if not engine._config.zero_config.use_all_reduce_for_fetch_params:
         for parameter in engine.module.parameters():
             parameter.all_gather_coalesced = partial(parameter.all_gather_coalesced.func, gather)
     # Asked at each reduction of gradients; on a CPU DeepSpeed starts a program every time to count.
     accelerator = get_accelerator()
     accelerator.device_count = partial(int, accelerator.device_count())
+
+
+def _say(what: str, why: str) -> None:
+    if deepspeed.comm.get_rank() == 0:
+        logger.info("DeepSpeed %s, which costs the host more: %s", what, why)

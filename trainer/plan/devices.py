@@ -24,8 +24,8 @@ class Device:
 class HostCost:
     """Seconds in which Python starts the kernels of one block, both ways.
 
-    Measured on a CPU with shapes so tiny that kernels take next to no time, by `benchmarks.host_time`; `scale` takes them
-    to a machine with GPUs. It is fitted to two eager steps that waited for the host: an H100's says 6.9, an H200's 5.4.
+    Measured on a CPU with shapes so tiny that kernels take no time, by `benchmarks.host_time`; `scale` takes them to a
+    machine with GPUs. It is fitted to two eager steps that waited for the host: an H100's says 6.9, an H200's 5.4.
     """
 
     scale: float = 6.2
