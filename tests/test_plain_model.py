@@ -106,15 +106,21 @@ def test_timestep_is_embedded_by_sinusoids_of_a_thousand_times_it() -> None:
         assert embedder(torch.tensor([t]))[0].tolist() == pytest.approx(wanted, abs=2e-4), t
 
 
-@pytest.mark.parametrize("num_queries", [6, 513], ids=["two matmuls", "fused"])
-def test_attention_is_a_mean_by_exponentials_of_scaled_products(num_queries: int) -> None:
+@pytest.mark.parametrize(
+    "num_queries,repeatable", [(6, False), (513, False), (513, True)], ids=["two matmuls", "fused", "heads repeated"]
+)
+def test_attention_is_a_mean_by_exponentials_of_scaled_products(num_queries: int, repeatable: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(1, heads, length, 8, generator=generator)
         for heads, length in ((4, num_queries), (2, 5), (2, 5))
     )  # fmt: skip
     mask = torch.tensor([[[[True, False, True, True, False]]]])
-    found = attend(query, key, value, mask)
+    torch.use_deterministic_algorithms(repeatable)
+    try:
+        found = attend(query, key, value, mask)
+    finally:
+        torch.use_deterministic_algorithms(False)
     for head in range(4):
         for s in (0, num_queries - 1):
             weight = {i: math.exp(float(query[0, head, s] @ key[0, head // 2, i]) / math.sqrt(8)) for i in (0, 2, 3)}
