@@ -1,6 +1,6 @@
 """Rates, capacity, masks, average, reports and losses of each step: `trainer_checks.py` on one and two processes.
 
-ZeRO-3's bookkeeping on three, too: no number of elements can be cut into three, so that all parts are padded.
+ZeRO-3's bookkeeping on three, too: most numbers of elements cannot be cut into three, so that parts are padded.
 """
 
 from functools import cache

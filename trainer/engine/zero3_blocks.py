@@ -2,7 +2,7 @@
 
 DeepSpeed 0.19.8 sends every input and output of a block through an autograd function of its own, the inputs that need
 no gradient too, and PyTorch's hook for the block's backward pass sends them through another one. What has to happen
-around the passes of a block is the same as there, by the same functions and in the same order.
+around the passes of a block is the same as there and in the same order.
 """
 
 from collections.abc import Callable, Iterator
@@ -57,7 +57,7 @@ def forget_external_parameters(engine: Any) -> None:
 
     It watches every access to a parameter for modules that use another's, and marks all modules at the begin and end of
     each forward pass. Nothing uses a block's parameters but the block, and a compiled block would check in each
-    call that the watching is what it was: a third of its forward pass on the host.
+    call that the watching is what it was.
     """
     model = engine.module
     inside = {id(module): module for block in engine.optimizer.leaf_parameters for module in block.modules()}

@@ -29,7 +29,7 @@ PREFIX = "_DeepSpeedZeroOptimizer_Stage3__"
 PLAIN = {
     "all2all_process_group": None, "autoep_folding_tp_group": None, "enable_sanity_checks": False,
     "gradient_predivide_factor": 1.0, "model_parallel_group": None, "offload_optimizer": False, "reduce_scatter": True,
-    "swap_optimizer": False, "use_muon": False, "zenflow": False,
+    "swap_optimizer": False, "use_muon": False,
 }  # fmt: skip
 
 
@@ -111,9 +111,9 @@ class _Gradients:
         grads = [param.grad.to(dtype) for param in params]
         W = params[0].ds_zero_partition_world_size
         if W == 1:
-            parts = [grad.view(-1) for grad in grads]
+            parts = [grad.reshape(-1) for grad in grads]
         else:
-            columns = [_rows(grad.view(-1), W) for grad in grads]
+            columns = [_rows(grad.reshape(-1), W) for grad in grads]
             joined_WN = torch.cat(columns, dim=1).div_(W)
             part_N = joined_WN[params[0].ds_zero_partition_rank]
             deepspeed.comm.reduce_scatter_fn(part_N, joined_WN.view(-1), group=group)

@@ -1,7 +1,7 @@
 """ZeRO-3's bookkeeping of DeepSpeed 0.19.8, done once instead of in every pass: half of it is found anew each time.
 
 Around each pass of a block DeepSpeed walks its modules for their parameters several times, writes messages that it does
-not print, asks for its rank, wraps each input in autograd functions, and waits for gathers: on a CPU three quarters of
+not print, asks for its rank, wraps each input in autograd functions, and waits for gathers: on a CPU four fifths of
 what starting the block's kernels costs the host (benchmarks/host_time.py). In its place
 
 - the coordinator keeps what it found (zero3_coordinator.py),
@@ -39,6 +39,7 @@ PRIVATE = (
 PLAIN_SETTINGS = {
     "allgather_sequential": False, "module_granularity_threshold": 0, "offload_param": None,
     "zero_hpz_partition_size": 1, "zero_quantized_nontrainable_weights": False, "zero_quantized_weights": False,
+    "zenflow": None,
 }  # fmt: skip
 
 
