@@ -1,16 +1,20 @@
-"""One hook before and one after each block that ZeRO-3 gathers as a whole, instead of DeepSpeed's five.
+"""One hook before and one after each block that ZeRO-3 gathers as a whole, and one before the model for all the rest.
 
-DeepSpeed 0.19.8 sends every input and output of a block through an autograd function of its own, the inputs that need
-no gradient too, and PyTorch's hook for the block's backward pass sends them through another one. What has to happen
-around the passes of a block is the same as there and in the same order.
+DeepSpeed 0.19.8 has five for each module. It sends every input and output through an autograd function of its own,
+inputs that need no gradient too, and PyTorch's hook for a block's backward pass sends them through another one. What
+has to happen around the passes of a block is the same as there and in the same order.
 """
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero import register_external_parameter
+from deepspeed.utils.z3_leaf_module import z3_leaf_parameter
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+NO_MODULES: tuple[nn.Module, ...] = ()
 
 
 class _Through(torch.autograd.Function):
@@ -38,48 +42,59 @@ def through(then: Callable[[], None], values: tuple[Any, ...]) -> tuple[Any, ...
     return tuple(next(found) if is_watched else value for value, is_watched in zip(values, watched, strict=True))
 
 
-def simplify_hooks(optimizer: Any) -> None:
-    """Replace DeepSpeed's hooks of all blocks (leaf modules) of a stage 3 optimizer."""
+def simplify_hooks(engine: Any) -> None:
+    """Replace DeepSpeed's hooks of all modules of an engine of stage 3, and make the modules plain ones again.
+
+    DeepSpeed watches every access to a parameter for modules that use another's, and marks all modules at the begin and
+    end of each forward pass. Here it is known who uses what: a block its own parameters, the model all others. A
+    compiled block would check in each call that the watching is what it was.
+    """
+    optimizer, model = engine.optimizer, engine.module
     offload = optimizer.parameter_offload
     coordinator = offload.get_param_coordinator()
+    reductions = [
+        (block, handle, block._backward_hooks[handle.id])
+        for block, handle in zip(optimizer.leaf_parameters, optimizer._leaf_module_hooks, strict=True)
+    ]
     its_own = {handle.id for handle in (*offload.forward_hooks, *offload.backward_hooks)}
-    for block, handle in zip(optimizer.leaf_parameters, optimizer._leaf_module_hooks, strict=True):
-        reduce = block._backward_hooks[handle.id]
-        handle.remove()
-        for hooks in (block._forward_pre_hooks, block._forward_hooks):
+    for module in model.modules():
+        module._parameters = dict(module._parameters)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in its_own & set(hooks):
                 del hooks[key]
-        _hook(block, offload, coordinator, reduce)
+    engine._forward_prologue = _without_modules(model, engine._forward_prologue)
+    engine._forward_epilogue = _without_modules(model, engine._forward_epilogue)
+    offload.forward_hooks.append(_hook_ends(model, coordinator))
+    for block, handle, reduce in reductions:
+        handle.remove()
+        offload.forward_hooks += _hook_block(block, coordinator, reduce)
 
 
-def forget_external_parameters(engine: Any) -> None:
-    """Make the modules within blocks plain ones again, and have DeepSpeed pass them over.
+def _without_modules(model: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
+    def unmarked(*args: Any, **options: Any) -> Any:
+        model.modules = NO_MODULES.__iter__  # type: ignore[method-assign]
+        try:
+            return run(*args, **options)
+        finally:
+            del model.modules
 
-    It watches every access to a parameter for modules that use another's, and marks all modules at the begin and end of
-    each forward pass. Nothing uses a block's parameters but the block, and a compiled block would check in each
-    call that the watching is what it was.
+    return unmarked
+
+
+def _hook_ends(model: nn.Module, coordinator: Any) -> RemovableHandle:
+    """Have the model gather all that is not in blocks, in one exchange, at the first forward pass of a step.
+
+    These are a dozen small modules before and after the blocks; they stay whole until the update, as DeepSpeed lets what
+    one module uses of another (`is_external_param`), so there is nothing to gather in backward passes.
     """
-    model = engine.module
-    inside = {id(module): module for block in engine.optimizer.leaf_parameters for module in block.modules()}
-    for module in inside.values():
-        module._parameters = dict(module._parameters)
-    outside = [module for module in model.modules() if id(module) not in inside]
-
-    def without_blocks(run: Callable[..., Any]) -> Callable[..., Any]:
-        def marked(*args: Any, **options: Any) -> Any:
-            model.modules = outside.__iter__
-            try:
-                return run(*args, **options)
-            finally:
-                del model.modules
-
-        return marked
-
-    engine._forward_prologue = without_blocks(engine._forward_prologue)
-    engine._forward_epilogue = without_blocks(engine._forward_epilogue)
+    for param in model.parameters():
+        if not z3_leaf_parameter(param):
+            param.is_external_param = True
+            register_external_parameter(model, param)
+    return model.register_forward_pre_hook(lambda *_: coordinator.enter(model, forward=True))
 
 
-def _hook(block: nn.Module, offload: Any, coordinator: Any, reduce: Callable[..., None]) -> None:
+def _hook_block(block: nn.Module, coordinator: Any, reduce: Callable[..., None]) -> list[RemovableHandle]:
     def begin_backward() -> None:
         coordinator.enter(block, forward=False)
 
@@ -88,15 +103,13 @@ def _hook(block: nn.Module, offload: Any, coordinator: Any, reduce: Callable[...
         coordinator.release_sub_module(block, forward=False)
 
     def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        parameter_offload.FWD_MODULE_STACK.append(block)
         coordinator.enter(block, forward=True)
         return through(end_backward, inputs)
 
     def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        parameter_offload.FWD_MODULE_STACK.pop()
         coordinator.release_sub_module(block, forward=True)
         if isinstance(output, tuple):
             return through(begin_backward, output)
         return through(begin_backward, (output,))[0]
 
-    offload.forward_hooks += [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
+    return [block.register_forward_pre_hook(before), block.register_forward_hook(after)]

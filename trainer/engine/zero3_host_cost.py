@@ -5,7 +5,7 @@ not print, asks for its rank, wraps each input in autograd functions, and waits 
 what starting the block's kernels costs the host (benchmarks/host_time.py). In its place
 
 - the coordinator keeps what it found (zero3_coordinator.py),
-- a block has one hook before it and one after it, and its modules are plain ones (zero3_blocks.py),
+- a block has one hook before it and one after it, the rest of the model one in all (zero3_blocks.py),
 - a gathered parameter is one copy, whatever the number of ranks (zero3_gather.py),
 - gradients are reduced a bucket at once, not one by one (zero3_gradients.py).
 
@@ -24,7 +24,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 from trainer.engine import zero3_gradients
-from trainer.engine.zero3_blocks import forget_external_parameters, simplify_hooks
+from trainer.engine.zero3_blocks import simplify_hooks
 from trainer.engine.zero3_coordinator import keep_between_steps
 from trainer.engine.zero3_gather import gather
 
@@ -72,8 +72,7 @@ def lighten(engine: Any) -> None:
         _say("keeps its own bookkeeping of ZeRO-3", why)
         return
     keep_between_steps(engine)
-    simplify_hooks(engine.optimizer)
-    forget_external_parameters(engine)
+    simplify_hooks(engine)
     if why := zero3_gradients.obstacle(engine.optimizer):
         _say("reduces ZeRO-3's gradients by its own code", why)
     else:
