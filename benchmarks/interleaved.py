@@ -37,11 +37,13 @@ class Ratio:
 
 
 def time_interleaved(
-    work: Mapping[str, Callable[[], None]], *, rounds: int, warmups: int = 2, repeats: int = 1
-) -> dict[str, Times]:
+    work: Mapping[str, Callable[[], None]], *, rounds: int, warmups: int = 2, repeats: int = 1,
+    clock: Callable[[], float] = time.process_time,
+) -> dict[str, Times]:  # fmt: skip
     """Run each alternative `warmups` times unmeasured, then `rounds` times in turn with the others.
 
     Each turn is `repeats` calls: on a GPU several, so that it need not wait for the next call to be put in its queue.
+    `clock` counts CPU seconds.
     """
     names = list(work)
     times = {name: Times(cpu=[], wall=[]) for name in names}
@@ -55,11 +57,11 @@ def time_interleaved(
             first = number % len(names)
             for name in names[first:] + names[:first]:
                 wait_for_gpu()
-                wall, cpu = time.perf_counter(), time.process_time()
+                wall, cpu = time.perf_counter(), clock()
                 for _ in range(repeats):
                     work[name]()
                 wait_for_gpu()
-                times[name].cpu.append(time.process_time() - cpu)
+                times[name].cpu.append(clock() - cpu)
                 times[name].wall.append(time.perf_counter() - wall)
     finally:
         gc.enable()

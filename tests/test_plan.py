@@ -28,7 +28,7 @@ from trainer.plan.traffic import all_to_all_bytes
 SHAPE = ModelShape(channels=4, height=48, width=48, text_dim=48)  # 576 tokens: attention takes the fused kernel
 TEXT_TOKENS = 20
 ZERO_3 = "ds_configs/zero3.json"
-NO_HOST = Efficiency(host=HostCost(scale=0.0, gather=0.0))
+NO_HOST = Efficiency(host=HostCost(scale=0.0))
 
 
 class Allocations(TorchDispatchMode):
@@ -187,7 +187,7 @@ def test_plan_says_what_benchmarks_step_measured_on_one_gpu(
     """Eager runs of two machines whose hosts differ by a fifth; memory is planned with some reserve."""
     monkeypatch.setattr(Job, "compiled", property(lambda job: False))
     # DeepSpeed's bookkeeping, with which these were measured.
-    own = HostCost(eager_stage3=3.7e-3, ends=6.5e-3, update_stage3=0.25e-3)
+    own = HostCost(eager_stage3=3.7e-3, ends_stage3=6.5e-3, update_stage3=0.25e-3)
     monkeypatch.setattr("trainer.plan.command.Efficiency", partial(Efficiency, host=own))
     plain = ("train.activation_checkpointing=false", f"parallel.deepspeed_config={ZERO_3}")
     found = planned(recipe, *overrides, *plain, "--device", device, "--world-size", "1")["configured"]

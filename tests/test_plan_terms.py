@@ -15,7 +15,7 @@ from trainer.plan.memory import activation_terms, block_bytes, checkpoint_bytes,
 MILLION = 1_000_000
 COUNTS = Counts(
     experts=8 * MILLION, rest=MILLION, one_expert=MILLION // 2, num_moe=2, largest_block=300_000, persistent=10_000,
-    active=3 * MILLION,
+    active=3 * MILLION, ends=100_000,
 )  # fmt: skip
 CONFIG = TrainConfig(
     model=ModelConfig(dim=64, num_layers=4, num_heads=4, num_kv_heads=2, mlp_ratio=4, patch_size=2),
@@ -53,15 +53,20 @@ def values(terms: list[Term]) -> dict[str, float]:
         # Stage 3 keeps small parameters whole; a block with its two experts of 2 x 500,000 is gathered at once.
         (CONFIG, {}, {"overlap_comm": True}, {
             "weights": 4.54, "gradients": 4.5, "optimizer": 13.5, "average": 4.5, "reduce bucket": 0.2,
-            "gathered weights": 4 * (0.3 + 1.0 + 0.02),
+            "gathered weights": 4 * (0.1 + 0.3 + 1.0 + 0.02),
         }),
-        (CONFIG, {}, {"stage3_max_live_parameters": 2 * MILLION}, {"gathered weights": 4 * 2.02}),
+        (CONFIG, {}, {"stage3_max_live_parameters": 2 * MILLION}, {"gathered weights": 4 * 2.12}),
         (CONFIG, {}, {"stage3_max_live_parameters": 9 * MILLION}, {"gathered weights": 12}),
-        (CONFIG, {"world_size": 1, "ep_size": 1}, {}, {"weights": 36, "optimizer": 108, "average": 36}),
-        (CONFIG, {"ep_size": 1}, {}, {"weights": 4.54, "gathered weights": 4 * (0.3 + 4.0 + 0.02)}),
+        (CONFIG, {"world_size": 1, "ep_size": 1}, {}, {
+            "weights": 36, "optimizer": 108, "average": 36, "gathered weights": 0,
+        }),
+        # Each rank has experts of its own.
+        (CONFIG, {"ep_size": 8}, {}, {"gathered weights": 4 * (0.1 + 0.4 + 0.02)}),
+        (CONFIG, {"ep_size": 8}, {"stage3_max_live_parameters": 9 * MILLION}, {"gathered weights": 4}),
+        (CONFIG, {"ep_size": 1}, {}, {"weights": 4.54, "gathered weights": 4 * (0.1 + 0.3 + 4.0 + 0.02)}),
         (BF16, {}, {}, {
             "weights": 2.27, "gradients": 4.5, "optimizer": 13.5, "average": 4.5, "reduce bucket": 0.1,
-            "gathered weights": 2.64,
+            "gathered weights": 2.84,
         }),
         (SGD, {}, {}, {"weights": 4.54, "optimizer": 4.5, "average": 4.5}),
         (CONFIG, {}, {"offload_optimizer": {"device": "cpu"}}, {"weights": 4.54, "optimizer": 0, "average": 0}),
@@ -127,7 +132,7 @@ def test_the_optimizers_own_phase_counts_where_it_is_the_larger() -> None:
     assert step_phase(job_of(), replace(LAYOUT, stage=2)) == 12 * 1.125 * MILLION
     assert step_phase(job_of(sub_group_size=9 * MILLION), LAYOUT) == 12 * 1.125 * MILLION
     assert step_phase(job_of(offload_optimizer={"device": "cpu"}), LAYOUT) == 0
-    state, reserved = 32.52 * MILLION, 7 * MILLION  # 4.54 + 4.5 + 13.5 + 4.5 + 0.2 + 5.28
+    state, reserved = 32.92 * MILLION, 7 * MILLION  # 4.54 + 4.5 + 13.5 + 4.5 + 0.2 + 5.68
     activations = 2 * DENSE + 2 * MOE + ENDS + 262_144 + 524_288
     assert activations < 12 * MILLION
     found = values(memory_terms(job_of(), LAYOUT, Efficiency(reserved=reserved)))

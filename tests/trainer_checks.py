@@ -5,7 +5,6 @@ torchrun --nproc-per-node 2 tests/trainer_checks.py FOLDER the_average_is_a_plai
 Seen from outside through a whole `Trainer`: at torch's optimizer, at the experts' door, in the files.
 """
 
-import logging
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +26,6 @@ from trainer.data.dataset import open_dataset
 from trainer.data.position import DataState
 from trainer.diffusion.model import EcDit
 from trainer.distributed import World, gather
-from trainer.engine import zero3_host_cost
 from trainer.engine.deepspeed_config import load_deepspeed_config
 from trainer.engine.engine import build_engine
 from trainer.loop.loop import Trainer
@@ -221,83 +219,6 @@ def a_routers_loss_is_learned_and_not_reported(world: World, folder: Path) -> No
     mine = torch.stack(errors)[world.rank * len(batches) :][: len(batches)]
     torch.testing.assert_close(result.losses, mine.detach(), rtol=1e-5, atol=0)
     engine.destroy()
-
-
-def losses_of(engine: Any, steps: int, rank: int) -> list[float]:
-    """Loss and gradient norm of each step; twice a pass for evaluation, which ZeRO-3 did not expect."""
-    found, generator = [], torch.Generator().manual_seed(rank)
-    text, mask = torch.randn(4, 4, 32, generator=generator), torch.ones(4, 4, dtype=torch.bool)
-    for step in range(steps):
-        x = torch.randn(4, 3, 8, 8, generator=generator)
-        for micro_batch in range(2):
-            loss = engine(x, torch.linspace(0.1, 0.9, 4), text, mask)[0].square().mean()
-            engine.backward(loss)
-            engine.step()
-            if (step, micro_batch) in ((0, 1), (steps // 2, 0)):
-                with torch.no_grad():
-                    found.append(engine(x[:2], torch.ones(2), text[:2], mask[:2])[0].sum().item())
-        found += [loss.item(), float(engine.get_global_grad_norm())]
-    return found
-
-
-def lighter_bookkeeping_changes_no_bit(world: World, _: Path) -> None:
-    """Against DeepSpeed's own, with parameters cut or whole, gathered in parts or by a sum, and recomputed."""
-    cut: dict[str, Any] = {"stage3_param_persistence_threshold": 0}
-    ahead = {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 3000}
-    variants: list[tuple[int, bool, dict[str, Any]]] = [
-        (20, False, cut),
-        (6, True, ahead | {"stage3_max_reuse_distance": 0}),
-        (6, False, cut | {"stage3_use_all_reduce_for_fetch_params": True, "reduce_bucket_size": 5000}),
-        (6, False, cut | {"contiguous_gradients": False}),
-        (6, False, cut | {"reduce_scatter": False}),
-        (6, False, cut | {"offload_optimizer": {"device": "cpu"}}),
-    ]
-    for steps, recompute, zero in variants:
-        config = parity_config("adamw", 1 if world.size == 3 else world.size, world.size)
-        config = replace(config, train=replace(config.train, activation_checkpointing=recompute, precision="bf16"))
-        content = load_deepspeed_config(config, world.size) | {"zero_force_ds_cpu_optimizer": False}
-        content["zero_optimization"] |= zero
-        found = []
-        for stock in (True, False):
-            engine = build_engine(config, content, SHAPE, CPU, random_value, stock=stock)
-            assert is_light(engine) is not stock
-            found.append(losses_of(engine, steps, world.rank))
-            coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
-            assert stock or (coordinator.is_recorded and any(coordinator.ahead.values()))
-            assert any(module is engine.module.blocks[0].cross_attention for module in engine.module.modules())
-            engine.destroy()
-        assert found[0] == found[1], [i for i, (a, b) in enumerate(zip(*found, strict=True)) if a != b][:1]
-
-
-def is_light(engine: Any) -> bool:
-    return hasattr(engine.optimizer.parameter_offload.get_param_coordinator(), "kept")
-
-
-def bookkeeping_stays_where_something_is_in_the_way(world: World, _: Path) -> None:
-    """Another version, another setting: one sentence, and DeepSpeed as it is."""
-    config = parity_config("adamw", 1, world.size)
-    content, said = load_deepspeed_config(config, world.size), []
-    keep = logging.Handler()
-    keep.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger, version = zero3_host_cost.logger, zero3_host_cost.VERSION
-    logger.addHandler(keep)
-    logger.setLevel(logging.INFO)
-    try:
-        zero3_host_cost.VERSION = "0.1"
-        assert not is_light(build_engine(config, content, SHAPE, CPU, random_value))
-        zero3_host_cost.VERSION = version
-        for key, value in (("stage3_allgather_sequential", True), ("reduce_scatter", False)):
-            changed = content | {"zero_optimization": content["zero_optimization"] | {key: value}}
-            assert is_light(build_engine(config, changed, SHAPE, CPU, random_value)) == (key == "reduce_scatter")
-    finally:
-        zero3_host_cost.VERSION = version
-        logger.removeHandler(keep)
-    assert len(said) == (3 if world.is_main else 0), said
-    if world.is_main:
-        assert said[0].endswith(f"deepspeed is {version}, and 0.1 is what was looked into")
-        assert said[1].endswith("zero_optimization.allgather_sequential is True")
-        assert said[2].endswith("DeepSpeed reduces ZeRO-3's gradients by its own code, which costs the host more: "
-                                "its reduce_scatter is False")  # fmt: skip
 
 
 if __name__ == "__main__":

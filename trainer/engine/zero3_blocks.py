@@ -72,7 +72,7 @@ def simplify_hooks(engine: Any) -> None:
 
 def _without_modules(model: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
     def unmarked(*args: Any, **options: Any) -> Any:
-        model.modules = NO_MODULES.__iter__  # type: ignore[method-assign]
+        model.modules = NO_MODULES.__iter__  # type: ignore[assignment,method-assign]
         try:
             return run(*args, **options)
         finally:
@@ -84,9 +84,10 @@ def _without_modules(model: nn.Module, run: Callable[..., Any]) -> Callable[...,
 def _hook_ends(model: nn.Module, coordinator: Any) -> RemovableHandle:
     """Have the model gather all that is not in blocks, in one exchange, at the first forward pass of a step.
 
-    These are a dozen small modules before and after the blocks; they stay whole until the update, as DeepSpeed lets what
-    one module uses of another (`is_external_param`), so there is nothing to gather in backward passes.
+    These are a dozen small modules before and after the blocks. They stay whole until the update, as in DeepSpeed what
+    one module uses of another does (`is_external_param`), so there is nothing to gather in backward passes.
     """
+    param: Any
     for param in model.parameters():
         if not z3_leaf_parameter(param):
             param.is_external_param = True
@@ -95,7 +96,7 @@ def _hook_ends(model: nn.Module, coordinator: Any) -> RemovableHandle:
 
 
 def _hook_block(block: nn.Module, coordinator: Any, reduce: Callable[..., None]) -> list[RemovableHandle]:
-    def begin_backward() -> None:
+    def begin_backward(_: Tensor) -> None:
         coordinator.enter(block, forward=False)
 
     def end_backward() -> None:
@@ -106,10 +107,10 @@ def _hook_block(block: nn.Module, coordinator: Any, reduce: Callable[..., None])
         coordinator.enter(block, forward=True)
         return through(end_backward, inputs)
 
-    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+    def after(_: nn.Module, __: tuple[Any, ...], output: tuple[Tensor, Any]) -> None:
         coordinator.release_sub_module(block, forward=True)
-        if isinstance(output, tuple):
-            return through(begin_backward, output)
-        return through(begin_backward, (output,))[0]
+        x_BSD = output[0]  # beside it is only what the router decided
+        if x_BSD.requires_grad:
+            x_BSD.register_hook(begin_backward)
 
     return [block.register_forward_pre_hook(before), block.register_forward_hook(after)]

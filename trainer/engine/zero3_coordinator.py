@@ -4,6 +4,9 @@ As soon as DeepSpeed knows in which order modules are run, nothing about a step 
 of a module, nor what is gathered ahead of it. So one more pass is left to DeepSpeed's own code and recorded, and those
 after it do the same without its queue. A pass out of that order, or until then, is run by its own code.
 
+What a rank shares with nobody (experts that no other rank has; on one GPU everything) is neither gathered nor released:
+its part is the whole parameter, so that nothing would be freed.
+
 The host may be two fetches ahead of the GPU, so that what is gathered ahead stays bounded. DeepSpeed says the same, but
 counts one for each parameter of a fetch, and a block has fifteen: so its host waited until each gather had ended.
 """
@@ -17,6 +20,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator, iter_params
 from deepspeed.utils import z3_leaf_module
+from deepspeed.utils.z3_leaf_module import z3_leaf_parameter
 from torch import Tensor, nn
 
 NOTHING: list[Any] = []
@@ -38,9 +42,19 @@ class _PartitionedParameterCoordinator(PartitionedParameterCoordinator):  # type
     def start(self, model: nn.Module) -> None:
         """Once, on an object that was made as the base."""
         self.everything: list[Any] = list(model.parameters())
+        self.alone = [param for param in self.everything if param.ds_zero_partition_world_size == 1]
+        self.shared = [param for param in self.everything if param.ds_zero_partition_world_size > 1]
+        # The limit is for what comes and goes: shared parameters of blocks.
+        stays = [
+            param
+            for param in self.everything
+            if param.ds_zero_partition_world_size == 1 or not z3_leaf_parameter(param)
+        ]
+        self.__max_n_available_params += sum(param.ds_numel for param in stays)
         self.kept: dict[int, tuple[int, list[Any]]] = {}
         self.empty: dict[Any, Tensor] = {}
         self.ahead: dict[int, list[Any]] = {}  # what each place of the order gathers ahead, as recorded
+        self.leaving: dict[tuple[int, int], list[Any]] = {}  # what a module gives back at a place of the order
         self.is_recorded = self.is_recording = False
         self.is_fresh = False  # whether nothing is gathered, but for what always is
         self.gathering: list[Any] = []  # during a recorded fetch: what it gathers
@@ -50,6 +64,7 @@ class _PartitionedParameterCoordinator(PartitionedParameterCoordinator):  # type
         super()._clear_trace_structures()
         self.kept.clear()
         self.ahead.clear()
+        self.leaving.clear()
         self.is_recorded = self.is_recording = False
 
     def _clean_inflight_param_registry(self) -> None:
@@ -57,16 +72,25 @@ class _PartitionedParameterCoordinator(PartitionedParameterCoordinator):  # type
         while self.on_the_way:
             exchange, params = self.on_the_way.popleft()
             exchange.wait()
-            for param in params:
-                self._free(param)
+            self._free(params)
 
     def reset_step(self) -> None:
         """Begin a pass through the order. The first is kept that began with nothing gathered and went to its end."""
         if self.is_recording and self.__step_id == len(self.__submodule_order):
             self.is_recorded = True
         super().reset_step()
+        self._keep_whole()
         self.is_recording = self.is_complete_trace() and self.is_fresh and not self.is_recorded
         self.is_fresh = False
+
+    def _keep_whole(self) -> None:
+        """Have each parameter that is shared with nobody be its part, which the update writes into."""
+        for param in self.alone:
+            if param.data_ptr() != param.ds_tensor.data_ptr():
+                if param.ds_status is ZeroParamStatus.NOT_AVAILABLE:
+                    self.__n_available_params += param.ds_numel
+                param.data = param.ds_tensor.view(param.ds_shape)
+                param.ds_status = ZeroParamStatus.AVAILABLE
 
     def enter(self, module: Any, forward: bool) -> None:
         """What DeepSpeed's hooks do before either pass of a module."""
@@ -79,7 +103,9 @@ class _PartitionedParameterCoordinator(PartitionedParameterCoordinator):  # type
         """What is fetched for a module, by their ids; `ds_external_parameters` may still grow."""
         num, found = self.kept.get(module.ds_id, (-1, NOTHING))
         if num != len(module._external_params):
-            found = sorted(set(iter_params(module, recurse=z3_leaf_module(module))), key=lambda p: p.ds_id)
+            params = set(iter_params(module, recurse=z3_leaf_module(module)))
+            shared = [param for param in params if param.ds_zero_partition_world_size > 1]
+            found = sorted(shared, key=lambda param: param.ds_id)
             self.kept[module.ds_id] = len(module._external_params), found
         return found
 
@@ -101,7 +127,7 @@ class _PartitionedParameterCoordinator(PartitionedParameterCoordinator):  # type
         if not forward:
             self.__active_backward_submodules[current_submodule.ds_id] = current_submodule
         self._begin(params)
-        self._wait_for(params, current_submodule.ds_id)
+        self._wait_for(params)
         self._begin(self.ahead[step])
         self.__step_id += 1
 
@@ -113,11 +139,9 @@ class _PartitionedParameterCoordinator(PartitionedParameterCoordinator):  # type
             with get_accelerator().stream(self.__allgather_stream):
                 self.on_the_way.append((missing[0].all_gather_coalesced(missing), missing))
 
-    def _wait_for(self, params: list[Any], module: int) -> None:
-        needed = False
-        for param in params:
-            param.ds_active_sub_modules.add(module)
-            needed = needed or param.ds_status is ZeroParamStatus.INFLIGHT
+    def _wait_for(self, params: list[Any]) -> None:
+        """DeepSpeed also notes who uses them. Here each has one user: its block, or the model until the update."""
+        needed = any([param.ds_status is ZeroParamStatus.INFLIGHT for param in params])
         accelerator = get_accelerator()
         if needed:
             events = self.__ongoing_fetch_events
@@ -141,25 +165,36 @@ class _PartitionedParameterCoordinator(PartitionedParameterCoordinator):  # type
         if not self.is_complete_trace():
             super().release_sub_module(submodule, forward=forward)
             return
-        wanted = self.__params_to_release(submodule, self.__step_id)
+        step, module = self.__step_id, submodule.ds_id
+        leaving = self.leaving.get((module, step))
+        if leaving is None:
+            wanted, params = self.__params_to_release(submodule, step), self._parameters(submodule)
+            leaving = [param for param in params if param.ds_id in wanted and not param.is_external_param]
+            self.leaving[module, step] = leaving
         if not forward:
-            self.__active_backward_submodules.pop(submodule.ds_id, None)
-        for param in self._parameters(submodule):
-            param.ds_active_sub_modules.discard(submodule.ds_id)
-            if param.ds_id in wanted and not param.is_external_param:
-                self._free(param)
+            self.__active_backward_submodules.pop(module, None)
+        if not self.is_recorded:
+            for param in self._parameters(submodule):
+                param.ds_active_sub_modules.discard(module)
+        self._free(leaving)
 
-    def _free(self, param: Any) -> None:
-        if param.ds_status is not ZeroParamStatus.AVAILABLE or param.ds_active_sub_modules:
-            return
-        if not get_accelerator().is_synchronized_device():
-            param.data.record_stream(get_accelerator().current_stream())
-        empty = self.empty.get(param.dtype)
-        if empty is None:
-            empty = self.empty[param.dtype] = torch.empty(0, dtype=param.dtype, device=param.device)
-        param.data = empty
-        param.ds_status = ZeroParamStatus.NOT_AVAILABLE
-        self.__n_available_params -= param.ds_numel
+    def _free(self, params: list[Any]) -> None:
+        """Give back what is gathered and used by nobody."""
+        accelerator = get_accelerator()
+        stream = None if accelerator.is_synchronized_device() else accelerator.current_stream()
+        freed = 0
+        for param in params:
+            if param.ds_status is not ZeroParamStatus.AVAILABLE or param.ds_active_sub_modules:
+                continue
+            if stream is not None and param.ds_zero_partition_world_size > 1:  # else it is the part itself, which stays
+                param.data.record_stream(stream)
+            empty = self.empty.get(param.dtype)
+            if empty is None:
+                empty = self.empty[param.dtype] = torch.empty(0, dtype=param.dtype, device=param.device)
+            param.data = empty
+            param.ds_status = ZeroParamStatus.NOT_AVAILABLE
+            freed += param.ds_numel
+        self.__n_available_params -= freed
 
     @torch.no_grad()
     def release_and_reset_all(self, module: Any) -> None:
@@ -172,4 +207,4 @@ class _PartitionedParameterCoordinator(PartitionedParameterCoordinator):  # type
             if param in inflight:
                 inflight.pop(param).wait()
             param.ds_active_sub_modules.clear()
-            self._free(param)
+        self._free(self.shared)

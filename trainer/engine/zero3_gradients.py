@@ -61,8 +61,11 @@ class _Gradients:
         self.optimizer = optimizer
         self.last = {params[-1].ds_id for params in optimizer.leaf_parameters.values()}
         self.waiting: list[Any] = []
-        # Where the part of a parameter's gradient is summed, by `ds_id`.
-        self.places: dict[int, Tensor] = getattr(optimizer, f"{PREFIX}param_id_to_grad_partition")
+        # Where the part of a parameter's gradient is summed, by `ds_id`; in the parameter's shape where that is whole.
+        self.places: dict[int, Tensor] = dict(getattr(optimizer, f"{PREFIX}param_id_to_grad_partition"))
+        for param in (param for group in optimizer.fp16_groups for param in group):
+            if param.ds_zero_partition_world_size == 1:
+                self.places[param.ds_id] = self.places[param.ds_id].view(param.ds_shape)
         sizes = [sum(param.partition_numel() for param in group) for group in optimizer.fp16_groups]
         self.flats = optimizer.grad_partitions_flat_buffer.split(sizes)
 
@@ -108,12 +111,12 @@ class _Gradients:
     def _averaged(self, params: list[Any], group: Any, dtype: torch.dtype) -> list[Tensor]:
         """This rank's part of each averaged gradient, the last ranks' padded with zeros."""
         optimizer = self.optimizer
-        grads = [param.grad.to(dtype) for param in params]
+        grads = [param.grad if param.grad.dtype is dtype else param.grad.to(dtype) for param in params]
         W = params[0].ds_zero_partition_world_size
         if W == 1:
-            parts = [grad.reshape(-1) for grad in grads]
+            parts = grads
         else:
-            columns = [_rows(grad.reshape(-1), W) for grad in grads]
+            columns = [_rows(grad, W) for grad in grads]
             joined_WN = torch.cat(columns, dim=1).div_(W)
             part_N = joined_WN[params[0].ds_zero_partition_rank]
             deepspeed.comm.reduce_scatter_fn(part_N, joined_WN.view(-1), group=group)
@@ -164,6 +167,6 @@ class _Gradients:
 
 
 def _rows(gradient: Tensor, W: int) -> Tensor:
-    """A flat gradient as one row per rank, padded where it cannot be cut equally."""
+    """A gradient as one row per rank, padded where it cannot be cut equally."""
     missing = -gradient.numel() % W
-    return (functional.pad(gradient, (0, missing)) if missing else gradient).view(W, -1)
+    return (functional.pad(gradient.reshape(-1), (0, missing)) if missing else gradient).reshape(W, -1)

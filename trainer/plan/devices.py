@@ -30,14 +30,14 @@ class HostCost:
 
     scale: float = 6.2
     eager: float = 2.6e-3  # ZeRO 1 and 2
-    eager_stage3: float = 2.45e-3  # with DeepSpeed's own bookkeeping 3.7e-3
+    eager_stage3: float = 2.25e-3  # with DeepSpeed's own bookkeeping 3.7e-3
     compiled: float = 1.4e-3  # ZeRO 1 and 2
-    compiled_stage3: float = 1.3e-3
-    ends: float = 4.5e-3  # of what is outside of blocks, once per micro-batch; with DeepSpeed's own 6.5e-3
+    compiled_stage3: float = 1.1e-3
+    shared: float = 0.25e-3  # more in stage 3 on several ranks: a block's gathers and its reduction
+    ends: float = 4.1e-3  # of what is outside of blocks, once per micro-batch, in ZeRO 1 and 2
+    ends_stage3: float = 2.8e-3  # with DeepSpeed's own 6.5e-3
     update: float = 0.47e-3  # of optimizer step and average in ZeRO 1 and 2, per block and step; the ends count as two
     update_stage3: float = 0.13e-3  # with DeepSpeed's own 0.25e-3
-    gather: float = 0.1e-3  # bookkeeping of one gather of a block, measured, not scaled
-    gather_rank: float = 0.0  # and for each rank; as DeepSpeed 0.19.8 cuts what it has gathered, 38e-6
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,13 +27,17 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Parameters: of all experts, of everything else, of one expert in one layer; activated ones per token."""
+    """Parameters: of all experts, of everything else, of one expert in one layer; activated ones per token.
+
+    Of everything else those of the largest block, outside of blocks (`ends`), and so small that ranks keep them whole.
+    """
 
     experts: int
     rest: int
     one_expert: int
     num_moe: int
     largest_block: int
+    ends: int
     persistent: int
     active: int
 
@@ -67,6 +71,7 @@ def count_parameters(config: TrainConfig, shape: ModelShape, persistent_below: i
         one_expert=one,
         num_moe=num_moe,
         largest_block=max(in_blocks),
+        ends=total - experts - sum(in_blocks),
         persistent=sum(small),
         active=total - experts + round(num_moe * one * config.moe.capacity_factor),
     )

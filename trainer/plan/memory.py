@@ -3,7 +3,9 @@
 | symbol | meaning                                                        |
 |--------|----------------------------------------------------------------|
 | Pe, Pr | parameters of all experts, of the rest                         |
+| Po     | of the rest those outside of blocks                            |
 | p      | parameters of this rank before ZeRO: Pe / ep + Pr              |
+| p'     | of these what it shares with other ranks                       |
 | q      | parameters of this rank's share: Pe / (ep edp) + Pr / world    |
 | s      | bytes of a working value: 2 in bf16, 4 in fp32                 |
 | g      | bytes of a summed gradient: s, or 4 of several micro-batches   |
@@ -34,6 +36,11 @@ def held(job: Job, layout: Layout) -> tuple[float, float]:
     return p, counts.experts / (layout.ep_size * layout.edp_size) + counts.rest / layout.world_size
 
 
+def shared(job: Job, layout: Layout) -> float:
+    """p': parameters of a rank, before ZeRO, of which another rank has a part."""
+    return job.counts.rest * (layout.world_size > 1) + job.counts.experts / layout.ep_size * (layout.edp_size > 1)
+
+
 def state_terms(job: Job, layout: Layout) -> list[Term]:
     """Weights, gradients, optimizer, average and ZeRO's buffers."""
     p, q = held(job, layout)
@@ -58,11 +65,13 @@ def state_terms(job: Job, layout: Layout) -> list[Term]:
         Term("reduce bucket", u * bucket, "byte", "u reduce_bucket_size", f"{u} x {bucket:.4g}"),
     ]
     if stage == 3:
-        local = job.counts.one_expert * job.config.moe.num_experts / layout.ep_size if job.counts.num_moe else 0.0
-        block = job.counts.largest_block + local  # gathered at once, whatever the limit
+        block = float(job.counts.largest_block)  # gathered at once, whatever the limit
+        if job.counts.num_moe and layout.edp_size > 1:
+            block += job.counts.one_expert * job.config.moe.num_experts / layout.ep_size
         limit = max(float(job.zero.get("stage3_max_live_parameters", 1e9)), block)
-        live = min(p, limit + float(job.zero.get("stage3_prefetch_bucket_size", 5e7)))
-        formula = "s min(p, max(max_live_parameters, one block) + prefetch_bucket_size)"
+        limit += float(job.zero.get("stage3_prefetch_bucket_size", 5e7))
+        live = min(shared(job, layout), job.counts.ends + limit)
+        formula = "s min(p', Po + max(max_live_parameters, one block) + prefetch_bucket_size)"
         terms.append(Term("gathered weights", s * live, "byte", formula, f"{s} x {live:.4g}"))
     return terms
 

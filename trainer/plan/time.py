@@ -5,7 +5,7 @@ The GPU computes what the host has started, so a micro-batch takes the longer of
 
 from trainer.plan.devices import Device, Efficiency
 from trainer.plan.job import Job, Layout, Term
-from trainer.plan.memory import held
+from trainer.plan.memory import held, shared
 from trainer.plan.passes import pass_bytes
 from trainer.plan.traffic import exchange_terms, zero_terms
 
@@ -90,14 +90,16 @@ def _zero_copies(job: Job, layout: Layout, device: Device, eff: Efficiency) -> T
     """
     p, q = held(job, layout)
     s, reductions, passes, gathers = job.num_bytes, 1 if layout.stage == 1 else layout.accumulation, 6, 0
+    ends = 0
     if layout.stage == 3:
-        passes, gathers = 4, 2 * layout.accumulation
-        p = job.counts.rest * (layout.world_size > 1) + job.counts.experts / layout.ep_size * (layout.edp_size > 1)
-    moved, reached = s * (p * (passes * reductions + 2 * gathers) + 2 * q * reductions), device.hbm * eff.hbm
+        passes, gathers, p = 4, 2 * layout.accumulation, shared(job, layout)
+        ends = job.counts.ends if p else 0  # gathered once
+    gathered = (p - ends) * gathers + ends
+    moved, reached = s * (p * passes * reductions + 2 * gathered + 2 * q * reductions), device.hbm * eff.hbm
     return Term(
         "ZeRO copies", moved / reached, "s",
-        "s (shared p (passes x reductions + 2 gathers) + 2 q reductions) / (HBM x share)",
-        f"{s} x ({p:.4g} x ({passes} x {reductions} + 2 x {gathers}) + 2 x {q:.4g} x {reductions}) / {reached:.4g}",
+        "s (shared p passes x reductions + 2 gathered + 2 q reductions) / (HBM x share)",
+        f"{s} x ({p:.4g} x {passes} x {reductions} + 2 x {gathered:.4g} + 2 x {q:.4g} x {reductions}) / {reached:.4g}",
     )  # fmt: skip
 
 
@@ -119,13 +121,13 @@ def host_terms(job: Job, layout: Layout, eff: Efficiency) -> tuple[Term, Term]:
     cost, N, c, is_stage3 = eff.host, job.config.model.num_layers, layout.accumulation, layout.stage == 3
     plain, stage3 = (cost.compiled, cost.compiled_stage3) if job.compiled else (cost.eager, cost.eager_stage3)
     block = (stage3 if is_stage3 else plain) + (plain / 3 if layout.recompute else 0.0)
-    gathers = 2 * N * c if is_stage3 and layout.world_size > 1 else 0
-    gather = cost.gather + cost.gather_rank * layout.world_size
-    seconds = cost.scale * c * (N * block + cost.ends) + gathers * gather
+    block += cost.shared if is_stage3 and layout.world_size > 1 else 0.0
+    ends = cost.ends_stage3 if is_stage3 else cost.ends
+    seconds = cost.scale * c * (N * block + ends)
     starting = cost.update_stage3 if is_stage3 else cost.update
     update = cost.scale * (N + 2) * starting
     return (
-        Term("host", seconds, "s", "scale c (N block + ends) + gathers (gather + world x gather of a rank)",
-             f"{cost.scale} x {c} x ({N} x {block:.3g} + {cost.ends:.3g}) + {gathers} x {gather:.3g}"),
+        Term("host", seconds, "s", "scale c (N block + ends)",
+             f"{cost.scale} x {c} x ({N} x {block:.3g} + {ends:.3g})"),
         Term("host update", update, "s", "scale (N + 2) update", f"{cost.scale} x {N + 2} x {starting:.3g}"),
     )  # fmt: skip

@@ -45,8 +45,9 @@ def exchange_terms(job: Job, layout: Layout, device: Device, eff: Efficiency) ->
 def zero_terms(job: Job, layout: Layout, device: Device, eff: Efficiency) -> tuple[list[Term], float]:
     """Gradients reduced and weights gathered: of the rest over all ranks, of experts over their data group.
 
-    Stages 1 and 2 gather weights once per step, stage 3 twice per micro-batch. Stage 1 reduces once per step, the
-    others once per micro-batch; stages 1 and 2 of DeepSpeed 0.19.8 do so by an all-reduce, which sends twice as much.
+    Stages 1 and 2 gather weights once per step, stage 3 twice per micro-batch (what is outside of blocks once per
+    step). Stage 1 reduces once per step, the others once per micro-batch; stages 1 and 2 of DeepSpeed 0.19.8 do so by
+    an all-reduce, which sends twice as much.
     """
     s, counts, per_node = job.num_bytes, job.counts, device.per_node
     gathers = 2 * layout.accumulation if layout.stage == 3 else 1
@@ -54,14 +55,15 @@ def zero_terms(job: Job, layout: Layout, device: Device, eff: Efficiency) -> tup
     several = layout.world_size > per_node
     inside = device.node * eff.node
     ring = per_node * device.nic * eff.nic if several else inside
-    rest = s * counts.rest * (gathers + reductions) * (1 - 1 / layout.world_size)
+    sent = (counts.rest - counts.ends) * gathers + counts.ends + counts.rest * reductions
+    rest = s * sent * (1 - 1 / layout.world_size)
     beside = min(layout.ep_size, per_node)  # groups that share a node's cards
     card = per_node * device.nic / beside * eff.nic if several else inside
     local = counts.experts / layout.ep_size
     expert = s * local * (gathers + reductions) * (1 - 1 / layout.edp_size)
     terms = [
-        Term("ZeRO of the rest", rest, "byte", "s Pr (gathers + reductions) (1 - 1 / world)",
-             f"{s} x {counts.rest:.4g} x ({gathers} + {reductions}) x (1 - 1 / {layout.world_size})"),
+        Term("ZeRO of the rest", rest, "byte", "s ((Pr - Po) gathers + Po + Pr reductions) (1 - 1 / world)",
+             f"{s} x {sent:.4g} x (1 - 1 / {layout.world_size})"),
         Term("ZeRO of the experts", expert, "byte", "s Pe / ep (gathers + reductions) (1 - 1 / edp)",
              f"{s} x {local:.4g} x ({gathers} + {reductions}) x (1 - 1 / {layout.edp_size})"),
     ]  # fmt: skip
