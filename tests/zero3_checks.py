@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from named_checks import run_named
 
@@ -25,7 +26,7 @@ NOTHING_KEPT = "stage3_param_persistence_threshold", "stage3_max_reuse_distance"
 
 
 def losses_of(engine: Any, steps: int, rank: int, *, evaluating: bool = True) -> list[float]:
-    """Loss and gradient norm of each step; twice a pass for evaluation, which ZeRO-3 did not expect."""
+    """Loss and gradient norm of each step; twice the weights and a pass for evaluation, which ZeRO-3 did not expect."""
     found, generator = [], torch.Generator().manual_seed(rank)
     text, mask = torch.randn(4, 4, 32, generator=generator), torch.ones(4, 4, dtype=torch.bool)
     for step in range(steps):
@@ -34,14 +35,12 @@ def losses_of(engine: Any, steps: int, rank: int, *, evaluating: bool = True) ->
             loss = engine(x, torch.linspace(0.1, 0.9, 4), text, mask)[0].square().mean()
             engine.backward(loss)
             engine.step()
+            if evaluating and (step, micro_batch) in ((0, 0), (steps // 2, 0)):
+                with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+                    found.append(sum(param.detach().float().abs().sum() for param in engine.module.parameters()).item())
             if evaluating and (step, micro_batch) in ((0, 1), (steps // 2, 0)):
                 with torch.no_grad():
                     found.append(engine(x[:2], torch.ones(2), text[:2], mask[:2])[0].sum().item())
-                # When it loads a checkpoint DeepSpeed cuts what it keeps whole, and gathers it again.
-                engine.optimizer.checkpoint_event_prologue()
-                if whole := engine.optimizer.persistent_parameters:
-                    whole[0].partition(whole)
-                engine.optimizer.checkpoint_event_epilogue()
         found += [loss.item(), float(engine.get_global_grad_norm())]
     return found
 

@@ -84,15 +84,19 @@ def _without_modules(model: nn.Module, run: Callable[..., Any]) -> Callable[...,
 def _hook_ends(model: nn.Module, coordinator: Any) -> RemovableHandle:
     """Have the model gather all that is not in blocks, in one exchange, at the first forward pass of a step.
 
-    These are a dozen small modules before and after the blocks. They stay whole until the update, as in DeepSpeed what
-    one module uses of another does (`is_external_param`), so there is nothing to gather in backward passes.
+    These are a dozen small modules before and after the blocks. Nobody releases them before the update, so there is
+    nothing to gather in backward passes.
     """
-    param: Any
-    for param in model.parameters():
-        if not z3_leaf_parameter(param):
-            param.is_external_param = True
-            register_external_parameter(model, param)
-    return model.register_forward_pre_hook(lambda *_: coordinator.enter(model, forward=True))
+    ends: list[Any] = [param for param in model.parameters() if not z3_leaf_parameter(param)]
+    for param in ends:
+        register_external_parameter(model, param)
+
+    def before(*_: Any) -> None:
+        coordinator.enter(model, forward=True)
+        for param in ends:
+            param.ds_active_sub_modules.clear()  # `GatheredParameters` would refuse what is in use
+
+    return model.register_forward_pre_hook(before)
 
 
 def _hook_block(block: nn.Module, coordinator: Any, reduce: Callable[..., None]) -> list[RemovableHandle]:

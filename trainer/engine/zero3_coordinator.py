@@ -44,13 +44,9 @@ class _PartitionedParameterCoordinator(PartitionedParameterCoordinator):  # type
         self.everything: list[Any] = list(model.parameters())
         self.alone = [param for param in self.everything if param.ds_zero_partition_world_size == 1]
         self.shared = [param for param in self.everything if param.ds_zero_partition_world_size > 1]
-        # The limit is for what comes and goes: shared parameters of blocks.
-        stays = [
-            param
-            for param in self.everything
-            if param.ds_zero_partition_world_size == 1 or not z3_leaf_parameter(param)
-        ]
-        self.__max_n_available_params += sum(param.ds_numel for param in stays)
+        # The limit is for what comes and goes; what is outside of blocks counts, but stays.
+        ends = [param for param in self.shared if not z3_leaf_parameter(param)]
+        self.__max_n_available_params += sum(param.ds_numel for param in ends)
         self.kept: dict[int, tuple[int, list[Any]]] = {}
         self.empty: dict[Any, Tensor] = {}
         self.ahead: dict[int, list[Any]] = {}  # what each place of the order gathers ahead, as recorded
@@ -87,8 +83,6 @@ class _PartitionedParameterCoordinator(PartitionedParameterCoordinator):  # type
         """Have each parameter that is shared with nobody be its part, which the update writes into."""
         for param in self.alone:
             if param.data_ptr() != param.ds_tensor.data_ptr():
-                if param.ds_status is ZeroParamStatus.NOT_AVAILABLE:
-                    self.__n_available_params += param.ds_numel
                 param.data = param.ds_tensor.view(param.ds_shape)
                 param.ds_status = ZeroParamStatus.AVAILABLE
 
@@ -174,7 +168,7 @@ class _PartitionedParameterCoordinator(PartitionedParameterCoordinator):  # type
         if not forward:
             self.__active_backward_submodules.pop(module, None)
         if not self.is_recorded:
-            for param in self._parameters(submodule):
+            for param in iter_params(submodule, recurse=z3_leaf_module(submodule)):
                 param.ds_active_sub_modules.discard(module)
         self._free(leaving)
 
@@ -208,3 +202,4 @@ class _PartitionedParameterCoordinator(PartitionedParameterCoordinator):  # type
                 inflight.pop(param).wait()
             param.ds_active_sub_modules.clear()
         self._free(self.shared)
+        self.__n_available_params = 0
