@@ -34,13 +34,13 @@ if __name__ == "__main__":
 import faulthandler
 import statistics
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.attention_kinds import Work, attention_parts, forward_backward
 from benchmarks.interleaved import markdown_table, ratio, time_interleaved
 from benchmarks.step import Bench
 from moe.dispatch import combine, dispatch, expert_rows
@@ -53,43 +53,6 @@ from trainer.plan.command import plan
 from trainer.plan.job import Job
 
 HEADER = ["part", "deterministic / not", "quartiles", "not, ms", "deterministic, ms"]
-
-Work = Callable[[], object]
-
-
-def forward_backward(function: Callable[..., Tensor], *inputs: Tensor) -> Work:
-    """Fresh gradients each time, to all inputs of floating point."""
-    leaves = [x for x in inputs if x.is_floating_point()]
-    grad = torch.randn_like(function(*inputs))
-    for leaf in leaves:
-        leaf.requires_grad_()
-    return lambda: torch.autograd.grad(function(*inputs), leaves, grad)
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, grouped: bool) -> Tensor:
-    """The fused kernel that PyTorch chooses."""
-    if not grouped:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=grouped)
-
-
-def attention_parts(job: Job, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Work]]:
-    """By numbers of tokens and mask, with repeated and with grouped heads."""
-    model, B, patch = job.config.model, job.config.train.micro_batch_size, job.config.model.patch_size
-    every = job.shape.height * job.shape.width // patch**2
-    real = torch.arange(job.text_tokens, device=device) < torch.randint(1, job.text_tokens + 1, (B, 1), device=device)
-    kept, text = job.num_tokens, job.text_tokens
-    shapes = dict.fromkeys([(kept, kept, False), (every, every, False), (kept, text, False), (kept, text, True)])
-    for S, L, masked in shapes:
-        mask = real[:, None, None, :] if masked else None
-        for grouped in (False, True):
-            heads = model.num_heads, model.num_kv_heads, model.num_kv_heads
-            query, key, value = (
-                torch.randn(B, n, tokens, model.dim // model.num_heads, device=device, dtype=dtype)
-                for n, tokens in zip(heads, (S, L, L), strict=True)
-            )
-            name = f"attention {S} x {L}, {'mask' if masked else 'no mask'}, {'grouped' if grouped else 'repeated'}"
-            yield name, forward_backward(partial(attention, mask=mask, grouped=grouped), query, key, value)
 
 
 def other_parts(job: Job, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Work]]:

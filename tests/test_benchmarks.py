@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks import determinism, exchange, gather, kernel_shares, moe_layer, on_gpu, sampling, step
+from benchmarks.attention_kinds import attention_parts, fused, packed
 from benchmarks.interleaved import Times, markdown_table, ratio, time_interleaved
 from benchmarks.moe_layer import Case, one_hot_forward, table
 from moe.config import MoeConfig
 from moe.layer import MoeLayer
 from trainer.config import load_config
+from trainer.diffusion.layers import attend_by_products
 from trainer.engine.zero3_gather import Gathering
 from trainer.plan.__main__ import parse as parse_plan
 from trainer.plan.command import plan
@@ -159,17 +162,35 @@ def test_the_exchange_is_hidden_by_as_much_as_it_did_not_add(capsys: pytest.Capt
     assert refused.value.code == 2 and "--rounds is 0: use 1 or more" in capsys.readouterr().err
 
 
+def test_packed_text_gives_what_a_mask_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the kernel, which only a GPU has, as a loop over images."""
+
+    def loop(query: Tensor, key: Tensor, value: Tensor, ends: Tensor, text: Tensor, *_: int, **__: bool) -> Tensor:
+        found = [
+            attend_by_products(*(x.transpose(0, 1)[None] for x in (query[a:b], key[c:d], value[c:d])), None)[0]
+            for a, b, c, d in zip(ends, ends[1:], text, text[1:], strict=False)
+        ]
+        return torch.cat([out.transpose(0, 1) for out in found])
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", loop)
+    query, key, value = torch.randn(3, 4, 5, 8), *torch.randn(2, 3, 2, 6, 8)
+    mask = (torch.arange(6) < torch.tensor([[2], [6], [1]]))[:, None, None, :]
+    attention, *inputs = packed(query, key, value, mask)
+    found = attention(*inputs).view(3, 5, 4, 8).transpose(1, 2)
+    torch.testing.assert_close(found, fused(query, key, value, mask, grouped=True), rtol=1e-5, atol=1e-6)
+
+
 def test_parts_are_measured_with_and_without_deterministic_algorithms(capsys: pytest.CaptureFixture[str]) -> None:
     options = determinism.command_line().parse_args(["--rounds", "1", "--repeats", "1"])
     small = ["debug", "train.micro_batch_size=2", "diffusion.mask_ratio=0.5", "data.image_size=16"]
     _, job, _, _ = plan(parse_plan([*small, "--device", "h100", "--world-size", "1"]))
     cpu, modes = torch.device("cpu"), []
-    for parts in (determinism.attention_parts, determinism.other_parts):
+    for parts in (attention_parts, determinism.other_parts):
         for name, work in parts(job, cpu, torch.float32):
             cells = determinism.line(name, work, options)
             assert len(cells) == len(determinism.HEADER) and cells[0] == name and float(cells[3]) > 0
             modes.append(name)
-    assert len(modes) == len(set(modes)) == 4 * 2 + 4
+    assert len(modes) == len(set(modes)) == 4 * 3 + 4
     found: list[bool] = []
     determinism.line("", lambda: found.append(torch.are_deterministic_algorithms_enabled()), options)
     assert {True, False} == set(found)

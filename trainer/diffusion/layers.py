@@ -127,21 +127,25 @@ def attend(query_BHSh: Tensor, key_BKLh: Tensor, value_BKLh: Tensor, mask_B11L: 
     | GPU, mask and deterministic algorithms | fused, keys and values repeated: grouped, it falls back to slow maths |
     | elsewhere                              | fused, grouped: a third less time than with repeated keys and values  |
     """
-    B, H, S, h = query_BHSh.shape
-    groups = H // key_BKLh.shape[1]
-    if query_BHSh.device.type == "cpu" and S <= 512:
-        # The queries that share a head of keys stand behind each other: no key or value is repeated.
-        score = query_BHSh.reshape(B, -1, groups * S, h) @ (key_BKLh * h**-0.5).transpose(-1, -2)
-        if mask_B11L is not None:
-            score = score.masked_fill(~mask_B11L, -torch.inf)
-        out: Tensor = (score.softmax(dim=-1) @ value_BKLh).view(B, H, S, h)
-        return out
+    groups = query_BHSh.shape[1] // key_BKLh.shape[1]
+    if query_BHSh.device.type == "cpu" and query_BHSh.shape[2] <= 512:
+        return attend_by_products(query_BHSh, key_BKLh, value_BKLh, mask_B11L)
     if groups > 1 and mask_B11L is not None and torch.are_deterministic_algorithms_enabled():
         key_BKLh, value_BKLh = (t.repeat_interleave(groups, dim=1) for t in (key_BKLh, value_BKLh))
         groups = 1
     return functional.scaled_dot_product_attention(
         query_BHSh, key_BKLh, value_BKLh, attn_mask=mask_B11L, enable_gqa=groups > 1
     )
+
+
+def attend_by_products(query_BHSh: Tensor, key_BKLh: Tensor, value_BKLh: Tensor, mask_B11L: Tensor | None) -> Tensor:
+    """The same, all scores in memory. Queries with one head of keys stand behind each other: none is repeated."""
+    B, H, S, h = query_BHSh.shape
+    score = query_BHSh.reshape(B, key_BKLh.shape[1], -1, h) @ (key_BKLh * h**-0.5).transpose(-1, -2)
+    if mask_B11L is not None:
+        score = score.masked_fill(~mask_B11L, -torch.inf)
+    out: Tensor = (score.softmax(dim=-1) @ value_BKLh).view(B, H, S, h)
+    return out
 
 
 class TimestepEmbedder(nn.Module):
