@@ -13,6 +13,7 @@ SAME = "lighter_bookkeeping_changes_no_bit"
 CHECKS = (
     SAME,
     "each_parameter_is_gathered_no_more_often_than_needed",
+    "published_weights_are_those_that_compute",
     "bookkeeping_stays_where_something_is_in_the_way",
 )
 CASES = [pytest.param(size, check, marks=[pytest.mark.slow] * (size - 1)) for size in (1, 2) for check in CHECKS]

@@ -15,10 +15,13 @@ import torch
 from named_checks import run_named
 
 from benchmarks.parity import SHAPE, parity_config, random_value
+from benchmarks.whole_weights import gather_master
+from trainer.diffusion.model import EcDit
 from trainer.distributed import World
 from trainer.engine import zero3_gather, zero3_host_cost
 from trainer.engine.deepspeed_config import load_deepspeed_config
 from trainer.engine.engine import build_engine
+from trainer.engine.zero_state import flat_masters, publish_master
 
 CPU = torch.device("cpu")
 # Each pass of a block gathers what it needs, and gives it back.
@@ -131,6 +134,27 @@ def each_parameter_is_gathered_no_more_often_than_needed(world: World, _: Path) 
                 assert shared or param.data_ptr() == param.ds_tensor.data_ptr(), name
     finally:
         zero3_gather.Gathering.__init__ = begin  # type: ignore[method-assign]
+        engine.destroy()
+
+
+def published_weights_are_those_that_compute(world: World, _: Path) -> None:
+    """As when pictures are drawn with the average: a forward pass before them, one with them, one after them."""
+    config = parity_config("adamw", world.size, world.size)
+    content = load_deepspeed_config(config, world.size)
+    content["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
+    for stock in (True, False):
+        engine = build_engine(config, content, SHAPE, CPU, random_value, stock=stock)
+        model = EcDit(config.model, config.moe, SHAPE)
+        losses_of(engine, 2, world.rank)
+        for factor in (1.0, 2.0, 0.5):
+            with torch.no_grad():
+                for flat in flat_masters(engine):
+                    flat.mul_(factor)
+                publish_master(engine)
+                model.load_state_dict(gather_master(engine))
+                x, text = torch.ones(4, 3, 8, 8), torch.ones(4, 4, 32)
+                inputs = x, torch.linspace(0.1, 0.9, 4), text, torch.ones(4, 4, dtype=torch.bool)
+                torch.testing.assert_close(engine(*inputs)[0], model(*inputs)[0], rtol=1e-5, atol=1e-5)
         engine.destroy()
 
 

@@ -163,7 +163,7 @@ class _PartitionedParameterCoordinator(PartitionedParameterCoordinator):  # type
         leaving = self.leaving.get((module, step))
         if leaving is None:
             wanted, params = self.__params_to_release(submodule, step), self._parameters(submodule)
-            leaving = [param for param in params if param.ds_id in wanted and not param.is_external_param]
+            leaving = [param for param in params if param.ds_id in wanted]
             self.leaving[module, step] = leaving
         if not forward:
             self.__active_backward_submodules.pop(module, None)
@@ -180,7 +180,7 @@ class _PartitionedParameterCoordinator(PartitionedParameterCoordinator):  # type
         for param in params:
             if param.ds_status is not ZeroParamStatus.AVAILABLE or param.ds_active_sub_modules:
                 continue
-            if stream is not None and param.ds_zero_partition_world_size > 1:  # else it is the part itself, which stays
+            if stream is not None:
                 param.data.record_stream(stream)
             empty = self.empty.get(param.dtype)
             if empty is None:
