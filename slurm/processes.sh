@@ -57,11 +57,12 @@ await() {
   step=''
 }
 
-# tell SIGNAL: to every process.
+# tell SIGNAL: to every process. Where no controller passes a warning on, srun does by itself; not at once, as an srun that
+# is just starting would die of it.
 tell() {
   if [ "$direct" = yes ] && [ "$1" = USR1 ]; then kill -s TERM "$step"
   elif [ "$direct" = yes ] || [ "$LAUNCHER" = mpirun ]; then kill -s "$1" "$step"
-  else timeout 20 scancel --signal="$1" "$job"
+  else timeout 10 scancel --signal="$1" "$job" || { [ "$1" = "$warning" ] && kill -s "$1" "$step"; }
   fi 2>/dev/null
 }
 
@@ -89,6 +90,7 @@ relay() {
     ! gone $((left < 5 ? left : 5)) || return
     [ "$direct" = yes ] || tell "$warning"
   done
+  ! gone 0 || return                                           # they ended while Slurm was being asked
   end_hung $((SECONDS - start))
 }
 

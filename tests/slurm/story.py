@@ -5,7 +5,7 @@ from pathlib import Path
 from slurm_cluster import Cluster
 from tests_launcher import Launcher, metrics
 
-STEPS = 150
+STEPS = 400
 ROUTING = [f"moe/1/coverage_{count}" for count in range(5)]
 PAIR = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1")
 SETTINGS = (
