@@ -161,3 +161,22 @@ def test_a_warning_does_not_kill_what_has_not_started(slurm: Path, tmp_path: Pat
         time.sleep(0.01)
     process.send_signal(number)
     assert process.wait(30) == (-number if ends else 7)
+
+
+# The script waits for its processes while the one beside it passes the warning on.
+WARN = 'step=$!; echo $step >"$CALLS.pid"; relay & wait "$step"; echo "code $?"; wait'
+
+
+def test_a_warning_reaches_the_processes_without_a_controller(slurm: Path) -> None:
+    (slurm / "scancel").write_text(OTHERS + "exit 1\n")
+    done = _script(slurm, f"bash -c 'trap \"exit 5\" USR1; for n in $(seq 50); do sleep 0.1; done' & sleep 0.5; {WARN}")
+    assert "code 5" in done.stdout and "still running" not in done.stdout, done.stdout + done.stderr
+
+
+def test_who_ends_while_slurm_is_asked_is_not_ended_again(slurm: Path) -> None:
+    """Else the signal might meet the processes of the job's next start."""
+    (slurm / "scancel").write_text(OTHERS + 'kill "$(<"$CALLS.pid")"; sleep 0.5\n')
+    done = _script(slurm, f"sleep 60 & {WARN}")
+    calls = (slurm.parent / "calls").read_text().splitlines()
+    assert "code 143" in done.stdout and "still running" not in done.stdout, done.stdout + done.stderr
+    assert [call for call in calls if call.startswith("scancel")] == ["scancel --signal=USR1 77"]
