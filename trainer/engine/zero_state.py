@@ -189,11 +189,8 @@ def publish_master(engine: Any) -> None:
     if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
         optimizer.update_lp_params()  # stages 1 and 2: each rank casts its part, then the parts are gathered
         return
-    # Stage 3 keeps the working weights cut as the masters are: each rank casts its parts. A forward pass without a
-    # backward one leaves parameters gathered, and small ones always are (stage3_param_persistence_threshold): all are
-    # given back before that, and the small ones gathered after it.
+    # Stage 3 keeps the working weights cut as the masters are: each rank casts its parts. What is gathered would be the
+    # old weights, and a forward pass without a backward one leaves some gathered, small ones always are.
     optimizer.empty_partition_cache()
     for i in range(len(optimizer.fp32_partitioned_groups_flat)):
         optimizer._reassign_or_swap_out_partitioned_parameters(i)
-    if optimizer.persistent_parameters:
-        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
