@@ -65,7 +65,8 @@ def _train_locked(checked: CheckedRun, device: torch.device, stop: StopSignal, p
             try:
                 trainer.reporter.close()
             except OSError as second:  # a full disk may be the very reason: it must not hide why the run failed
-                if Path(config.run_dir).exists():  # else that is what the error says
+                # A removed folder is what the error says; a last checkpoint may have made it anew.
+                if not isinstance(second, FileNotFoundError):
                     error.add_note(f"The log files could not be closed either: {second!r}")
             raise
         progress.enter("end")
