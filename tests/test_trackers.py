@@ -184,6 +184,8 @@ def test_wandb_goes_on_with_the_same_run_offline(
     name = json.loads((run / "trackers.json").read_text())["wandb"]
     files = sorted((run / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
     assert len(files) == 3 == len(list((run / "wandb").glob("offline-run-*")))
-    content = b"".join(path.read_bytes() for path in files)
-    for words in (b"moe/1/coverage_0", b"num_experts", b"samples", b"eval/fid", b"team", b"project", b"report.html"):
-        assert words in content, words
+    wanted = {b"moe/1/coverage_0", b"num_experts", b"samples", b"eval/fid", b"team", b"project", b"report.html"}
+    end = time.monotonic() + 20
+    while missing := {words for words in wanted if not any(words in path.read_bytes() for path in files)}:
+        assert time.monotonic() < end, missing
+        time.sleep(0.1)  # what W&B has taken a process of its own writes
