@@ -75,8 +75,10 @@ def attention_parts(job: Job, device: torch.device, dtype: torch.dtype) -> Itera
     kinds: dict[str, Callable[..., Tensor]] = {
         "repeated": partial(fused, grouped=False),
         "grouped": partial(fused, grouped=True),
-        "products": torch.compile(attend_by_products) if device.type == "cuda" else attend_by_products,
+        "products": attend_by_products,
     }
+    if device.type == "cuda":
+        kinds["products"] = torch.compile(attend_by_products, fullgraph=True, dynamic=False)
     for S, L, masked in shapes:
         mask = real[:, None, None, :] if masked else None
         heads = model.num_heads, model.num_kv_heads, model.num_kv_heads

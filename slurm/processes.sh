@@ -60,9 +60,11 @@ await() {
 # tell SIGNAL: to every process. Where no controller passes a warning on, srun does by itself; not at once, as an srun that
 # is just starting would die of it.
 tell() {
+  local patience=20
+  [ "$1" != "$warning" ] || patience=10                        # which is told again, and by srun
   if [ "$direct" = yes ] && [ "$1" = USR1 ]; then kill -s TERM "$step"
   elif [ "$direct" = yes ] || [ "$LAUNCHER" = mpirun ]; then kill -s "$1" "$step"
-  else timeout 10 scancel --signal="$1" "$job" || { [ "$1" = "$warning" ] && kill -s "$1" "$step"; }
+  else timeout $patience scancel --signal="$1" "$job" || { [ "$1" = "$warning" ] && kill -s "$1" "$step"; }
   fi 2>/dev/null
 }
 

@@ -23,8 +23,6 @@ from deepspeed.utils import z3_leaf_module
 from deepspeed.utils.z3_leaf_module import z3_leaf_parameter
 from torch import Tensor, nn
 
-NOTHING: list[Any] = []
-
 
 def keep_between_steps(engine: Any) -> None:
     """Have the coordinator of a stage 3 engine keep its lists."""
@@ -47,7 +45,7 @@ class _PartitionedParameterCoordinator(PartitionedParameterCoordinator):  # type
         # The limit is for what comes and goes; what is outside of blocks counts, but stays.
         ends = [param for param in self.shared if not z3_leaf_parameter(param)]
         self.__max_n_available_params += sum(param.ds_numel for param in ends)
-        self.kept: dict[int, tuple[int, list[Any]]] = {}
+        self.kept: dict[int, list[Any]] = {}  # what is fetched for a module
         self.empty: dict[Any, Tensor] = {}
         self.ahead: dict[int, list[Any]] = {}  # what each place of the order gathers ahead, as recorded
         self.leaving: dict[tuple[int, int], list[Any]] = {}  # what a module gives back at a place of the order
@@ -94,14 +92,12 @@ class _PartitionedParameterCoordinator(PartitionedParameterCoordinator):  # type
         self.fetch_sub_module(module, forward=forward)
 
     def _parameters(self, module: Any) -> list[Any]:
-        """What is fetched for a module, by their ids; `ds_external_parameters` may still grow."""
-        num, found = self.kept.get(module.ds_id, (-1, NOTHING))
-        if num != len(module._external_params):
+        """What is fetched for a module, by their ids."""
+        if module.ds_id not in self.kept:
             params = set(iter_params(module, recurse=z3_leaf_module(module)))
             shared = [param for param in params if param.ds_zero_partition_world_size > 1]
-            found = sorted(shared, key=lambda param: param.ds_id)
-            self.kept[module.ds_id] = len(module._external_params), found
-        return found
+            self.kept[module.ds_id] = sorted(shared, key=lambda param: param.ds_id)
+        return self.kept[module.ds_id]
 
     def __all_gather_params(self, params: Any, forward: bool) -> None:
         self.gathering += params

@@ -33,7 +33,7 @@ class HostCost:
     eager_stage3: float = 2.25e-3  # with DeepSpeed's own bookkeeping 3.7e-3
     compiled: float = 1.4e-3  # ZeRO 1 and 2
     compiled_stage3: float = 1.1e-3
-    shared: float = 0.25e-3  # more in stage 3 on several ranks: a block's gathers and its reduction
+    shared: float = 0.3e-3  # more in stage 3 on several ranks: a block's gathers and its reduction
     ends: float = 4.1e-3  # of what is outside of blocks, once per micro-batch, in ZeRO 1 and 2
     ends_stage3: float = 2.8e-3  # with DeepSpeed's own 6.5e-3
     update: float = 0.47e-3  # of optimizer step and average in ZeRO 1 and 2, per block and step; the ends count as two
