@@ -3,12 +3,17 @@
 On a CPU PyTorch makes several operators of each, and of attention sometimes two products and a softmax.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from trainer.diffusion import layers
 
 ATTENTION = ("attention", "attention_backward")
 
@@ -55,9 +60,7 @@ rms_norm.register_autograd(
 )
 
 
-class AsOnGpu(TorchFunctionMode):
-    """Attention, and with `norms` RMS norms, are the kernels that a GPU has for them."""
-
+class _StandIns(TorchFunctionMode):
     def __init__(self, *, norms: bool) -> None:
         super().__init__()
         self.norms = norms
@@ -69,3 +72,10 @@ class AsOnGpu(TorchFunctionMode):
         if function is functional.rms_norm and self.norms:
             return rms_norm(args[0], given["weight"] if "weight" in given else args[2])
         return function(*args, **given)
+
+
+@contextmanager
+def as_on_gpu(*, norms: bool) -> Iterator[None]:
+    """Inside, attention, and with `norms` RMS norms, are the kernels that a GPU has for them, whatever the length."""
+    with mock.patch.object(layers, "attend_by_products", attention), _StandIns(norms=norms):
+        yield

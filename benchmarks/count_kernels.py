@@ -5,21 +5,19 @@
 
 A block runs forward and backward on tensors that have shapes and no data. Eager: each operator is a kernel, with RMS
 norms and attention as on a GPU (one kernel forward; backward one and, for the norm, one more for its scale). Compiled:
-what a compiler that fuses would make of the traced graph, by the rule in benchmarks/fused_regions.py. Bytes are per
+what torch.compile plans for an H100, which need not be there (benchmarks/inductor_plan.py). Bytes are per
 token and unit of width, of all but products and attention; an expanded axis counts once, router statistics are off.
-`kept` are those of a compiled block's that its backward pass needs. `plan` is what trainer/plan says of both. An image
-has 1024 tokens and as many more text tokens than the recipe's, so that attention does not take its short path of a CPU.
+`kept` are those of a compiled block's that its backward pass needs. `plan` is what trainer/plan says of both.
 """
 
 import argparse
-
-TOKENS = 1024  # of an image: more than `attend` computes without the fused kernel on a CPU
 
 
 def command_line() -> argparse.ArgumentParser:
     """Options; see the module docstring."""
     parser = argparse.ArgumentParser(prog="benchmarks.count_kernels", description=__doc__.splitlines()[0])
     parser.add_argument("recipe", nargs="?", default="ec_dit_xl_8e")
+    parser.add_argument("--images", type=int, default=256, help="of a micro-batch (default %(default)s)")
     parser.add_argument("--detail", action="store_true", help="also the bytes of each operator or kind of kernel")
     return parser
 
@@ -40,14 +38,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.as_on_gpu import ATTENTION, AsOnGpu
-from benchmarks.fused_regions import PRODUCTS, is_view, kept_bytes, kernels_of, touched_bytes, traced
+from benchmarks.as_on_gpu import ATTENTION, as_on_gpu
+from benchmarks.inductor_plan import PRODUCTS, is_view, plan, touched_bytes
 from benchmarks.interleaved import markdown_table
 from moe.layer import MoeLayer
+from moe.routers.base import fixed_capacity
 from trainer.config import run_cli
+from trainer.diffusion.compiled import GPU_OPTIONS
 from trainer.diffusion.model import DitBlock
 from trainer.plan.__main__ import parse as parse_plan
-from trainer.plan.command import plan
+from trainer.plan.command import plan as plan_job
 from trainer.plan.job import Job
 from trainer.plan.memory import block_bytes
 from trainer.plan.passes import bytes_per_token_and_width
@@ -83,11 +83,10 @@ class Counted:
 
 
 @contextmanager
-def block_and_inputs(job: Job, *, moe: bool) -> Iterator[tuple[DitBlock, tuple[Tensor, ...]]]:
-    """A block of the job's model and its inputs, all without data; two images of TOKENS tokens."""
+def block_and_inputs(job: Job, images: int, *, moe: bool) -> Iterator[tuple[DitBlock, tuple[Tensor, ...]]]:
+    """A block of the job's model and its inputs, all without data."""
     model, dtype = job.config.model, torch.bfloat16
-    D, B, S = model.dim, 2, TOKENS
-    L = round(TOKENS * job.text_tokens / job.num_tokens)
+    D, B, S, L = model.dim, images, job.num_tokens, job.text_tokens
     build = partial(MoeLayer, job.config.moe, dim=D, hidden_dim=model.mlp_ratio * D) if moe else None
     with FakeTensorMode(allow_non_fake_inputs=True):
         torch.set_default_dtype(dtype)
@@ -102,52 +101,47 @@ def block_and_inputs(job: Job, *, moe: bool) -> Iterator[tuple[DitBlock, tuple[T
         yield block, (x, condition, text, mask, turn, torch.empty(B, D, dtype=dtype))
 
 
-def count_eager(job: Job, *, moe: bool) -> Counted:
+def count_eager(job: Job, images: int, *, moe: bool) -> Counted:
     """Operators as they are dispatched."""
-    with block_and_inputs(job, moe=moe) as (block, inputs), AsOnGpu(norms=True), EagerKernels() as counted:
+    with block_and_inputs(job, images, moe=moe) as (block, inputs), as_on_gpu(norms=True), EagerKernels() as counted:
         out, _ = block(*inputs)
         out.backward(torch.empty_like(out))
-    assert counted.calls["attention"] == 2, "attention took a path that a GPU does not take"
-    products = sum(counted.calls[name] for name in PRODUCTS)
-    apart = {*PRODUCTS, *ATTENTION}
-    moved = {name: total for name, total in counted.bytes.items() if name not in apart}
-    return _counted(job, products, sum(count for name, count in counted.calls.items() if name not in apart), moved)
+    kinds = {name: name if name in ATTENTION else "product" if name in PRODUCTS else "" for name in counted.calls}
+    kernels = [kinds[name] or name for name, count in counted.calls.items() for _ in range(count)]
+    moved = Counter({name: total for name, total in counted.bytes.items() if not kinds[name]})
+    return _counted(job, images, kernels, moved)
 
 
-def count_compiled(job: Job, *, moe: bool) -> Counted:
-    """Kernels that a compiler would fuse."""
-    with block_and_inputs(job, moe=moe) as (block, inputs), AsOnGpu(norms=False):
-
-        def run(parameters: dict[str, Tensor], *arguments: Tensor) -> Tensor:
-            out: Tensor = torch.func.functional_call(block, parameters, arguments)[0]
-            return out
-
-        graphs = traced(run, (dict(block.named_parameters()), *inputs))
-        kernels = [kernel for graph in graphs for kernel in kernels_of(graph.graph, ATTENTION)]
-    assert sum(kernel.kind == "attention" for kernel in kernels) == 4, "attention took a path that a GPU does not take"
-    others = [kernel for kernel in kernels if kernel.kind not in ("product", "attention")]
+def count_compiled(job: Job, images: int, *, moe: bool) -> Counted:
+    """Kernels that torch.compile makes, with the options of training."""
+    torch.compiler.assume_constant_result(fixed_capacity)  # as compiled.py does
+    with block_and_inputs(job, images, moe=moe) as (block, inputs), as_on_gpu(norms=False):
+        found = plan(lambda *arguments: block(*arguments)[0], inputs, GPU_OPTIONS)
     moved: Counter[str] = Counter()
-    for kernel in others:
-        moved[kernel.kind] += kernel.bytes
-    kept = kept_bytes(graphs[0].graph) + touched_bytes(inputs[0])
-    return _counted(job, sum(kernel.kind == "product" for kernel in kernels), len(others), moved, kept)
+    for kernel in (kernels := [*found.forward, *found.backward]):
+        if kernel.kind not in ("product", *ATTENTION):
+            moved[kernel.kind] += kernel.bytes
+    return _counted(job, images, [kernel.kind for kernel in kernels], moved, found.kept + touched_bytes(inputs[0]))
 
 
-def _counted(job: Job, products: int, others: int, moved: dict[str, int], kept: int = 0) -> Counted:
-    unit = 2 * TOKENS * job.config.model.dim
-    detail = {name: total / unit for name, total in sorted(moved.items(), key=lambda item: -item[1])}
+def _counted(job: Job, images: int, kernels: list[str], moved: Counter[str], kept: int = 0) -> Counted:
+    assert sum(kind in ATTENTION for kind in kernels) == 4, "attention took a path that a GPU does not take"
+    unit = images * job.num_tokens * job.config.model.dim
+    detail = {name: total / unit for name, total in moved.most_common()}
+    products = kernels.count("product")
     return Counted(
-        products=products, others=others, bytes=sum(detail.values()), kept=kept / unit, detail=detail
+        products=products, others=len(kernels) - products - 4, bytes=sum(detail.values()), kept=kept / unit,
+        detail=detail,
     )  # fmt: skip
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> None:
     """Count and print."""
-    job = plan(parse_plan([options.recipe, *rest]))[1]
+    job = plan_job(parse_plan([options.recipe, *rest]))[1]
     rows, details = [], []
     for moe in (False, True) if job.counts.num_moe else (False,):
         for compiled in (False, True):
-            found = (count_compiled if compiled else count_eager)(job, moe=moe)
+            found = (count_compiled if compiled else count_eager)(job, options.images, moe=moe)
             name = f"{'MoE' if moe else 'dense'}, {'compiled' if compiled else 'eager'}"
             planned = bytes_per_token_and_width(job, moe=moe, compiled=compiled)
             kept = 2 / job.num_bytes * block_bytes(job, 1, moe=moe) / (job.num_tokens * job.config.model.dim)

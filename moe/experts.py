@@ -65,6 +65,18 @@ class Experts(nn.Module):
         return grouped_linear(hidden_eMF, self.w2, bias2_e1D)
 
 
+def biased_linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    """x W^T + b, [..., I] -> [..., O].
+
+    For a compiler the bias is one for each image, so that its gradient is summed image by image first: that it does in
+    the pass which makes the gradient, of GELU for one. A sum over all tokens at once it cuts up, and reads them again.
+    """
+    if torch.compiler.is_compiling() and x.dim() == 3:
+        return functional.linear(x, linear.weight) + linear.bias.expand(x.shape[0], 1, -1)
+    out: Tensor = linear(x)
+    return out
+
+
 class Mlp(nn.Module):
     """Two linear maps with GELU between: dense FFN, shared expert (not expert parallel) and text projection."""
 
@@ -75,5 +87,4 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_dim] -> [..., out_dim]."""
-        out: Tensor = self.down(functional.gelu(self.up(x)))
-        return out
+        return biased_linear(functional.gelu(biased_linear(x, self.up)), self.down)

@@ -19,6 +19,7 @@ from moe.all_to_all import ExpertGroup
 from moe.config import MoeConfig
 from moe.layer import MoeLayer
 from moe.oracle.layer import ReferenceMoe
+from moe.routers.modules import product_in_fp32
 from moe.routers.registry import ROUTERS, router_class
 from moe.routing import ChoiceMemory
 from trainer.config import ModelConfig
@@ -134,6 +135,14 @@ def test_model_and_its_gradients_are_those_of_the_cpu(masked: bool) -> None:
     found = gradients(model_of(GPU), batch.to(GPU))
     off = {name: float((found[name] - value).norm() / value.norm()) for name, value in wanted.items()}
     assert max(off.values()) < 1e-4, off
+
+
+def test_logits_of_bf16_tokens_are_those_of_the_cpu() -> None:
+    """There the product is one of fp32 values; here one of bf16 values with an fp32 result."""
+    x, weight = torch.randn(5, 300, 1152).bfloat16(), torch.randn(8, 1152).bfloat16()
+    found, wanted = product_in_fp32(x.to(GPU), weight.to(GPU)), product_in_fp32(x, weight)
+    assert found.dtype == torch.float32 and found.shape == (5, 300, 8)
+    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

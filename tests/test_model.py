@@ -88,14 +88,14 @@ def test_masked_tokens_keep_their_positions() -> None:
 
 def test_rotation_turns_each_pair_by_its_angle() -> None:
     """Written out: pair p of a head of 16 turns with the row (p < 4) or the column, by 100^(-(p mod 4) / 4) a step."""
-    x, turn = torch.randn(1, 1, 12, 16), rope_2d(3, 4, 16, torch.device("cpu"))
+    x, turn = torch.randn(1, 12, 1, 16), rope_2d(3, 4, 16, torch.device("cpu"))
     found = rotate(x, turn[None])
     for token in range(12):
         for pair in range(8):
             angle = (token // 4 if pair < 4 else token % 4) * 100.0 ** (-(pair % 4) / 4)
-            a, b = x[0, 0, token, 2 * pair : 2 * pair + 2].tolist()
+            a, b = x[0, token, 0, 2 * pair : 2 * pair + 2].tolist()
             wanted = [a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)]
-            torch.testing.assert_close(found[0, 0, token, 2 * pair : 2 * pair + 2], torch.tensor(wanted))
+            torch.testing.assert_close(found[0, token, 0, 2 * pair : 2 * pair + 2], torch.tensor(wanted))
 
 
 def test_rotation_depends_on_distance_only() -> None:
@@ -200,4 +200,4 @@ def test_attention_shares_key_heads() -> None:
     attention = Attention(32, 4, 2)
     assert attention.key_value.out_features == 2 * 2 * 8
     keys, values = attention.keys_values(torch.randn(1, 3, 32))
-    assert keys.shape == values.shape == (1, 2, 3, 8)
+    assert keys.shape == values.shape == (1, 3, 2, 8)

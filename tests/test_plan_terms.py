@@ -82,8 +82,8 @@ def test_state_in_megabytes(
 
 
 ENDS = 4 * 128 * 64 * 3 + 4 * 128 * 16 + 4 * 40 * (3 * 64 + 48) + 8 * 64 * 8  # tokens, patches, text, rotations
-DENSE = 737_280 + 4 * 128 * 64 * 9  # attention of fp32, and the MLP's input with its hidden values twice
-MOE = 737_280 + 128 * 64 * 4 + 4 * 256 * 64 * 11 + 8 * 128 * 8 + 16 * 256
+DENSE = 655_360 + 4 * 128 * 64 * 9  # attention of fp32, and the MLP's input with its hidden values twice
+MOE = 655_360 + 128 * 64 * 4 + 4 * 256 * 64 * 10 + 8 * 128 * 8 + 16 * 256
 
 
 @pytest.mark.parametrize(
@@ -105,13 +105,13 @@ def test_activations_and_buffers_in_bytes(
 
 @pytest.mark.parametrize("config,width", [(CONFIG, 4), (BF16, 2)])
 def test_compiled_blocks_keep_less(config: TrainConfig, width: int) -> None:
-    """128 image and 40 text tokens; half as many keys as queries; 256 rows of experts, and fp32 for the router."""
+    """128 image and 40 text tokens; half as many keys as queries; 256 rows of experts."""
     attention = width * 64 * (128 * 12.5 + 40 * 1.5)
     dense = attention + width * 64 * 128 * (2 + 2 * 4)
-    moe = attention + 64 * 128 * (4 + width) + width * 64 * 256 * (2 + 2 * 4) + 8 * 128 * 8 + 16 * 256
+    moe = attention + width * 64 * 128 * 2 + width * 64 * 256 * (2 + 2 * 4) + 8 * 128 * 8 + 16 * 256
     job = job_of(config, compiled=True)
     assert [block_bytes(job, 2, moe=moe) for moe in (False, True)] == [dense, moe]
-    assert all(block_bytes(job, 2, moe=moe) < 0.8 * block_bytes(job_of(config), 2, moe=moe) for moe in (False, True))
+    assert all(block_bytes(job, 2, moe=moe) < 0.9 * block_bytes(job_of(config), 2, moe=moe) for moe in (False, True))
 
 
 def test_buffers_of_half_the_tokens_in_bf16() -> None:

@@ -12,6 +12,7 @@ from moe.layer import MoeLayer, auxiliary_loss, set_capacity_factor
 from moe.oracle.layer import ReferenceMoe
 from moe.routers.base import pack
 from moe.routers.expert_race import race, similarity_loss
+from moe.routers.modules import product_in_fp32
 from moe.routers.registry import build_router
 from moe.routers.token_choice import balance_loss, place_tokens
 from moe.routing import ChoiceMemory, chosen_mask, gated
@@ -227,3 +228,19 @@ def test_gates_of_a_token_are_normalised_over_the_experts_that_took_it() -> None
     gate = gated(torch.rand(1, S, E), index, normalize=True, scale=3.0)
     total = torch.zeros(S).scatter_add(0, index.flatten(), gate.flatten())
     torch.testing.assert_close(total, torch.full((S,), 3.0))
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+def test_logits_are_a_product_in_fp32(dtype: torch.dtype, tolerance: float) -> None:
+    """Of bf16 tokens, too: exact but for the order of the sums. Gradients have the dtype and precision of inputs."""
+    x, weight = torch.randn(3, S, D).to(dtype).requires_grad_(), torch.randn(E, D).to(dtype).requires_grad_()
+    exact_x, exact_weight = (value.detach().double().requires_grad_() for value in (x, weight))
+    found, expected = product_in_fp32(x, weight), torch.einsum("bsd,ed->bse", exact_x, exact_weight)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    up = torch.randn(3, S, E)
+    (found * up).sum().backward()
+    (expected * up).sum().backward()
+    for value, exact in ((x, exact_x), (weight, exact_weight)):
+        assert value.grad is not None and exact.grad is not None and value.grad.dtype == dtype
+        torch.testing.assert_close(value.grad.double(), exact.grad, rtol=tolerance, atol=5 * tolerance)

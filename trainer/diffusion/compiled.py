@@ -34,6 +34,9 @@ from trainer.diffusion.model import DitBlock, EcDit
 logger = logging.getLogger("ec_dit")
 
 MAX_GRAPHS = 32
+# Of inductor on a GPU. As it stands it writes the gradient of a rotated query to memory in fp32, as it has many
+# operations and several readers: 6 of 155 bytes per token and unit of width (benchmarks/count_kernels.py).
+GPU_OPTIONS: dict[str, Any] = {"realize_reads_threshold": 8, "realize_opcount_threshold": 100}
 # Decide which tokens an expert takes. Recomputed affinities may differ in the last bit, so these are never recomputed.
 _CHOOSING = (torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.sort.stable)
 
@@ -65,12 +68,19 @@ class CompiledBlocks:
         # Tells every process that to choose what is recomputed is a new feature.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         exchanging = any(isinstance(layer, MoeLayer) and layer.group is not None for layer in model.modules())
-        options = COMPILER_OPTIONS if exchanging and backend == "inductor" else None
+        on_gpu = next(model.parameters()).is_cuda
+        options = (GPU_OPTIONS if on_gpu else {}) | (COMPILER_OPTIONS if exchanging else {})
         for block in model.blocks:
             assert isinstance(block, DitBlock)
             eager = block.forward
             whole, again = (
-                torch.compile(function, backend=backend, fullgraph=True, dynamic=False, options=options)
+                torch.compile(
+                    function,
+                    backend=backend,
+                    fullgraph=True,
+                    dynamic=False,
+                    options=options if backend == "inductor" and options else None,
+                )
                 for function in (eager, _recomputed(eager))
             )
             block.forward = partial(self._run, block, eager, whole, again)  # type: ignore[method-assign]

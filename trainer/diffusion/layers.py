@@ -59,25 +59,27 @@ def _rows_and_columns(height: int, width: int, device: torch.device) -> tuple[Te
     return row_HW.expand(height, width).reshape(-1), column_HW.expand(height, width).reshape(-1)
 
 
-def rotate(x_BHSh: Tensor, turn_BSa2: Tensor) -> Tensor:
+def rotate(x_BSHh: Tensor, turn_BSa2: Tensor) -> Tensor:
     """Turn each two neighbouring channels, a complex number, by their token's; a = h / 2, B may be 1.
 
     As they stand one product of complex fp32 numbers is two to three times as fast as the real and imaginary parts; a
     compiler has no complex numbers, and makes one pass of the parts and of what is around them.
     """
-    x_BHSa2 = x_BHSh.float().unflatten(-1, (-1, 2))
+    x_BSHa2 = x_BSHh.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():
-        (x, y), (cos, sin) = x_BHSa2.unbind(-1), turn_BSa2.unsqueeze(1).unbind(-1)
-        turned_BHSa2 = torch.stack([x * cos - y * sin, x * sin + y * cos], dim=-1)
+        (x, y), (cos, sin) = x_BSHa2.unbind(-1), turn_BSa2.unsqueeze(2).unbind(-1)
+        turned_BSHa2 = torch.stack([x * cos - y * sin, x * sin + y * cos], dim=-1)
     else:
-        turn_B1Sa = torch.view_as_complex(turn_BSa2).unsqueeze(1)
-        turned_BHSa2 = torch.view_as_real(torch.view_as_complex(x_BHSa2) * turn_B1Sa)
-    return turned_BHSa2.flatten(-2).to(x_BHSh.dtype)
+        turn_BS1a = torch.view_as_complex(turn_BSa2).unsqueeze(2)
+        turned_BSHa2 = torch.view_as_real(torch.view_as_complex(x_BSHa2) * turn_BS1a)
+    return turned_BSHa2.flatten(-2).to(x_BSHh.dtype)
 
 
 class Attention(nn.Module):
     """Grouped-query attention with QK-norm and no biases; self-attention if `context` is the input.
 
+    Heads stand behind tokens, as the products write them, until attention itself: a norm of the transposed view would
+    copy it, and what attention writes, which lies as its queries do, would be copied back.
     The norms' scales are its own parameters, not those of modules: under ZeRO-3 each module costs four hooks a step.
     """
 
@@ -91,10 +93,10 @@ class Attention(nn.Module):
         self.key_norm = nn.Parameter(torch.empty(self.head_dim))
 
     def keys_values(self, context_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        """Normed keys and values [B, K, L, h] of a context; a sampler computes them once per caption."""
+        """Normed keys and values [B, L, K, h] of a context; a sampler computes them once per caption."""
         B, L, _ = context_BLD.shape
         key_value = self.key_value(context_BLD).view(B, L, 2, self.num_kv_heads, self.head_dim)
-        key, value = key_value.permute(2, 0, 3, 1, 4)
+        key, value = key_value.unbind(2)
         return rms_norm(key, self.key_norm), value
 
     def forward(
@@ -108,12 +110,12 @@ class Attention(nn.Module):
     ) -> Tensor:
         """[B, S, D], [B, L, D] -> [B, S, D]; `mask` is True at real text tokens; `turn` is RoPE's."""
         B, S, D = x_BSD.shape
-        query = self.query(x_BSD).view(B, S, self.num_heads, self.head_dim).transpose(1, 2)
+        query = self.query(x_BSD).view(B, S, self.num_heads, self.head_dim)
         query = rms_norm(query, self.query_norm)
         key, value = cached if cached is not None else self.keys_values(context_BLD)
         if turn_BSa2 is not None:
             query, key = rotate(query, turn_BSa2), rotate(key, turn_BSa2)
-        y = attend(query, key, value, mask_B11L)
+        y = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask_B11L)
         out: Tensor = self.out(y.transpose(1, 2).reshape(B, S, D))
         return out
 

@@ -89,11 +89,11 @@ def block_bytes(job: Job, micro_batch_size: int, *, moe: bool) -> float:
     if not moe:
         return attention + s * T * D * ((2 if job.compiled else 1) + 2 * m)
     rows, E = T * moe_config.capacity_factor, moe_config.num_experts
-    # The router reads fp32; its logits and affinities, indices and gates.
-    mlp = T * D * (4 + s * job.compiled) + s * rows * D * ((2 if job.compiled else 3) + 2 * m) + 8 * T * E + 16 * rows
-    mlp += s * T * D * (2 * m * moe_config.num_shared_experts + bool(moe_config.num_shared_experts))
-    if moe_config.router_input == "unmodulated":
-        mlp += 4 * T * D
+    # Modulated tokens are read by the router or the shared expert; unmodulated ones are kept for the modulation.
+    inputs = job.compiled + (moe_config.router_input == "modulated" or moe_config.num_shared_experts > 0)
+    mlp: float = s * T * D * (inputs + 2 * m * moe_config.num_shared_experts)
+    # Then the experts' rows, logits and affinities, indices and gates.
+    mlp += s * rows * D * (2 + 2 * m) + 8 * T * E + 16 * rows
     return attention + mlp + build_router(moe_config).activation_bytes(T, D, s)
 
 
@@ -106,9 +106,9 @@ def _attention_bytes(job: Job, T: int, L: int) -> float:
         # and what the norms before them read and give.
         return s * T * D * (11 + 3 * r) + s * L * D * 3 * r
     if s == 2:
-        kept = T * D * (15 * 2 + 4 * 4 + 12 * r) + L * D * 12 * r
+        kept = T * D * (13 * 2 + 4 * 4 + 14 * r) + L * D * 14 * r
     else:
-        kept = T * D * (19 + 5 * r) * 4 + L * D * 4 * r * 4
+        kept = T * D * (17 + 4 * r) * 4 + L * D * 4 * r * 4
     return kept + T * 4 * (4 * H + model.num_kv_heads) + T * s * 6
 
 
