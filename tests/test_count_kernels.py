@@ -115,7 +115,7 @@ def job_of(*, text_tokens: int = 120, **model: int) -> Job:
     return Job(config=config, shape=shape, text_tokens=text_tokens, zero={})
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("moe", [False, True])
 def test_planned_bytes_are_the_counted_ones(moe: bool, compiled: bool) -> None:
     """Within an eighth; sizes other than those that the plan's numbers were counted with."""

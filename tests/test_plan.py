@@ -204,8 +204,8 @@ def test_kernels_of_a_step_take_what_a_profile_says(monkeypatch: pytest.MonkeyPa
     assert 1e3 * terms["attention"] == pytest.approx(12.5, rel=0.2)
     assert 1e3 * terms["update"] * ADAMW / (ADAMW + AROUND[3]) == pytest.approx(4.9, rel=0.05)
     assert 1e3 * terms["average of weights"] == pytest.approx(2.0, rel=0.05)
-    # DeepSpeed's own reductions and update, with which it was made, move 24 bytes more for each parameter.
-    own = 24 * terms["weights"] / 2 / (DEVICES["h100"].hbm * Efficiency().hbm)
+    # DeepSpeed's own reductions and update, with which it was made, move 32 bytes more for each parameter.
+    own = 32 * terms["weights"] / 2 / (DEVICES["h100"].hbm * Efficiency().hbm)
     own += terms["passes"] * ((311 + 430) / (296 + 402) - 1)  # bytes of blocks then, when heads stood before tokens
     busy = sum(terms[part] for part in PARTS) - terms["host wait"] + own
     assert 1e3 * busy == pytest.approx(170 - 5.7, rel=0.05)

@@ -60,7 +60,7 @@ def test_time_and_traffic_of_a_step() -> None:
     exchange = ALL_TO_ALL * 2 / 4 / (1e7 * 0.25) + 2 * 4 * 3 * 1e-3
     rest, experts = 4 * MILLION * (0.9 * 6 + 0.1 + 3) * 7 / 8, 4 * 2 * MILLION * (6 + 3) / 2
     zero = rest / (2 * 1e7 * 0.25) + experts / (1e7 * 0.25)
-    update, average = (28 + 22) * 1.125 * MILLION / 0.8e9, 12 * 1.125 * MILLION / 0.8e9
+    update, average = (28 + 14) * 1.125 * MILLION / 0.8e9, 12 * 1.125 * MILLION / 0.8e9
     busy = PRODUCTS + ATTENTION + passes + copies
     hidden = min(0.9 * zero, 0.8 * busy)
     expected = {
@@ -85,7 +85,7 @@ def test_time_and_traffic_of_a_step() -> None:
     }
     assert found == pytest.approx(expected, rel=1e-12)
     assert sum(found[part] for part in PARTS) == pytest.approx(found["step"], rel=1e-12)
-    assert timed(job_of(SGD))["update"] == pytest.approx((12 + 22) * 1.125 * MILLION / 0.8e9, rel=1e-12)
+    assert timed(job_of(SGD))["update"] == pytest.approx((12 + 14) * 1.125 * MILLION / 0.8e9, rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,8 @@ def lighter_bookkeeping_changes_no_bit(world: World, _: Path) -> None:
     ahead = {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 3000}
     variants: list[tuple[int, bool, dict[str, Any]]] = [
         (20, False, cut),
+        (6, False, cut | {"gradient_clipping": 0.01}),
+        (6, False, cut | {"gradient_clipping": 0.0}),
         (6, True, ahead | {"stage3_max_reuse_distance": 0}),
         (6, False, cut | {"stage3_use_all_reduce_for_fetch_params": True, "reduce_bucket_size": 5000}),
         (6, False, cut | {"contiguous_gradients": False}),
@@ -64,7 +66,8 @@ def lighter_bookkeeping_changes_no_bit(world: World, _: Path) -> None:
         config = parity_config("adamw", 1 if world.size == 3 else world.size, world.size)
         config = replace(config, train=replace(config.train, activation_checkpointing=recompute, precision="bf16"))
         content = load_deepspeed_config(config, world.size) | {"zero_force_ds_cpu_optimizer": False}
-        content["zero_optimization"] |= zero
+        content["gradient_clipping"] = zero.get("gradient_clipping", content["gradient_clipping"])
+        content["zero_optimization"] |= {name: value for name, value in zero.items() if name != "gradient_clipping"}
         found = []
         for stock in (True, False):
             engine = build_engine(config, content, SHAPE, CPU, random_value, stock=stock)

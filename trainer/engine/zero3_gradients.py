@@ -6,7 +6,7 @@ norms and their places in the update one by one: a dozen small operations for ea
 - gradients stay where the backward pass left them until enough of them wait; joined once, they are exchanged. A rank
   that shares a parameter with nobody (experts of a group of one, a single GPU) joins nothing;
 - parts are added, and their norms taken, by one call for all of them;
-- the update reads the parts of a sub-group as the one tensor in which they lie end to end.
+- the update reads the parts of a sub-group as the one tensor in which they lie end to end, cast and clipped at once.
 
 Values are the same to the bit, but for norms on a GPU, which are summed in another order (in fp64, too).
 
@@ -50,7 +50,8 @@ def reduce_together(optimizer: Any) -> None:
     optimizer.reduce_ready_partitions_and_remove_grads = gradients.add
     setattr(optimizer, f"{PREFIX}reduce_and_partition_ipg_grads", gradients.reduce)
     optimizer.get_grad_norm_direct = gradients.norm
-    optimizer._prepare_fp32_grad_for_sub_group = gradients.hand_over
+    optimizer._prepare_fp32_grad_for_sub_group = lambda _: None  # until it is known how long they are
+    optimizer.unscale_and_clip_grads = gradients.hand_over
     optimizer._unflatten_partitioned_parameters = gradients.keep_views
 
 
@@ -148,11 +149,18 @@ class _Gradients:
         norm = total.sqrt()
         return torch.where(norm.isfinite(), norm, -1.0)
 
-    def hand_over(self, group: int) -> None:
-        """Give the update the gradients of a sub-group as one tensor, in its dtype."""
-        master = self.optimizer.fp32_partitioned_groups_flat[group]
-        master.grad = self.flats[group].to(master.dtype)
-        self.optimizer.averaged_gradients[group] = None
+    def hand_over(self, group: int, norm: Tensor) -> None:
+        """Give the update the gradients of a sub-group as one tensor, in its dtype and clipped by the norm of all."""
+        optimizer = self.optimizer
+        master, gradient = optimizer.fp32_partitioned_groups_flat[group], self.flats[group]
+        if optimizer.clip_grad > 0.0:
+            clip = ((norm / optimizer.loss_scale + 1e-6) / optimizer.clip_grad).clamp(min=1.0)
+            # As a tensor with an axis it makes the product one of its own dtype: the cast is in the same pass.
+            factor = (1.0 / (clip * optimizer.loss_scale)).to(master.dtype).view(1)
+        else:
+            factor = torch.full((1,), 1.0 / optimizer.loss_scale, dtype=master.dtype, device=gradient.device)
+        master.grad = gradient.mul_(factor) if gradient.dtype == master.dtype else gradient * factor
+        optimizer.averaged_gradients[group] = None
 
     def keep_views(self, group: int) -> None:
         """Have a sub-group's parts lie in its flat tensor, into which the update was just copied: they do."""

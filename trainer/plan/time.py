@@ -13,7 +13,7 @@ from trainer.plan.traffic import exchange_terms, zero_terms
 # Beside it DeepSpeed 0.19.8 casts gradients for the norm and reads them (10), flattens them (4), casts them again (6),
 # scales them (8) and casts the weights (6). The average reads itself and the weight, and writes itself.
 ADAMW, SGD, AVERAGE = 28, 12, 12
-AROUND = {1: 34, 2: 34, 3: 22}  # by stage
+AROUND = {1: 34, 2: 34, 3: 14}  # by stage
 
 # What a step is the sum of, in the order of the report.
 PARTS = (
