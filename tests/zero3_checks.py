@@ -54,9 +54,7 @@ def lighter_bookkeeping_changes_no_bit(world: World, _: Path) -> None:
     ahead = {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 3000}
     variants: list[tuple[int, bool, dict[str, Any]]] = [
         (20, False, cut),
-        (6, False, cut | {"gradient_clipping": 0.01}),
-        (6, False, cut | {"gradient_clipping": 0.0}),
-        (6, True, ahead | {"stage3_max_reuse_distance": 0}),
+        (6, True, ahead | {"stage3_max_reuse_distance": 0, "gradient_clipping": 0.0}),
         (6, False, cut | {"stage3_use_all_reduce_for_fetch_params": True, "reduce_bucket_size": 5000}),
         (6, False, cut | {"contiguous_gradients": False}),
         (6, False, cut | {"reduce_scatter": False}),
