@@ -153,7 +153,7 @@ def test_blocks_run_plainly_where_a_graph_would_not_hold(
         set_capacity_factor(whole, factor)
         expected, found = outcome(plain), outcome(whole)
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=3e-6, msg=name)
     assert counters["stats"]["unique_graphs"] == 2
     for batch in (2, 2, 3):
         torch.testing.assert_close(whole(*inputs(batch))[0], plain(*inputs(batch))[0], rtol=1e-5, atol=1e-6)

@@ -11,7 +11,8 @@ from trainer.plan.traffic import exchange_terms, zero_terms
 
 # Bytes per parameter of a rank's share. AdamW reads weight, gradient and both moments, and writes all but the gradient.
 # Beside it DeepSpeed 0.19.8 casts gradients for the norm and reads them (10), flattens them (4), casts them again (6),
-# scales them (8) and casts the weights (6). The average reads itself and the weight, and writes itself.
+# scales them (8) and casts the weights (6); in stage 3 the norm reads (2), and a cast scales as well (6). The average
+# reads itself and the weight, and writes itself.
 ADAMW, SGD, AVERAGE = 28, 12, 12
 AROUND = {1: 34, 2: 34, 3: 14}  # by stage
 
